@@ -1,0 +1,92 @@
+# `make serve` and `make test` do all the set-up that they need, once. `make help` lists the rest.
+
+VENV ?= .venv
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 30000
+# Another model to serve than the demo model: make serve MODEL=/path/to/model
+MODEL ?=
+SERVE_ARGS ?=
+DEMO_ARGS ?=
+TESTS ?= tests
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+CACHE := $(or $(SGLANG_CLUSTERKV_CACHE),$(HOME)/.cache/sglang-clusterkv)
+SERVED := $(or $(MODEL),$(CACHE)/SmolLM2-135M-Instruct)
+
+# Without an accelerator the server needs to be told so, and would size its KV pool by the whole memory of the machine.
+CPU_ARGS := --device cpu --max-total-tokens 65536
+
+.DEFAULT_GOAL := help
+.PHONY: help env dev-env demo-model serve demo test check lint style types clean
+
+help:
+	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
+	@echo "             MODEL=/path PORT=30001 SERVE_ARGS='--page-size 32'; options of the plugin by the environment:"
+	@echo "             SGLANG_CLUSTERKV_CONFIG='{\"budget_tokens\": 256}' make serve"
+	@echo "make test    environment with test tools (once), demo model (once), then all tests"
+	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word -m \"not server\"'"
+	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
+	@echo "make check   compares the installed SGLang with what this package relies on"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make clean   removes $(VENV) (if make made it) and caches; the demo model stays in $(CACHE)"
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11: pass another one, as in make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $(VENV)/.made-by-make
+
+$(VENV)/.installed: pyproject.toml | $(PY)
+	@echo "Installing SGLang and this package into $(VENV), once: 4 to 6 minutes, 11 GB on disk."
+	$(PY) -m pip install -e '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(PY)
+	@echo "Installing SGLang, this package and its test tools into $(VENV), once: 4 to 6 minutes, 11 GB on disk."
+	$(PY) -m pip install -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+env: $(VENV)/.installed
+
+dev-env: $(VENV)/.installed-dev
+
+demo-model: env
+	@$(PY) -m sglang_clusterkv.cli demo-model
+
+serve: env $(if $(MODEL),,demo-model)
+	@echo
+	@echo "Serving $(SERVED) on http://$(HOST):$(PORT) with clusterkv; the first answer takes about a minute. Ctrl-C ends it."
+	@echo "Talk to it from another terminal, or run 'make demo' there:"
+	@echo "  curl -s http://$(HOST):$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
+	@echo "    -d '{\"model\": \"default\", \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}'"
+	@echo
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then cpu_args=; else cpu_args='$(CPU_ARGS)'; fi; \
+	exec $(PY) -m sglang.launch_server --model-path '$(SERVED)' --attention-backend clusterkv \
+		--host $(HOST) --port $(PORT) --enable-cache-report $$cpu_args $(SERVE_ARGS)
+
+demo: env
+	$(PY) examples/agent.py --base-url http://$(HOST):$(PORT)/v1 $(DEMO_ARGS)
+
+test: dev-env demo-model
+	@echo "Running the tests in $(TESTS); those that start a server take a minute or more each."
+	@# -W: else SWIG's warning at the interpreter's end comes after pytest's summary.
+	$(PY) -W 'ignore:builtin type:DeprecationWarning' -m pytest $(TESTS) --durations=10 $(PYTEST_ARGS)
+
+check: env
+	$(PY) -m sglang_clusterkv.cli check
+
+lint: style types
+
+style: dev-env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: dev-env
+	$(PY) -m mypy
+
+clean:
+	@if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV); else rm -f $(VENV)/.installed $(VENV)/.installed-dev; fi
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find sglang_clusterkv tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,311 @@
+"""Two agents read one long document through a clusterkv server, and the server's counts show what was shared.
+
+Agent A asks about the document over several turns. Agent B takes A's first turn over and goes its own way: document and
+first turn are already clustered. Start a server with `make serve`, then run `make demo`.
+
+    python examples/agent.py --base-url http://127.0.0.1:30000/v1 [--document FILE] [--tokens 6000] [--small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Message = dict[str, str]
+
+# The log book below in the demo model's tokenizer. Plain prose has more characters per token: a file comes out shorter.
+CHARS_PER_TOKEN = 3.4
+
+
+class Fact(NamedTuple):
+    sentence: str
+    question: str
+    answer: str  # a correct reply contains it
+
+
+FACTS = [
+    Fact("The code of the north gate is 4719.", "What is the code of the north gate?", "4719"),
+    Fact("The name of the station's cat is Biscuit.", "What is the name of the station's cat?", "Biscuit"),
+    Fact("The old anchor was sold to a man from Lisbon.", "Where is the man from who bought the old anchor?", "Lisbon"),
+    Fact("The spare key hangs behind the barometer.", "Where does the spare key hang?", "barometer"),
+]
+OPEN_QUESTIONS = [
+    "What is this document about? Answer in one sentence.",
+    "Name one thing that happens in the first part of the document.",
+    "Name one thing that happens in the middle of the document.",
+    "Name one thing that happens near the end of the document.",
+]
+
+
+class Counts(NamedTuple):
+    """The server's clusterkv counters, summed over its data-parallel ranks."""
+
+    tokens_clustered: int
+    tokens_reused: int
+    tokens_recalled: int
+    tokens_available: int
+    splits: int
+    clusters: int
+    bytes: int
+    dense_steps: dict[str, int]
+
+
+class Turn(NamedTuple):
+    answer: str
+    prompt_tokens: int
+    cached_tokens: int | None  # None: the server runs without --enable-cache-report
+    completion_tokens: int
+    first_token_s: float
+    tokens_per_s: float | None  # None: fewer than two tokens
+
+
+class DemoError(RuntimeError):
+    """Something that the user can change; the message is one sentence with the fix."""
+
+
+def make_document(tokens: int, facts: list[Fact]) -> str:
+    """A station's log book of about `tokens` tokens, the same every time, with the facts spread over it."""
+    rng = random.Random(7)
+    people = ["Ada", "Bruno", "Chiara", "Dmitri", "Elif", "Farid", "Greta", "Hugo"]
+    places = ["the harbour", "the workshop", "the lamp room", "the east pier", "the store", "the weather mast"]
+    works = ["painted the railing", "counted the ropes", "repaired the pump", "cleaned the lenses", "wrote letters"]
+    skies = ["Fog came in before noon.", "The wind turned north.", "It rained until dusk.", "The sea was calm all day."]
+    sentences: list[str] = []
+    written_chars = day = 0
+    while written_chars < tokens * CHARS_PER_TOKEN:
+        day += 1
+        who, other = rng.sample(people, 2)
+        entry = (
+            f"Day {day}. {who} {rng.choice(works)} at {rng.choice(places)}, and {other} {rng.choice(works)}. "
+            f"{rng.choice(skies)} Supper was at {rng.randint(5, 9)} o'clock.\n"
+        )
+        sentences.append(entry)
+        written_chars += len(entry)
+    for number, fact in enumerate(facts):
+        sentences.insert(int(len(sentences) * (number + 0.5) / len(facts)), fact.sentence + "\n")
+    return "".join(sentences)
+
+
+def read_document(path: Path, tokens: int) -> str:
+    """The head of a text file, about `tokens` tokens of it."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DemoError(f"cannot read {path} as text ({error}): pass another file with --document") from error
+    return text[: int(tokens * CHARS_PER_TOKEN)]
+
+
+def get_json(url: str, timeout_s: float = 30) -> Any:
+    """One GET; DemoError when nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as reply:
+            return json.load(reply)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise DemoError(
+            f"no SGLang server answers at {url} ({reason}): start one with `make serve`, or pass its address "
+            f"with --base-url"
+        ) from error
+
+
+def read_counts(server: str) -> Counts:
+    """The counters as they stand; DemoError when the server is not a clusterkv server."""
+    states = get_json(f"{server}/server_info").get("internal_states", [])
+    ranks = [state["clusterkv"] for state in states if isinstance(state.get("clusterkv"), dict)]
+    if not ranks:
+        raise DemoError(
+            f"the server at {server} runs without clusterkv: start it with --attention-backend clusterkv, as "
+            f"`make serve` does"
+        )
+    dense_steps: dict[str, int] = {}
+    for rank in ranks:
+        for reason, steps in rank.get("dense_steps", {}).items():
+            dense_steps[reason] = dense_steps.get(reason, 0) + steps
+    numbers = {name: sum(int(rank.get(name, 0)) for rank in ranks) for name in Counts._fields if name != "dense_steps"}
+    return Counts(**numbers, dense_steps=dense_steps)
+
+
+def read_settled_counts(server: str) -> Counts:
+    """The counters once two readings agree: a decode's counts are published a moment after its last token."""
+    counts = read_counts(server)
+    for _ in range(10):
+        time.sleep(0.2)
+        newer = read_counts(server)
+        if newer == counts:
+            break
+        counts = newer
+    return counts
+
+
+def ask(client: Any, model: str, messages: list[Message], max_tokens: int) -> Turn:
+    """One streamed, greedy answer, printed as it comes."""
+    begin_s = time.perf_counter()
+    first_s = last_s = None
+    pieces: list[str] = []
+    usage = None
+    stream = client.chat.completions.create(
+        model=model,
+        messages=messages,
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in stream:
+        usage = chunk.usage or usage
+        text = chunk.choices[0].delta.content if chunk.choices else None
+        if text:
+            last_s = time.perf_counter()
+            first_s = first_s or last_s
+            pieces.append(text)
+            print(text, end="", flush=True)
+    print()
+    if usage is None:
+        raise DemoError("the server sent no usage with its stream: this demo needs SGLang's OpenAI endpoint")
+    end_s = time.perf_counter()
+    first_s, last_s = first_s or end_s, last_s or end_s
+    details = usage.prompt_tokens_details
+    return Turn(
+        answer="".join(pieces),
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=details.cached_tokens if details is not None else None,
+        completion_tokens=usage.completion_tokens,
+        first_token_s=first_s - begin_s,
+        tokens_per_s=(usage.completion_tokens - 1) / (last_s - first_s) if last_s > first_s else None,
+    )
+
+
+HEADER = ["agent", "turn", "prompt", "cached", "clustered", "reused", "recalled of available", "1st token", "tokens/s"]
+
+
+def row_of(agent: str, number: int, turn: Turn, before: Counts, after: Counts) -> list[str]:
+    """One turn as cells under HEADER; counts are what the turn added."""
+    recalled = after.tokens_recalled - before.tokens_recalled
+    available = after.tokens_available - before.tokens_available
+    share = f"{recalled:,} of {available:,} ({recalled / available:.0%})" if available else "none: dense"
+    return [
+        agent,
+        str(number),
+        f"{turn.prompt_tokens:,}",
+        "-" if turn.cached_tokens is None else f"{turn.cached_tokens:,}",
+        f"{after.tokens_clustered - before.tokens_clustered:,}",
+        f"{after.tokens_reused - before.tokens_reused:,}",
+        share,
+        f"{turn.first_token_s:.2f} s",
+        "-" if turn.tokens_per_s is None else f"{turn.tokens_per_s:.1f}",
+    ]
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Rows under HEADER, columns as wide as their widest cell."""
+    widths = [max(len(row[column]) for row in [HEADER, *rows]) for column in range(len(HEADER))]
+    for row in [HEADER, ["-" * width for width in widths], *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole demo; prints the dialogue, then a table and what the clusters cost."""
+    import openai
+
+    server = args.base_url.rstrip("/").removesuffix("/v1")
+    first_counts = read_counts(server)
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key=args.api_key, timeout=args.timeout, max_retries=0)
+
+    tokens, max_tokens = (1500, 12) if args.small else (args.tokens, args.max_tokens)
+    questions: list[tuple[str, str | None]]
+    if args.document is None:
+        document = make_document(tokens, FACTS)
+        questions = [(fact.question, fact.answer) for fact in FACTS]
+    else:
+        document = read_document(args.document, tokens)
+        questions = [(question, None) for question in OPEN_QUESTIONS]
+    system = {"role": "system", "content": "Answer from this document, in a few words.\n\n" + document}
+
+    turns: list[tuple[str, int, str, str | None]] = []
+    agent_a, agent_b = questions[:-1], questions[-1:] + questions[1:2]
+    turns += [("A", number, *question) for number, question in enumerate(agent_a, 1)]
+    turns += [("B", number, *question) for number, question in enumerate(agent_b, 2)]
+
+    rows: list[list[str]] = []
+    histories: dict[str, list[Message]] = {"A": [system]}
+    found = asked = 0
+    before = first_counts
+    try:
+        model = args.model or client.models.list().data[0].id
+        for agent, number, question, expected in turns:
+            # B: the document and A's first turn, shared up to there.
+            history = histories.setdefault(agent, histories["A"][:3])
+            history.append({"role": "user", "content": question})
+            print(f"\n[{agent}{number}] {question}\n  ", end="", flush=True)
+            turn = ask(client, model, history, max_tokens)
+            history.append({"role": "assistant", "content": turn.answer})
+            if expected is not None:
+                asked += 1
+                found += expected in turn.answer
+            after = read_settled_counts(server)
+            rows.append(row_of(agent, number, turn, before, after))
+            before = after
+    except openai.APIStatusError as error:
+        raise DemoError(
+            f"the server refused a request ({error.message}): a shorter document (--tokens) or fewer tokens per answer "
+            f"(--max-tokens) may fit the model"
+        ) from error
+    except openai.APIError as error:
+        raise DemoError(f"the server stopped answering ({error}): see its log, or raise --timeout") from error
+
+    print()
+    print_table(rows)
+    print("\nprompt, cached: tokens by the server's usage report. clustered, reused: tokens of the prompt and answer.")
+    print("recalled of available: summed over decode steps, layers and kv heads.")
+    if all(row[HEADER.index("cached")] == "-" for row in rows):
+        print("cached is empty: start the server with --enable-cache-report, as `make serve` does.")
+    if asked:
+        print(f"facts found: {found} of {asked} (a 135M model also misses some with dense attention)")
+    dense = {
+        reason: steps - first_counts.dense_steps.get(reason, 0)
+        for reason, steps in before.dense_steps.items()
+        if steps > first_counts.dense_steps.get(reason, 0)
+    }
+    splits = before.splits - first_counts.splits
+    print(f"clusters held: {before.clusters:,} in {before.bytes:,} bytes; segments split: {splits}")
+    print("dense steps: " + (", ".join(f"{reason} {steps}" for reason, steps in sorted(dense.items())) or "none"))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--base-url", default="http://127.0.0.1:30000/v1", help="of the server, default %(default)s")
+    parser.add_argument("--api-key", default="EMPTY", help="only if the server was started with one")
+    parser.add_argument("--model", help="name of the served model, default: the server's first")
+    parser.add_argument("--document", type=Path, help="a text file to read instead of the made-up log book")
+    parser.add_argument("--tokens", type=int, default=6000, help="about how long the document is, default %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=48, help="per answer, default %(default)s")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds per request, default %(default)s")
+    parser.add_argument("--small", action="store_true", help="about 1,500 tokens and 12 per answer, for a quick check")
+    args = parser.parse_args(argv)
+    if args.tokens < 100 or args.max_tokens < 1:
+        parser.error("--tokens must be at least 100 and --max-tokens at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; 0 when it went through, 1 with one sentence when it could not."""
+    try:
+        run(parse_args(argv))
+    except DemoError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The attention backend: phases only. Prefill is dense and exact; decode goes through the engine's lists."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_clusterkv import runtime
+from sglang_clusterkv.clusters.engine import DecodeStep
+from sglang_clusterkv.clusters.rows import DenseReason
+from sglang_clusterkv.clusters.step import DenseStep, dense_step
+from sglang_clusterkv.kernels.attend import dense_decode
+from sglang_clusterkv.kernels.decode import sparse_decode
+from sglang_clusterkv.kernels.extend.cpu import extend
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+def create_backend(runner: ModelRunner) -> AttentionBackend:
+    """The backend for a model runner; called by SGLang's registry."""
+    return ClusterKVAttnBackend(runner)
+
+
+class ClusterKVAttnBackend(AttentionBackend):
+    """SGLang's side of ClusterKV.
+
+    Prefill runs on SGLang's own backend of the platform, on the CPU on ours. A pool without a cluster index (SGLang's
+    attention unit kit brings one) is served densely throughout.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__()
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.engine = runtime.attach_engine(runner)
+        self.first_layer = getattr(self.token_to_kv_pool, "start_layer", 0) or 0
+        self.prefill = None if torch.device(runner.device).type == "cpu" else _platform_backend(runner)
+        self._step: DecodeStep | None = None
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._all_dense: DenseStep | None = None
+        self._extend_slots: list[torch.Tensor] = []
+        self._said: set[DenseReason] = set()
+
+    def support_triton(self) -> bool:
+        """Whether SGLang may run its Triton helpers for us."""
+        return self.prefill is not None
+
+    # -- per forward ----------------------------------------------------------------------------------------------
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Take the lists of the step, or those of the prefill."""
+        self._all_dense = None
+        if forward_batch.forward_mode.is_decode_or_idle():
+            self._rows = (forward_batch.req_pool_indices, forward_batch.seq_lens)
+            self._step = runtime.take_step()
+            if self._step is None and forward_batch.batch_size:
+                # Warm-up and unit kits: no plan, so dense.
+                self._step = DecodeStep(None, None, None, self._dense_of_all())
+        elif self.prefill is not None:
+            self.prefill.init_forward_metadata(forward_batch)
+        else:
+            table = self.req_to_token_pool.req_to_token
+            lengths = forward_batch.extend_prefix_lens + forward_batch.extend_seq_lens
+            self._extend_slots = [
+                table[row, :length].long()
+                for row, length in zip(forward_batch.req_pool_indices.tolist(), lengths.tolist(), strict=True)
+            ]
+
+    def _dense_of_all(self) -> DenseStep:
+        """Every token of every request of the batch, made once per step."""
+        if self._all_dense is None:
+            assert self._rows is not None
+            rows, seq_lens = (tensor.cpu().numpy() for tensor in self._rows)
+            self._all_dense = dense_step(rows, seq_lens, self.req_to_token_pool.req_to_token)
+        return self._all_dense
+
+    # -- per layer ------------------------------------------------------------------------------------------------
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Dense attention of new tokens over their prefix and themselves, [tokens, heads * D]."""
+        if self.prefill is not None:
+            return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        self._write(k, v, layer, forward_batch, save_kv_cache)
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        output = torch.empty_like(rows)
+        begin = 0
+        for slots, new in zip(self._extend_slots, forward_batch.extend_seq_lens_cpu, strict=True):
+            new = int(new)
+            output[begin : begin + new] = extend(
+                rows[begin : begin + new],
+                keys,
+                values,
+                slots,
+                layer.scaling,
+                sliding_window=layer.sliding_window_size,
+                logit_cap=layer.logit_cap,
+                causal=layer.attn_type != AttentionType.ENCODER_ONLY,
+            )
+            begin += new
+        return output.flatten(1)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One query per request over its step's lists, [B, heads * D]."""
+        self._write(k, v, layer, forward_batch, save_kv_cache)
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        rows = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        step = self._step
+        assert step is not None, "decode without init_forward_metadata"
+        reason = self._dense_layer(layer, k)
+        if reason is not None and step.sparse is not None:
+            self._count(reason, step)
+            return self._dense(rows, keys, values, layer, self._dense_of_all()).flatten(1)
+        if step.sparse is None:
+            assert step.dense is not None
+            return self._dense(rows, keys, values, layer, step.dense).flatten(1)
+        assert self.engine is not None
+        local = layer.layer_id - self.first_layer
+        if step.dense is None:
+            return sparse_decode(rows, keys, values, self.engine.index, local, step.sparse, layer.scaling).flatten(1)
+        assert step.sparse_at is not None and step.dense_at is not None
+        output = torch.empty_like(rows)
+        output[step.sparse_at] = sparse_decode(
+            rows[step.sparse_at], keys, values, self.engine.index, local, step.sparse, layer.scaling
+        )
+        output[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense)
+        return output.flatten(1)
+
+    @staticmethod
+    def _dense(
+        rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: RadixAttention, step: DenseStep
+    ) -> torch.Tensor:
+        return dense_decode(
+            rows,
+            keys,
+            values,
+            step.slots,
+            step.seq_lens,
+            layer.scaling,
+            sliding_window=layer.sliding_window_size,
+            logit_cap=layer.logit_cap,
+        )
+
+    def _dense_layer(self, layer: RadixAttention, k: torch.Tensor | None) -> DenseReason | None:
+        """Why every request goes the dense way in this layer, if so."""
+        if layer.sliding_window_size >= 0:
+            return DenseReason.SLIDING
+        if layer.logit_cap > 0:
+            return DenseReason.LOGIT_CAP
+        if k is None:
+            return DenseReason.SHARED_KV
+        if self.engine is not None and layer.layer_id < self.engine.config.dense_layers:
+            return DenseReason.FIRST_LAYERS
+        return None
+
+    def _count(self, reason: DenseReason, step: DecodeStep) -> None:
+        """Count the requests of a layer that goes the dense way, and say so once."""
+        assert self.engine is not None and step.sparse is not None
+        self.engine.counters.dense_layer_calls[reason.name.lower()] += step.sparse.batch
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.info("clusterkv: some layers decode densely: %s", reason.name.lower())
+
+    def _write(
+        self,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+    ) -> None:
+        if save_kv_cache and k is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+
+
+def _platform_backend(runner: ModelRunner) -> AttentionBackend:
+    """SGLang's backend for prefill on an accelerator: FlashInfer where it is installed, else Triton."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.utils import is_flashinfer_available
+
+    return ATTENTION_BACKENDS["flashinfer" if is_flashinfer_available() else "triton"](runner)

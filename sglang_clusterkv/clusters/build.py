@@ -1,0 +1,154 @@
+"""Build a segment: cluster the keys of its pages, for every layer and kv head, and write the rows of its pages.
+
+Runs on the device at the head of a forward, eagerly. The same keys give the same tables in every batch: a segment is
+built alone, so that no matrix shape depends on what else is built.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_clusterkv.clusters.index import ClusterIndex
+from sglang_clusterkv.clusters.rotation import rotation_matrix
+from sglang_clusterkv.kernels import kmeans
+
+
+class SegmentTables(NamedTuple):
+    """What is stored of one segment, before encoding. N = heads (of several layers), M = tokens, C = clusters."""
+
+    labels: torch.Tensor  # int64 [N, M]
+    members: torch.Tensor  # int64 [N, M], offsets sorted by cluster, ascending inside
+    cluster_end: torch.Tensor  # int64 [N, C]
+    mean_key: torch.Tensor  # bf16 [N, D]
+    mean_value: torch.Tensor  # bf16 [N, D]
+    variance: torch.Tensor  # bf16 [N, D], mean within-cluster variance by channel
+    key_rows: torch.Tensor  # uint8 [N, C, row_bytes]
+    value_rows: torch.Tensor  # uint8 [N, C, row_bytes]
+    spread: torch.Tensor  # bf16 [N, C]
+    codes: torch.Tensor | None  # uint8 [N, M, code_bytes], in the order of `members`
+    code_scales: torch.Tensor | None  # bf16 [N, M]
+
+
+def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tensor) -> SegmentTables:
+    """Cluster one segment's keys and describe the clusters (DESIGN.md "Exactly": k-means, spread, rows, codes).
+
+    Args:
+        index: gives configuration and codecs.
+        keys: float32 [N, M, D].
+        values: float32 [N, M, D].
+    """
+    config = index.config
+    tokens = keys.shape[1]
+    clusters = tokens // config.tokens_per_cluster
+    center = keys.mean(1)
+    centered = keys - center.unsqueeze(1)
+    labels = kmeans.labels_of(centered, clusters, config.kmeans_passes)
+
+    members = labels.argsort(dim=1, stable=True)
+    sizes = torch.zeros((keys.shape[0], clusters), dtype=torch.int64, device=keys.device)
+    sizes.scatter_add_(1, labels, torch.ones_like(labels))
+    count = sizes.clamp(min=1).unsqueeze(-1)
+    centroids = kmeans.sum_by_label(centered, labels, clusters) / count
+    mean_values = kmeans.sum_by_label(values, labels, clusters) / count
+
+    residuals = centered - _of_token(centroids, labels)
+    squares = residuals.square()
+    variance = squares.mean(1)
+    total = variance.sum(-1, keepdim=True)
+    by_cluster = torch.zeros_like(sizes, dtype=keys.dtype).scatter_add_(1, labels, squares.sum(-1)) / count.squeeze(-1)
+    spread = torch.where(total > 0, by_cluster / torch.where(total > 0, total, 1.0), 0.0)
+
+    mean_key = center.to(torch.bfloat16)
+    # Rows are relative to the mean as stored, so that a step adds one q.mean per segment and nothing is lost.
+    key_rows = index.row_codec.encode(centroids + (center - mean_key.float()).unsqueeze(1))
+    codes = code_scales = None
+    if config.refine:
+        stored = index.row_codec.decode(key_rows) + mean_key.float().unsqueeze(1)
+        rotated = (keys - _of_token(stored, labels)) @ rotation_matrix(keys.shape[-1], str(keys.device)).T
+        # In the order of the member list: a cluster's codes lie together, as a step reads them.
+        rotated = rotated.gather(1, members.unsqueeze(-1).expand_as(rotated))
+        codes, code_scales = index.token_codec.encode(rotated)
+    return SegmentTables(
+        labels=labels,
+        members=members,
+        cluster_end=sizes.cumsum(1),
+        mean_key=mean_key,
+        mean_value=values.mean(1).to(torch.bfloat16),
+        variance=variance.to(torch.bfloat16),
+        key_rows=key_rows,
+        value_rows=index.row_codec.encode(mean_values),
+        spread=spread.to(torch.bfloat16),
+        codes=codes,
+        code_scales=code_scales,
+    )
+
+
+def _of_token(by_cluster: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[N, C, D] -> each token's cluster's row, [N, M, D]."""
+    return by_cluster.gather(1, labels.unsqueeze(-1).expand(-1, -1, by_cluster.shape[-1]))
+
+
+def build_segment(
+    index: ClusterIndex,
+    segment_id: int,
+    slots: torch.Tensor,
+    key_buffers: list[torch.Tensor],
+    value_buffers: list[torch.Tensor],
+    layers_per_call: int,
+) -> None:
+    """Cluster the tokens at `slots` in every layer, write the tables, and mark the pages.
+
+    Args:
+        index: the index to write.
+        segment_id: unique, from the plan.
+        slots: int64 [M], the slots of whole pages in sequence order.
+        key_buffers: the pool's keys, one [slots, H, D] per layer.
+        value_buffers: likewise.
+        layers_per_call: layers that are clustered together (fixed per device: shapes must not depend on the batch).
+    """
+    page_size = index.geometry.page_size
+    pages = slots[::page_size] // page_size
+    for first in range(0, len(key_buffers), layers_per_call):
+        layers = range(first, min(first + layers_per_call, len(key_buffers)))
+        keys = _heads_first([key_buffers[layer] for layer in layers], slots)
+        values = _heads_first([value_buffers[layer] for layer in layers], slots)
+        _write(index, layers, pages, slots, cluster_segment(index, keys, values))
+    index.mark(segment_id, pages)
+
+
+def _heads_first(buffers: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
+    """Rows `slots` of each [S, H, D] buffer, as float32 [layers * H, M, D]."""
+    rows = torch.stack([buffer.index_select(0, slots) for buffer in buffers])
+    return rows.float().transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _write(
+    index: ClusterIndex, layers: range, pages: torch.Tensor, slots: torch.Tensor, tables: SegmentTables
+) -> None:
+    """Write one segment's tables at the rows of its pages and slots, for a range of layers."""
+    arrays = index.arrays
+    span = slice(layers.start, layers.stop)
+    rows = index.cluster_rows(pages).flatten()
+
+    def by_layer(table: torch.Tensor) -> torch.Tensor:
+        """[layers * H, X, ...] -> [layers, X, H, ...]."""
+        return table.unflatten(0, (len(layers), -1)).transpose(1, 2)
+
+    for name, where, table in (
+        ("key_rows", rows, tables.key_rows),
+        ("value_rows", rows, tables.value_rows),
+        ("spread", rows, tables.spread),
+        ("cluster_end", rows, tables.cluster_end.to(torch.int16)),
+        ("members", slots, tables.members.to(torch.int16)),
+        ("codes", slots, tables.codes),
+        ("code_scales", slots, tables.code_scales),
+    ):
+        if table is not None:
+            arrays[name][span].index_copy_(1, where, by_layer(table))
+
+    vectors = torch.stack((tables.mean_key, tables.mean_value, tables.variance), 1)  # [N, 3, D]
+    quarters = arrays["segment_vectors"].shape[-1]
+    vectors = vectors.unflatten(-1, (-1, quarters)).permute(0, 2, 1, 3)  # [N, 4, 3, D/4]
+    arrays["segment_vectors"][span].index_copy_(1, pages[: vectors.shape[1]], by_layer(vectors))

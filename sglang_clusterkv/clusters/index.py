@@ -1,0 +1,97 @@
+"""The cluster index: arrays beside the KV pool, indexed by page, slot and kv head, and the state of each page.
+
+A segment of n pages has n * clusters_per_page clusters; those of its j-th page's rows are clusters
+j * clusters_per_page, ... of the segment. The index needs no allocator: it lives and dies with the pages.
+
+Page state is read and written on the forward stream only, in launch order; this table is the truth.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
+from sglang_clusterkv.memory import device as device_tier
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.config import ClusterKVConfig
+    from sglang_clusterkv.memory.device import Geometry
+
+UNCLUSTERED = -1
+
+
+class LayerView(NamedTuple):
+    """The index of one layer. C = clusters of the pool, S = slots of the pool, H = kv heads, D = head_dim."""
+
+    key_rows: torch.Tensor  # uint8 [C, H, row_bytes], centroid relative to the segment's mean key as stored
+    value_rows: torch.Tensor  # uint8 [C, H, row_bytes], mean value
+    spread: torch.Tensor  # bf16 [C, H]
+    cluster_end: torch.Tensor  # int16 [C, H], end of the cluster in its segment's member list
+    segment_vectors: torch.Tensor  # bf16 [pages, H, 3, D/4]: quarters of mean key, mean value, variance
+    members: torch.Tensor  # int16 [S, H], offsets in the segment, sorted by cluster
+    codes: torch.Tensor | None  # uint8 [S, H, code_bytes], in the order of `members`
+    code_scales: torch.Tensor | None  # bf16 [S, H]
+
+
+class ClusterIndex:
+    """Owns the arrays and the page states.
+
+    Args:
+        config: the resolved configuration.
+        geometry: sizes of the KV pool.
+        device: where the arrays live.
+    """
+
+    def __init__(self, config: ClusterKVConfig, geometry: Geometry, device: str) -> None:
+        self.config = config
+        self.geometry = geometry
+        self.device = device
+        self.row_codec = RowCodec(config.centroid_dtype, geometry.head_dim)
+        self.token_codec = TokenCodec(config.code_bits, geometry.head_dim)
+        self.clusters_per_page = geometry.page_size // config.tokens_per_cluster
+        self.arrays = device_tier.allocate(config, geometry, device)
+        self.page_state = self.arrays["page_state"]  # int32 [pages, 3]: segment id, index in the segment, its pages
+        self.page_state[:, 0] = UNCLUSTERED
+        self._layers = [self._view(layer) for layer in range(geometry.layers)]
+
+    def _view(self, layer: int) -> LayerView:
+        return LayerView(*(self.arrays[name][layer] if name in self.arrays else None for name in LayerView._fields))
+
+    def layer(self, layer: int) -> LayerView:
+        """The arrays of one layer (counted from this rank's first)."""
+        return self._layers[layer]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.numel() * array.element_size() for array in self.arrays.values())
+
+    def invalidate(self, pages: torch.Tensor) -> None:
+        """Mark pages (int64 [n], any device order) unclustered: they were handed out again."""
+        self.page_state[:, 0].index_fill_(0, pages, UNCLUSTERED)
+
+    def invalidate_all(self) -> None:
+        """Mark every page unclustered: the allocator was cleared."""
+        self.page_state[:, 0] = UNCLUSTERED
+
+    def forget(self, segment_ids: list[int]) -> None:
+        """Mark every page of these segments unclustered, whoever sees it."""
+        ids = torch.tensor(segment_ids, dtype=torch.int32).to(self.device, non_blocking=True)
+        owner = self.page_state[:, 0]
+        owner.masked_fill_(torch.isin(owner, ids), UNCLUSTERED)
+
+    def mark(self, segment_id: int, pages: torch.Tensor) -> None:
+        """Make `pages` (int64 [n], in sequence order) the pages of segment `segment_id`."""
+        count = pages.numel()
+        state = torch.empty((count, 3), dtype=torch.int32, device=pages.device)
+        state[:, 0] = segment_id
+        state[:, 1] = torch.arange(count, dtype=torch.int32, device=pages.device)
+        state[:, 2] = count
+        self.page_state[pages] = state
+
+    def cluster_rows(self, pages: torch.Tensor) -> torch.Tensor:
+        """Rows of the clusters at `pages` [...]: int64 [..., clusters_per_page]."""
+        offsets = torch.arange(self.clusters_per_page, device=pages.device)
+        return pages.unsqueeze(-1) * self.clusters_per_page + offsets

@@ -1,0 +1,349 @@
+"""Which segments to make, cut and forget: decided on the host, from snapshots of rows taken on the forward stream.
+
+At the head of forward N the rows that need a look are snapshotted (pages and their states). When the host launches N + 1
+it plans from that snapshot, and the resulting operations run at the head of N + 1. What the host keeps between steps is
+only what each running row's last walk saw; a row that was rewritten since its snapshot is dirty and is looked at again.
+
+Rules kept here (DESIGN.md, "Rules"): a segment is made of pages its maker wrote or of one run of unclustered pages that it
+found (2); a running request sees a segment whole or not at all (3); borders depend on positions alone where nothing is
+shared (5); borders are set so that the window stays short (6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from sglang_clusterkv.clusters.index import UNCLUSTERED
+from sglang_clusterkv.clusters.rows import Row, Segment
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
+
+
+class Snapshot(NamedTuple):
+    """A row as the forward stream saw it at the head of a forward, from page `first_page` on."""
+
+    row: Row
+    changed: int  # row.changed when the snapshot was taken
+    first_page: int
+    length: int  # row.length then
+    pages: np.ndarray  # int [n], page ids
+    state: np.ndarray  # int [n, 3]: segment id, index, pages of the segment
+
+
+class Make(NamedTuple):
+    """Cluster pages [first_page, first_page + pages) of a row as segment `id`."""
+
+    id: int
+    row: int
+    first_page: int
+    pages: int
+
+
+class Forget(NamedTuple):
+    """Mark the pages of segment `id` unclustered."""
+
+    id: int
+
+
+@dataclass
+class Plan:
+    """Operations for the head of the next forward, in order, and what they come from."""
+
+    operations: list[Make | Forget] = field(default_factory=list)
+    touched: list[Row] = field(default_factory=list)  # rows whose record changed
+    splits: int = 0
+
+
+class _Run(NamedTuple):
+    """Consecutive pages [begin, end) of a row in one state."""
+
+    begin: int
+    end: int
+    id: int  # UNCLUSTERED, or a segment
+    index: int  # index in the segment of the first page
+    count: int  # pages of the segment
+
+    @property
+    def whole(self) -> bool:
+        return self.index == 0 and self.end - self.begin == self.count
+
+
+class Planner:
+    """Keeps the rows' records and turns snapshots into plans.
+
+    Args:
+        config: the resolved configuration.
+        page_size: tokens per page.
+    """
+
+    def __init__(self, config: ClusterKVConfig, page_size: int) -> None:
+        self.page_size = page_size
+        self.segment_pages = config.segment_tokens // page_size
+        self.window_pages = config.window_tokens // page_size
+        self.sink_pages = config.sink_tokens // page_size
+        self.recluster_pages = config.recluster_every // page_size
+        self.rows: dict[int, Row] = {}
+        self._next_id = 0
+        self._seen_by: dict[int, list[Row]] = {}  # segment id -> running rows that see it
+
+    # -- what happens to rows -------------------------------------------------------------------------------------
+
+    def admit(self, row: int, *, rid: str, found_tokens: int, prompt_len: int) -> Row:
+        """A request got this row; its first `found_tokens` tokens came from the radix tree."""
+        self.free(row)
+        record = Row(row=row, prompt_len=prompt_len, found_end=found_tokens, length=found_tokens, rid=rid)
+        record.cached_tokens = found_tokens
+        self.rows[row] = record
+        return record
+
+    def rewritten(self, row: int, begin: int, end: int) -> bool:
+        """A checkpoint replaced the row's slots [begin, end) by the tree's; true if a record changed."""
+        record = self.rows.get(row)
+        if record is None or end <= begin:
+            return False
+        record.dirty = True
+        record.changed += 1
+        record.found_end = max(record.found_end, end)
+        return True
+
+    def free(self, row: int) -> None:
+        """The row's request ended, was aborted or retracted."""
+        record = self.rows.pop(row, None)
+        if record is not None:
+            record.changed += 1
+            self._see(record, [])
+
+    def clear(self) -> None:
+        """Every row was freed."""
+        for row in list(self.rows):
+            self.free(row)
+
+    def watchers(self, segment_id: int) -> int:
+        """How many running requests see a segment."""
+        return len(self._seen_by.get(segment_id, ()))
+
+    # -- what to look at ------------------------------------------------------------------------------------------
+
+    def first_page_to_look_at(self, record: Row) -> int:
+        """Where a snapshot of the row begins: everything for a dirty row, else what follows its last segment."""
+        if record.dirty or not record.segments:
+            return self.sink_pages
+        return record.segments[-1].end // self.page_size
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    def plan(self, snapshots: list[Snapshot]) -> Plan:
+        """Decide what to make and forget. Snapshots of rows that changed since are ignored: those rows stay dirty."""
+        plan = Plan()
+        current = [s for s in snapshots if self.rows.get(s.row.row) is s.row and s.changed == s.row.changed]
+        view = _View(current)
+        # Shorter matches first: what they leave of a run or of a cut segment, the longer ones close.
+        dirty = sorted((s for s in current if s.row.dirty), key=lambda s: s.row.found_end)
+        for snapshot in dirty:
+            self._cut_what_it_sees_in_part(snapshot, view, plan)
+        for snapshot in dirty:
+            self._close_what_it_found(snapshot, view, plan)
+        for snapshot in current:
+            self._walk(snapshot, view, plan)
+        return plan
+
+    def _cut_what_it_sees_in_part(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
+        """Cut the segments that end outside this row."""
+        for run in view.runs(snapshot):
+            if run.id != UNCLUSTERED and not run.whole and run.id not in view.forgotten:
+                self._cut(snapshot, run, view, plan)
+
+    def _close_what_it_found(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
+        """Cluster the unclustered runs that the row found, and put a border before its match's end."""
+        record = snapshot.row
+        match_end = record.found_end // self.page_size
+        limit = self._prompt_limit(record)
+        last = None
+        for run in view.runs(snapshot):
+            if run.id == UNCLUSTERED and run.begin < match_end:
+                self._make_run(record, run.begin, min(run.end, match_end), limit, view, plan, match_end)
+            elif run.id != UNCLUSTERED and run.end == match_end:
+                last = run
+        if last is not None and last.count > self.recluster_pages:
+            self._cut(snapshot, last, view, plan)
+
+    def _cut(self, snapshot: Snapshot, run: _Run, view: _View, plan: Plan) -> None:
+        """Split a segment at the part that this row sees. The rest is rebuilt only if a running row sees it."""
+        record = snapshot.row
+        plan.splits += 1
+        plan.operations.append(Forget(run.id))
+        pieces: list[tuple[int, int, int]] = []  # index begin, index end, new id
+        first = run.begin - run.index  # the page of the row at which the segment would begin
+        match_end = record.found_end // self.page_size
+        pieces += [
+            (begin - first, end - first, self._make(record.row, begin, end - begin, record, plan))
+            for begin, end in self._pieces(run.begin, run.end, self._prompt_limit(record), match_end)
+        ]
+        viewers = [row for row in self._seen_by.get(run.id, []) if row is not record]
+        owner = next((row for row in viewers if not row.dirty), None)
+        if owner is not None:
+            for begin, end in ((0, run.index), (run.index + run.end - run.begin, run.count)):
+                pieces += [
+                    (b - first, e - first, self._make(owner.row, b, e - b, owner, plan))
+                    for b, e in self._pieces(first + begin, first + end, first + end, None)
+                ]
+        pieces.sort()
+        view.replace(run.id, pieces)
+        replacement = [
+            Segment(new_id, (first + b) * self.page_size, (first + e) * self.page_size) for b, e, new_id in pieces
+        ]
+        for row in viewers:
+            if not row.dirty:
+                kept = [s for s in row.segments if s.id != run.id]
+                self._see(row, sorted(kept + replacement, key=lambda s: s.begin))
+                plan.touched.append(row)
+
+    def _walk(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
+        """See whole segments, make segments of what the row wrote itself, and publish its record."""
+        record = snapshot.row
+        seen = [] if record.dirty else [s for s in record.segments if s.end <= snapshot.first_page * self.page_size]
+        for run in view.runs(snapshot):
+            if run.id != UNCLUSTERED and run.whole:
+                seen.append(Segment(run.id, run.begin * self.page_size, run.end * self.page_size))
+        if not record.walked:
+            record.reused_tokens = sum(s.tokens for s in seen if s.id not in view.new_ids)
+            record.walked = True
+        self._see(record, seen)
+        self._make_own(snapshot, view, plan)
+        record.dirty = False
+        plan.touched.append(record)
+
+    def _make_own(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
+        """Own pages: whole segments while the prefill runs, the rest when it ends, decoded tokens as they age."""
+        record = snapshot.row
+        match_end, prompt_limit = record.found_end // self.page_size, self._prompt_limit(record)
+        aged = snapshot.length // self.page_size - self.window_pages
+        runs = view.runs(snapshot)
+        for run in runs[:-1]:
+            if run.id == UNCLUSTERED and run.begin >= match_end:  # between segments: a rewrite left it
+                self._own_pieces(snapshot, run.begin, run.end, min(prompt_limit, aged), view, plan)
+        begin = max(match_end, self.sink_pages)
+        if runs and runs[-1].id != UNCLUSTERED:
+            begin = max(begin, runs[-1].end)
+        elif runs:
+            if runs[-1].begin < begin <= aged and not record.prefilling:
+                # What it found at its prompt's end, then too young to be clustered, is a segment of its own.
+                self._own_pieces(snapshot, runs[-1].begin, begin, aged, view, plan)
+            begin = max(begin, runs[-1].begin)
+            end = min(runs[-1].end, prompt_limit)
+            if record.prefilling:
+                end = begin + (end - begin) // self.segment_pages * self.segment_pages
+            begin = self._own_pieces(snapshot, begin, end, prompt_limit, view, plan)
+            while not record.prefilling and aged - begin >= self.recluster_pages:
+                begin = self._own_pieces(snapshot, begin, begin + self.recluster_pages, aged, view, plan)
+        record.waits_from = begin * self.page_size
+
+    def _own_pieces(self, snapshot: Snapshot, begin: int, end: int, limit: int, view: _View, plan: Plan) -> int:
+        """Make segments of own pages [begin, end); returns the page where the last one ends (begin if none)."""
+        record = snapshot.row
+        for b, e in self._pieces(begin, end, limit, None):
+            new_id = self._make(record.row, b, e - b, record, plan)
+            view.claim(snapshot, b, e, new_id)
+            segment = Segment(new_id, b * self.page_size, e * self.page_size)
+            self._see(record, sorted([*record.segments, segment], key=lambda s: s.begin))
+            begin = e
+        return begin
+
+    def _make_run(
+        self, record: Row, begin: int, end: int, limit: int, view: _View, plan: Plan, match_end: int
+    ) -> None:
+        """Cluster an unclustered run that the row found."""
+        snapshot = view.snapshot_of(record)
+        for b, e in self._pieces(begin, end, limit, match_end):
+            view.claim(snapshot, b, e, self._make(record.row, b, e - b, record, plan))
+
+    def _pieces(self, begin: int, end: int, limit: int, match_end: int | None) -> list[tuple[int, int]]:
+        """Segments to make of pages [begin, end): cut every segment_pages from the begin, none beyond `limit`, none
+        shorter than four pages; a border window_pages before `match_end` where the last one is long and ends there."""
+        end = min(end, limit)
+        starts = range(begin, end, self.segment_pages)
+        pieces = [(start, min(start + self.segment_pages, end)) for start in starts]
+        if match_end is not None and pieces and pieces[-1][1] == match_end:
+            b, e = pieces[-1]
+            if e - b > self.recluster_pages:
+                pieces[-1:] = [(b, e - self.window_pages), (e - self.window_pages, e)]
+        return [(b, e) for b, e in pieces if e - b >= SEGMENT_VECTOR_PAGES]
+
+    def _make(self, row: int, first_page: int, pages: int, record: Row, plan: Plan) -> int:
+        self._next_id += 1
+        plan.operations.append(Make(self._next_id, row, first_page, pages))
+        record.clustered_tokens += pages * self.page_size
+        return self._next_id
+
+    def _prompt_limit(self, record: Row) -> int:
+        """The page beyond which no segment made during prefill ends."""
+        return record.prompt_len // self.page_size - self.window_pages
+
+    def _see(self, record: Row, segments: list[Segment]) -> None:
+        """Replace what a row sees, and keep who sees what."""
+        for segment in record.segments:
+            rows = self._seen_by[segment.id]
+            rows.remove(record)
+            if not rows:
+                del self._seen_by[segment.id]
+        record.segments = segments
+        for segment in segments:
+            self._seen_by.setdefault(segment.id, []).append(record)
+
+
+class _View:
+    """Page states as they will be once the plan so far has run: the snapshots, plus what was claimed and cut."""
+
+    def __init__(self, snapshots: list[Snapshot]) -> None:
+        self._state = {id(s.row): s.state.copy() for s in snapshots}
+        self._snapshots = {id(s.row): s for s in snapshots}
+        self.new_ids: set[int] = set()
+        self.forgotten: set[int] = set()
+
+    def snapshot_of(self, record: Row) -> Snapshot:
+        """The snapshot of a row."""
+        return self._snapshots[id(record)]
+
+    def runs(self, snapshot: Snapshot) -> list[_Run]:
+        """The row's full pages, as maximal runs of one segment or of unclustered pages."""
+        state = self._state[id(snapshot.row)]
+        if not len(state):
+            return []
+        ids, index = state[:, 0], state[:, 1]
+        same = (ids[1:] == ids[:-1]) & ((ids[1:] == UNCLUSTERED) | (index[1:] == index[:-1] + 1))
+        starts = np.concatenate(([0], np.flatnonzero(~same) + 1, [len(state)]))
+        first = snapshot.first_page
+        return [
+            _Run(int(first + b), int(first + e), int(state[b, 0]), int(state[b, 1]), int(state[b, 2]))
+            for b, e in zip(starts[:-1], starts[1:], strict=True)
+        ]
+
+    def claim(self, snapshot: Snapshot, begin: int, end: int, new_id: int) -> None:
+        """Pages [begin, end) of a snapshotted row become segment `new_id`, in every row that has these pages."""
+        self.new_ids.add(new_id)
+        pages = snapshot.pages[begin - snapshot.first_page : end - snapshot.first_page]
+        order = np.argsort(pages)
+        for key, state in self._state.items():
+            theirs = self._snapshots[key].pages
+            at = np.searchsorted(pages[order], theirs).clip(max=len(pages) - 1)
+            hit = pages[order][at] == theirs
+            state[hit, 0] = new_id
+            state[hit, 1] = order[at[hit]]
+            state[hit, 2] = len(pages)
+
+    def replace(self, segment_id: int, pieces: list[tuple[int, int, int]]) -> None:
+        """Segment `segment_id` falls apart into pieces (index begin, index end, new id); the rest is unclustered."""
+        self.forgotten.add(segment_id)
+        for state in self._state.values():
+            old = np.flatnonzero(state[:, 0] == segment_id)
+            index = state[old, 1].copy()
+            state[old, 0] = UNCLUSTERED
+            for begin, end, new_id in pieces:
+                self.new_ids.add(new_id)
+                inside = old[(index >= begin) & (index < end)]
+                state[inside, 1] -= begin
+                state[inside, 0] = new_id
+                state[inside, 2] = end - begin

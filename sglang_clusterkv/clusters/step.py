@@ -1,0 +1,120 @@
+"""The lists of one decode step: which pages hold clusters that may be recalled, and which slots are always attended.
+
+Built once per step for all layers, from the rows' borders (host, vectorised) and req_to_token (device). Nothing here waits
+for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class SparseStep(NamedTuple):
+    """B requests that decode sparsely. Lists are padded to the longest; N pages, W always-attended tokens, S segments."""
+
+    batch: int
+    pages: torch.Tensor  # int64 [B, N], pages of recallable segments, in sequence order; padding 0
+    page_count: torch.Tensor  # int64 [B]
+    segment_of_page: torch.Tensor  # int64 [B, N], ordinal of the page's segment in the request
+    segment_begin: torch.Tensor  # int64 [B, S], index in `pages` of the segment's first page
+    segment_count: torch.Tensor  # int64 [B]
+    base_slots: torch.Tensor  # int64 [B, W], sinks, gaps and window, in sequence order; padding 0
+    base_count: torch.Tensor  # int64 [B]
+    recallable_tokens: int  # most over the batch
+
+
+class DenseStep(NamedTuple):
+    """B requests that decode over all their tokens."""
+
+    batch: int
+    slots: torch.Tensor  # int64 [B, T], in sequence order; padding 0
+    seq_lens: torch.Tensor  # int64 [B]
+
+
+class RowBorders(NamedTuple):
+    """Borders of the recallable segments of B rows, host arrays int32; padding: the largest int32."""
+
+    rows: np.ndarray  # [B]
+    seq_lens: np.ndarray  # [B]
+    count: np.ndarray  # [B], recallable segments
+    begin: np.ndarray  # [B, S], token positions
+    end: np.ndarray  # [B, S]
+    covered: np.ndarray  # [B, S + 1], tokens of the first i segments
+
+
+def _to_device(array: np.ndarray, device: str) -> torch.Tensor:
+    tensor = torch.from_numpy(array.astype(np.int64))
+    if device != "cpu":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int) -> SparseStep:
+    """Expand the borders of B rows into the lists of a step.
+
+    Args:
+        borders: of rows that have at least one recallable segment.
+        req_to_token: int32 [rows, max_context], slots by position.
+        page_size: tokens per page.
+    """
+    device = req_to_token.device.type
+    most = int(borders.count.max())
+    inside = np.arange(most) < borders.count[:, None]
+    covered = borders.covered[np.arange(len(borders.rows)), borders.count]
+    never = np.iinfo(np.int32).max
+    begin = np.where(inside, borders.begin[:, :most], never)
+    before = np.where(inside, borders.covered[:, :most], never)
+    base_before = np.where(inside, borders.begin[:, :most] - borders.covered[:, :most], never)
+    base = borders.seq_lens - covered
+
+    rows = _to_device(borders.rows, device).unsqueeze(1)
+    begins, befores = _to_device(begin, device), _to_device(before, device)
+    totals = _to_device(borders.covered[:, : most + 1], device)
+
+    # Recallable page j of a row lies in the segment with the largest `before` <= j.
+    page_before = befores // page_size
+    listed = torch.arange(int(covered.max()) // page_size, device=req_to_token.device).expand(len(borders.rows), -1)
+    ordinal = torch.searchsorted(page_before, listed.contiguous(), right=True) - 1
+    position = begins.gather(1, ordinal) + (listed - page_before.gather(1, ordinal)) * page_size
+    page_count = _to_device(covered // page_size, device)
+    real = listed < page_count.unsqueeze(1)
+    pages = req_to_token[rows, torch.where(real, position, 0)].long() // page_size
+
+    # Always-attended token j follows every segment that begins after j or fewer of them.
+    base_count = _to_device(base, device)
+    tokens = torch.arange(int(base.max()), device=req_to_token.device).expand(len(borders.rows), -1)
+    passed = torch.searchsorted(_to_device(base_before, device), tokens.contiguous(), right=True)
+    passed = torch.minimum(passed, _to_device(borders.count, device).unsqueeze(1))
+    base_position = tokens + totals.gather(1, passed)
+    base_real = tokens < base_count.unsqueeze(1)
+    base_slots = req_to_token[rows, torch.where(base_real, base_position, 0)].long()
+    return SparseStep(
+        batch=len(borders.rows),
+        pages=torch.where(real, pages, 0),
+        page_count=page_count,
+        segment_of_page=torch.where(real, ordinal, 0),
+        segment_begin=page_before,
+        segment_count=_to_device(borders.count, device),
+        base_slots=torch.where(base_real, base_slots, 0),
+        base_count=base_count,
+        recallable_tokens=int(covered.max()),
+    )
+
+
+def dense_step(rows: np.ndarray, seq_lens: np.ndarray, req_to_token: torch.Tensor) -> DenseStep:
+    """List every token of B rows.
+
+    Args:
+        rows: int [B], lines of req_to_token.
+        seq_lens: int [B].
+        req_to_token: int32 [rows, max_context].
+    """
+    device = req_to_token.device.type
+    longest = int(seq_lens.max())
+    lengths = _to_device(seq_lens, device)
+    slots = req_to_token[_to_device(rows, device), :longest].long()
+    real = torch.arange(longest, device=req_to_token.device) < lengths.unsqueeze(1)
+    return DenseStep(len(rows), torch.where(real, slots, 0), lengths)

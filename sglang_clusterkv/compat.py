@@ -1,0 +1,252 @@
+"""What ClusterKV cannot serve, as one table: each row a condition, the reason and the alternative.
+
+The plugin asks at start, while SGLang resolves its arguments; docs and tests list the same rows. No sglang import here:
+a predicate reads SGLang's resolved arguments (any object with their names) and ModelFacts.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+BACKEND = "clusterkv"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the table needs to know about a model, read from SGLang's ModelConfig by the plugin."""
+
+    head_dim: int
+    v_head_dim: int
+    mla: bool = False
+    encoder_decoder: bool = False
+    attention_sinks: bool = False
+    hybrid_swa: bool = False  # two KV pools, one of them for sliding-window layers
+    hybrid_linear: bool = False  # Mamba, GDN, KDA, lightning: layers without KV
+    own_sparse: bool = False  # DSA, QSA, MiniMax sparse, DeepSeek V4: the model brings its selection
+    chunked_attention: bool = False  # Llama 4's local layers, dual chunk attention
+    generates: bool = True
+
+
+class Refusal(NamedTuple):
+    """One row: `applies(arguments, model)`, and the sentence that ends the start when it does."""
+
+    name: str
+    applies: Callable[[Any, ModelFacts], bool]
+    sentence: str
+
+
+def _on(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "y")
+
+
+def _split_backends(arguments: Any) -> bool:
+    base = arguments.attention_backend
+    return any(
+        backend not in (None, BACKEND)
+        for backend in (arguments.prefill_attention_backend or base, arguments.decode_attention_backend or base)
+    )
+
+
+def _full_prefill_graph(arguments: Any) -> bool:
+    # A config from JSON is a dict until SGLang has parsed it.
+    config = arguments.cuda_graph_config
+    if isinstance(config, dict):
+        backend = (config.get("prefill") or {}).get("backend")
+    else:
+        backend = getattr(getattr(config, "prefill", None), "backend", None)
+    return "full" in (backend, arguments.cuda_graph_backend_prefill)
+
+
+_OTHER = "use another --attention-backend"
+
+# Rows that SGLang's arguments decide alone; they are asked first, before SGLang reads the model's configuration.
+ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "device",
+        lambda a, m: (a.device or "cpu").split(":")[0] not in ("cpu", "cuda"),
+        f"it runs on CUDA and on the CPU only: {_OTHER} on this device",
+    ),
+    Refusal(
+        "page size 1",
+        lambda a, m: a.page_size == 1,
+        "--page-size 1 has no pages to keep clusters with: leave --page-size out (16) or use a larger one",
+    ),
+    Refusal(
+        "chunks of part pages",
+        lambda a, m: (a.chunked_prefill_size or 0) > 0 and a.chunked_prefill_size % (a.page_size or 1) != 0,
+        "--chunked-prefill-size is not a multiple of --page-size: change one of them",
+    ),
+    Refusal(
+        "split backends",
+        lambda a, m: _split_backends(a),
+        "prefill and decode must both use it, or nothing is clustered: leave out --prefill-attention-backend and "
+        "--decode-attention-backend",
+    ),
+    Refusal(
+        "speculative decoding",
+        lambda a, m: a.speculative_algorithm is not None,
+        f"speculative decoding verifies several tokens per step, which it does not do: leave out "
+        f"--speculative-algorithm or {_OTHER}",
+    ),
+    Refusal(
+        "mixed chunk",
+        lambda a, m: a.enable_mixed_chunk,
+        "--enable-mixed-chunk sends decode steps through the prefill path, where they would be dense: leave it out",
+    ),
+    Refusal(
+        "PD disaggregation",
+        lambda a, m: a.disaggregation_mode != "null" or a.encoder_only,
+        f"a disaggregated decode server gets KV that was never clustered: leave out --disaggregation-mode or {_OTHER}",
+    ),
+    Refusal(
+        "PD multiplexing",
+        lambda a, m: a.enable_pdmux,
+        "--enable-pdmux runs prefill and decode at once, against the order its clusters need: leave it out",
+    ),
+    Refusal(
+        "two-batch overlap",
+        lambda a, m: a.enable_two_batch_overlap,
+        "--enable-two-batch-overlap splits the batch that its plan is made for: leave it out",
+    ),
+    Refusal(
+        "quantized KV",
+        lambda a, m: a.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
+        "it clusters 16-bit keys: leave out --kv-cache-dtype or use bf16",
+    ),
+    Refusal(
+        "decode context parallelism",
+        lambda a, m: a.dcp_size > 1,
+        f"--dcp-size above 1 spreads a sequence's KV over ranks: leave it out or {_OTHER}",
+    ),
+    Refusal(
+        "prefill context parallelism",
+        lambda a, m: a.enable_prefill_cp or a.attn_cp_size > 1,
+        f"context-parallel prefill spreads a sequence over ranks: leave out --enable-prefill-cp and "
+        f"--attention-context-parallel-size or {_OTHER}",
+    ),
+    Refusal(
+        "full prefill graph",
+        lambda a, m: _full_prefill_graph(a),
+        "a full prefill CUDA graph leaves no place for clustering: use --cuda-graph-backend-prefill breakable",
+    ),
+    Refusal(
+        "HiCache",
+        lambda a, m: a.enable_hierarchical_cache,
+        "--enable-hierarchical-cache is not supported in this release: leave it out",
+    ),
+    Refusal(
+        "other KV stores",
+        lambda a, m: a.enable_lmcache or a.enable_flexkv or a.enable_unified_cache_external_linker,
+        "KV from LMCache, FlexKV or an external store arrives unclustered: leave these flags out",
+    ),
+    Refusal(
+        "other radix cache",
+        lambda a, m: a.radix_cache_backend is not None,
+        "its clusters follow SGLang's own radix cache: leave out --radix-cache-backend",
+    ),
+    Refusal(
+        "HiSparse",
+        lambda a, m: a.enable_hisparse,
+        f"--enable-hisparse is a sparse attention of its own: leave it out or {_OTHER}",
+    ),
+    Refusal(
+        "multi-item scoring",
+        lambda a, m: a.enable_mis,
+        "--enable-mis needs --attention-backend flashinfer: leave it out or use that",
+    ),
+    Refusal(
+        "deterministic inference",
+        lambda a, m: a.enable_deterministic_inference or a.rl_on_policy_target is not None,
+        f"deterministic inference needs kernels that it does not use: leave out --enable-deterministic-inference and "
+        f"--rl-on-policy-target or {_OTHER}",
+    ),
+    Refusal(
+        "KV sharding",
+        lambda a, m: a.enable_kv_cache_sharding,
+        "--enable-kv-cache-sharding needs SGLang's own KV pool: leave it out",
+    ),
+    Refusal(
+        "other KV layouts",
+        lambda a, m: a.enable_page_major_kv_layout or a.enable_unified_memory or _on("SGLANG_USE_HND_KVCACHE"),
+        "it reads SGLang's default KV layout: leave out --enable-page-major-kv-layout, --enable-unified-memory and "
+        "SGLANG_USE_HND_KVCACHE",
+    ),
+    Refusal(
+        "post-capture KV sizing",
+        lambda a, m: _on("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+        "its arrays are made with the KV pool, whose size must be final by then: unset "
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+    ),
+    Refusal(
+        "diffusion models",
+        lambda a, m: a.dllm_algorithm is not None,
+        f"a diffusion model has no decode step: {_OTHER}",
+    ),
+    Refusal(
+        "Ray",
+        lambda a, m: a.use_ray,
+        "SGLang's Ray actors load no plugins: leave out --use-ray",
+    ),
+)
+
+# Rows that need the model's configuration as well.
+MODEL_REFUSALS: tuple[Refusal, ...] = (
+    Refusal("MLA", lambda a, m: m.mla, f"this model's MLA attention has no keys to cluster: {_OTHER}"),
+    Refusal(
+        "encoder-decoder",
+        lambda a, m: m.encoder_decoder,
+        f"this model's cross-attention is not supported: {_OTHER}",
+    ),
+    Refusal(
+        "attention sinks",
+        lambda a, m: m.attention_sinks,
+        f"this model's learned attention sinks are not supported in this release: {_OTHER}",
+    ),
+    Refusal(
+        "own sparse attention",
+        lambda a, m: m.own_sparse,
+        f"this model brings a sparse attention of its own: {_OTHER}",
+    ),
+    Refusal(
+        "hybrid linear",
+        lambda a, m: m.hybrid_linear,
+        f"this model mixes in Mamba or linear attention, which is not supported: {_OTHER}",
+    ),
+    Refusal(
+        "hybrid SWA",
+        lambda a, m: m.hybrid_swa,
+        "this model's sliding-window layers have a KV pool of their own: pass --disable-hybrid-swa-memory",
+    ),
+    Refusal(
+        "chunked attention",
+        lambda a, m: m.chunked_attention,
+        f"this model's chunked attention is not supported: {_OTHER}",
+    ),
+    Refusal(
+        "no generation",
+        lambda a, m: a.is_embedding or not m.generates,
+        f"an embedding or scoring model has no decode step to make faster: {_OTHER}",
+    ),
+    Refusal(
+        "different value size",
+        lambda a, m: m.v_head_dim != m.head_dim,
+        f"this model's values and keys differ in size: {_OTHER}",
+    ),
+    Refusal(
+        "odd head size",
+        lambda a, m: m.head_dim < 16 or m.head_dim % 16 != 0,
+        f"this model's head size is not a multiple of 16: {_OTHER}",
+    ),
+)
+
+REFUSALS = ARGUMENT_REFUSALS + MODEL_REFUSALS
+
+
+def refusal(arguments: Any, model: ModelFacts | None = None) -> str | None:
+    """The sentence of the first row that applies, or None. Without a model only the arguments' rows are asked."""
+    facts = model or ModelFacts(head_dim=64, v_head_dim=64)
+    for row in REFUSALS if model else ARGUMENT_REFUSALS:
+        if row.applies(arguments, facts):
+            return f"--attention-backend {BACKEND} cannot serve this: {row.sentence}"
+    return None

@@ -1,0 +1,256 @@
+"""The configuration of ClusterKV: one frozen record, its defaults, its documentation and its checks.
+
+Imports neither torch nor sglang, so that a mistake is reported before anything heavy is loaded.
+`python -m sglang_clusterkv.config` prints docs/configuration.md.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+FLAG = "--clusterkv-config"
+ENVIRONMENT = "SGLANG_CLUSTERKV_CONFIG"
+EXAMPLE = '{"budget_tokens": 1024}'
+# Offsets of a segment's tokens are stored as int16.
+MAX_SEGMENT_TOKENS = 32767
+# A segment's three vectors lie in quarters on its first four pages.
+MIN_SEGMENT_PAGES = 4
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be served; the message is one sentence with the fix."""
+
+
+class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the user may set; FIELD_DOCS says what each field means and its unit."""
+
+    budget_tokens: int = 512
+    candidate_tokens: int = 2048
+    refine: bool = True
+    code_bits: Literal[1, 2] = 2
+    sink_tokens: int = 16
+    window_tokens: int = 64
+    segment_tokens: int = 1024
+    tokens_per_cluster: int = 8
+    kmeans_passes: int = 3
+    choice_spread: float = 0.75
+    estimate: bool = True
+    estimate_spread: float = 0.25
+    estimate_clusters: int = 512
+    centroid_dtype: Literal["int4", "int8", "bf16"] = "int4"
+    dense_layers: int = 0
+    dense_below_tokens: int = 0
+    recluster_every: int = 256
+
+
+FIELD_DOCS: dict[str, str] = {
+    "budget_tokens": "Clustered tokens that a (request, kv head) recalls per step and layer and attends to exactly.",
+    "candidate_tokens": "Tokens of the best clusters, among which refining picks the budget.",
+    "refine": "Pick the budget's tokens one by one by their codes; false recalls whole clusters, the last one trimmed.",
+    "code_bits": "Bits per channel of a token's code, 1 or 2.",
+    "sink_tokens": "First tokens of a sequence, never clustered and always attended; whole pages.",
+    "window_tokens": "Most recent tokens, always attended (at least so many); whole pages, two or more.",
+    "segment_tokens": "Most tokens that are clustered together; whole pages, four or more, at most 32,767 tokens.",
+    "tokens_per_cluster": "Tokens of a cluster on average; divides page_size.",
+    "kmeans_passes": "Passes of k-means over a segment.",
+    "choice_spread": "Weight of a cluster's spread in the choice of clusters; more is more optimistic about wide ones.",
+    "estimate": "Estimate the clusters that were not recalled by their means instead of leaving them out.",
+    "estimate_spread": "Weight of a cluster's spread in that estimate.",
+    "estimate_clusters": "Clusters estimated by their own mean value; the rest by their segment's mean value.",
+    "centroid_dtype": "Format of stored centroids and mean values: int4, int8 or bf16.",
+    "dense_layers": "First layers that attend to everything.",
+    "dense_below_tokens": "Sequences shorter than this, in tokens, attend to everything.",
+    "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
+    "pages, four or more, at most segment_tokens.",
+}
+
+# Whole pages each, and at least so many.
+_LEAST_PAGES = {
+    "sink_tokens": 1,
+    "window_tokens": 2,
+    "segment_tokens": MIN_SEGMENT_PAGES,
+    "recluster_every": MIN_SEGMENT_PAGES,
+}
+_POSITIVE = (
+    "budget_tokens",
+    "candidate_tokens",
+    "sink_tokens",
+    "window_tokens",
+    "segment_tokens",
+    "tokens_per_cluster",
+    "kmeans_passes",
+    "estimate_clusters",
+    "recluster_every",
+)
+_NOT_NEGATIVE = ("choice_spread", "estimate_spread", "dense_layers", "dense_below_tokens")
+
+
+def parse_config(text_or_path: str) -> ClusterKVConfig:
+    """Read a configuration from JSON text (it starts with `{`) or from the JSON file at a path.
+
+    Raises ConfigError, one sentence with the fix, for a missing file, broken JSON, an unknown key or a wrong type.
+    """
+    text = text_or_path.strip()
+    if not text.startswith("{"):
+        try:
+            text = Path(text).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise ConfigError(
+                f"cannot read {text_or_path!r} ({reason}): pass JSON text such as '{EXAMPLE}' or a JSON file's path"
+            ) from None
+    try:
+        raw = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"not valid JSON ({error}): write it like '{EXAMPLE}'") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"a {type(raw).__name__} where an object is expected: write it like '{EXAMPLE}'")
+    for name in raw:
+        if name not in FIELD_DOCS:
+            close = difflib.get_close_matches(name, FIELD_DOCS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(FIELD_DOCS)}"
+            raise ConfigError(f"unknown key {name!r}: {hint}")
+    try:
+        return msgspec.convert(raw, ClusterKVConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_wrong_value(raw, str(error))) from None
+
+
+def load_config(flag: str | None, env: Mapping[str, str]) -> ClusterKVConfig:
+    """The configuration of this run: the flag before SGLANG_CLUSTERKV_CONFIG before the defaults. Empty is unset."""
+    for source, value in ((FLAG, flag), (ENVIRONMENT, env.get(ENVIRONMENT))):
+        if value and value.strip():
+            try:
+                return parse_config(value)
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error}") from None
+    return ClusterKVConfig()
+
+
+def fit_defaults(config: ClusterKVConfig, page_size: int) -> ClusterKVConfig:
+    """Raise values that still are the defaults to whole pages, so that `--page-size 64` needs no other setting.
+
+    What the user set differently is left alone; `validate` says what is wrong with it.
+    """
+    defaults = ClusterKVConfig()
+    changes = {}
+    for name, pages in _LEAST_PAGES.items():
+        value = getattr(config, name)
+        if page_size > 1 and value == getattr(defaults, name):
+            changes[name] = max(pages, -(-value // page_size)) * page_size
+    return msgspec.structs.replace(config, **changes)
+
+
+def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = None) -> None:
+    """Raise ConfigError when the values do not go together, or not with this page size (tokens) and head_dim.
+
+    The message is one sentence that names every problem with its fix, so that one correction is enough.
+    """
+    values = msgspec.structs.asdict(config)
+    problems = [f"{name}={values[name]} is not positive: use 1 or more" for name in _POSITIVE if values[name] < 1]
+    problems += [
+        f"{name}={values[name]} is not a finite number >= 0: use 0 or more"
+        for name in _NOT_NEGATIVE
+        if not 0 <= values[name] < math.inf
+    ]
+    if page_size < 2:
+        problems.append(f"page_size={page_size} is too small: use --page-size 16")
+    if not problems:
+        problems = _page_problems(values, page_size)
+        if config.refine and config.candidate_tokens < config.budget_tokens:
+            problems.append(
+                f"candidate_tokens={config.candidate_tokens} is less than budget_tokens={config.budget_tokens}: "
+                "raise candidate_tokens or set refine to false"
+            )
+    if head_dim is not None and (head_dim < 16 or head_dim % 16):
+        problems.append(f"head_dim={head_dim} of this model is not a multiple of 16: use another --attention-backend")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _page_problems(values: dict[str, Any], page_size: int) -> list[str]:
+    """What does not fit whole pages. `values` are positive, page_size is at least 2."""
+    problems = []
+    if page_size % values["tokens_per_cluster"]:
+        divisors = [d for d in range(2, page_size + 1) if page_size % d == 0]
+        problems.append(
+            f"page_size={page_size} is not a multiple of tokens_per_cluster={values['tokens_per_cluster']}: "
+            f"use {_either([d for d in divisors if d >= 4] or divisors)}"
+        )
+    for name, pages in _LEAST_PAGES.items():
+        value = values[name]
+        fitting = max(pages, -(-value // page_size)) * page_size
+        if name == "segment_tokens" and fitting > MAX_SEGMENT_TOKENS:
+            most = MAX_SEGMENT_TOKENS // page_size * page_size
+            problems.append(f"{name}={value} is more than {most}: use {most} or less")
+        elif value % page_size:
+            problems.append(f"{name}={value} is not a multiple of page_size={page_size}: use {fitting}")
+        elif value < fitting:
+            problems.append(f"{name}={value} is less than {pages} pages of {page_size} tokens: use {fitting}")
+    if values["recluster_every"] > values["segment_tokens"]:
+        problems.append(
+            f"recluster_every={values['recluster_every']} is more than segment_tokens={values['segment_tokens']}: "
+            f"use {values['segment_tokens']} or less"
+        )
+    return problems
+
+
+def _either(values: Sequence[object]) -> str:
+    """`4, 8 or 16`."""
+    *others, last = [str(value) for value in values]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _type_text(name: str) -> str:
+    """`an integer`, `true or false`, `1 or 2`: what the field accepts, in words."""
+    annotation = ClusterKVConfig.__annotations__[name]
+    words = {int: "an integer", float: "a number", bool: "true or false"}
+    if annotation in words:
+        return words[annotation]
+    return _either([msgspec.json.encode(choice).decode() for choice in annotation.__args__])
+
+
+def _wrong_value(raw: dict[str, Any], message: str) -> str:
+    # msgspec names the field by its path only: "Expected `int`, got `str` - at `$.budget_tokens`".
+    found = re.search(r"at `\$\.(\w+)`", message)
+    if found is None:
+        return message
+    name = found.group(1)
+    return f"{name}={msgspec.json.encode(raw[name]).decode()} is not allowed: use {_type_text(name)}"
+
+
+def configuration_markdown() -> str:
+    """The text of docs/configuration.md, from FIELD_DOCS and the defaults."""
+    defaults = msgspec.to_builtins(ClusterKVConfig())
+    rows = "\n".join(
+        f"| `{name}` | `{msgspec.json.encode(defaults[name]).decode()}` | {_type_text(name)} | {text} |"
+        for name, text in FIELD_DOCS.items()
+    )
+    return f"""# Configuration
+
+<!-- Written by `python -m sglang_clusterkv.config > docs/configuration.md`: change config.py, not this. -->
+
+`{FLAG}` takes JSON text or the path of a JSON file; without it the environment variable `{ENVIRONMENT}` is read the
+same way, which is also how `sgl.Engine` is configured; without both the defaults hold.
+
+```
+sglang serve --model-path MODEL --attention-backend clusterkv {FLAG} '{EXAMPLE}'
+```
+
+| key | default | accepts | meaning |
+|---|---|---|---|
+{rows}
+
+`--page-size` is SGLang's own flag; with `--attention-backend clusterkv` it is 16 unless set. Values that the table
+calls whole pages are raised to fit it where they are still the defaults. An unknown key, a wrong type or values that do
+not go together end the start with one sentence that names the fix.
+"""
+
+
+if __name__ == "__main__":
+    print(configuration_markdown(), end="")

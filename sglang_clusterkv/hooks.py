@@ -1,0 +1,348 @@
+"""Every SGLang symbol that the plugin relies on, with the signature it was written against.
+
+`check()` compares them with the installed SGLang: the plugin refuses to serve when something differs, and
+`sglang-clusterkv check` runs that alone. Nothing of SGLang is imported before `check()` is called.
+"""
+
+import ast
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+_SRT = "sglang.srt."
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A dotted path below `sglang.srt.` and what is expected of it.
+
+    parameters: exact parameter names of a callable, separated by spaces. attributes: names that a class has, as
+    fields, methods or `self.name = ...`. mentions: texts that its source contains (the calls that reach us).
+    """
+
+    path: str
+    why: str
+    parameters: str | None = None
+    attributes: str = ""
+    mentions: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One expectation that the installed SGLang does not meet."""
+
+    symbol: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.symbol}: expected {self.expected}, found {self.found}"
+
+
+# What register() itself needs; cheap to import, asked in every process.
+REGISTRATION = (
+    Symbol("arg_groups.choices.add_attention_backend_choices", "makes the name a choice", "iterable"),
+    Symbol("layers.attention.attention_registry.register_attention_backend", "registers the factory", "name"),
+    Symbol("plugins.hook_registry.HookRegistry.register", "registers hooks", "target hook hook_type source"),
+    Symbol("plugins.hook_registry.HookRegistry.apply_hooks", "applies the scheduler's hooks", ""),
+    Symbol("plugins.hook_registry.HookSource", "names us in SGLang's log", "plugin_name dist_name"),
+    Symbol("plugins.hook_registry.HookType", "kinds of hooks", attributes="BEFORE AFTER AROUND"),
+    Symbol("arg_groups.resolution_hooks.register_resolution_hook", "checks and defaults", "name"),
+    Symbol("arg_groups.overrides.resolved_view", "arguments as resolved so far", "server_args"),
+    Symbol("server_args.ServerArgs.add_cli_args", "adds --clusterkv-config", "parser"),
+    Symbol("server_args.ServerArgs.from_cli_args", "takes its value", "args"),
+    Symbol(
+        "runtime_context.publish", "where a scheduler process learns its config", "server_args role hf_config ranks"
+    ),
+)
+
+RESOLUTION = (
+    Symbol(
+        "arg_groups.pipeline.run_resolution_pipeline",
+        "order of the steps we wrap",
+        mentions=(
+            "run_hook(handle_pd_disaggregation,",
+            "run_hook(handle_model_specific_adjustments,",
+            "run_hook(handle_attention_backend_compatibility,",
+            "run_post_process_pass(server_args, _page_size_default)",
+            "run_hook(handle_model_capability_adjustments,",
+        ),
+    ),
+    Symbol("arg_groups.overrides.attention_backends_of", "prefill and decode backend", "cfg"),
+    Symbol("arg_groups.overrides.model_config_of", "the model's configuration", "server_args"),
+    Symbol("arg_groups.overrides.use_mla_backend", "is it MLA", "server_args"),
+    Symbol("arg_groups.overrides.declare_resolution", "page size, no decode graphs", "server_args source fields"),
+    Symbol("arg_groups.pd_disaggregation_hook.handle_pd_disaggregation", "first check", "server_args"),
+    Symbol("arg_groups.model_hook.handle_model_specific_adjustments", "second check", "server_args"),
+    Symbol("arg_groups.attention_hook.handle_attention_backend_compatibility", "defaults", "server_args"),
+    Symbol("arg_groups.model_hook.handle_model_capability_adjustments", "last check", "server_args"),
+    Symbol("model_executor.cuda_graph_config.with_phase", "no decode graphs", "config phase changes"),
+    Symbol("configs.hybrid_arch.mambaish_config", "is it a hybrid", "model_config"),
+    Symbol("configs.model_config.is_deepseek_dsa", "own sparse attention", "config"),
+    Symbol("configs.model_config.is_deepseek_v4", "own sparse attention", "config"),
+    Symbol("configs.model_config.is_minimax_sparse", "own sparse attention", "config"),
+    Symbol("configs.model_config.is_qwen4_exp", "own sparse attention", "config"),
+    Symbol(
+        "configs.model_config.ModelConfig",
+        "model facts",
+        attributes="head_dim v_head_dim hf_config "
+        "is_encoder_decoder has_attention_sinks is_hybrid_swa attention_chunk_size is_generation get_num_kv_heads",
+    ),
+    Symbol(
+        "configs.model_config.ModelConfig.get_num_kv_heads", "kv heads of a rank", "self tensor_parallel_size dcp_size"
+    ),
+    Symbol("runtime_context.get_server_args", "the config of this process", ""),
+    Symbol("runtime_context.get_parallel", "ranks, head split", ""),
+    Symbol("runtime_context.get_schedule", "page size", ""),
+)
+
+PLATFORM = (
+    Symbol("platforms.interface.SRTPlatform.get_kv_pool_cls", "our KV pool", "self kind"),
+    Symbol("platforms.interface.SRTPlatform.get_paged_allocator_cls", "our allocator", "self"),
+    Symbol("platforms.interface.SRTPlatform.apply_server_args_defaults", "CPU threads", "self server_args"),
+    Symbol("platforms.cuda.CudaSRTPlatform.get_kv_pool_cls", "our KV pool on CUDA", "self kind"),
+    Symbol("platforms.cuda.CudaSRTPlatform.get_paged_allocator_cls", "our allocator on CUDA", "self"),
+    Symbol("platforms.cpu.CpuDeviceMixin.get_device", "overridden: SGLang splits it as text", "self device_id"),
+    Symbol("utils.numa_utils.init_threads_binding", "reads SGLANG_CPU_OMP_THREADS_BIND", "numa_index world_size"),
+)
+
+MEMORY = (
+    Symbol(
+        "mem_cache.kv_cache_configurator.KVCacheConfigurator",
+        "asks the platform for both classes",
+        mentions=("current_platform.get_kv_pool_cls(kind=kind)", "current_platform.get_paged_allocator_cls()"),
+    ),
+    Symbol(
+        "mem_cache.memory_pool.MHATokenToKVPool.__init__",
+        "subclassed",
+        "self size page_size dtype head_num head_dim "
+        "layer_num device enable_memory_saver v_head_dim swa_head_num swa_head_dim swa_v_head_dim start_layer "
+        "end_layer enable_alt_stream enable_kv_cache_copy kv_cache_layout quant_method post_capture_active "
+        "allocation_label",
+    ),
+    Symbol("mem_cache.memory_pool.MHATokenToKVPool._create_buffers", "makes our arrays", "self"),
+    Symbol(
+        "mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer",
+        "writes K and V",
+        "self layer loc_info cache_k cache_v k_scale v_scale layer_id_override dcp_kv_mask",
+    ),
+    Symbol("mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", "reads keys", "self layer_id"),
+    Symbol("mem_cache.memory_pool.MHATokenToKVPool.get_value_buffer", "reads values", "self layer_id"),
+    Symbol("mem_cache.memory_pool.MHATokenToKVPool.get_kv_size_bytes", "byte accounting", "self"),
+    Symbol(
+        "mem_cache.memory_pool.MHATokenToKVPool",
+        "shapes",
+        attributes="size page_size dtype head_num head_dim "
+        "v_head_dim layer_num start_layer device k_buffer v_buffer kv_cache_layout memory_saver_adapter",
+    ),
+    Symbol("mem_cache.memory_pool.KVWriteLoc.for_layer", "where K and V go", "forward_batch layer swa_loc full_loc"),
+    Symbol(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__",
+        "subclassed",
+        "self size page_size dtype device kvcache need_sort",
+    ),
+    Symbol("mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc", "hands out pages", "self need_size"),
+    Symbol(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend",
+        "hands out pages",
+        "self prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc extend_num_tokens num_new_pages",
+    ),
+    Symbol(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_decode",
+        "hands out pages",
+        "self seq_lens seq_lens_cpu last_loc",
+    ),
+    Symbol(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.clear", "all pages at once; called by __init__", "self"
+    ),
+    Symbol(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids",
+        "every free ends here",
+        "self page_ids",
+    ),
+    Symbol(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator",
+        "pages",
+        attributes="free_pages num_pages page_size size staged_pages available_size",
+    ),
+    Symbol(
+        "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        "counts our bytes per token",
+        "self kvc num_layers",
+    ),
+    Symbol(
+        "mem_cache.memory_pool.ReqToTokenPool.attach_aux_cache", "ends of rows, lengths on the host", "self aux_cache"
+    ),
+    Symbol(
+        "mem_cache.memory_pool.ReqToTokenPool",
+        "the calls into the attached object",
+        attributes="req_to_token req_generation",
+        mentions=(
+            "self._aux_cache.free(index)",
+            "self._aux_cache.clear()",
+            "self._aux_cache.reset_allocator()",
+            "return self._aux_cache.dense_capacity",
+            "self._aux_cache.alloc_to_lengths(\n",
+            "req_pool_indices_cpu=req_pool_indices_cpu",
+            "target_seq_lens_cpu=target_seq_lens_cpu",
+        ),
+    ),
+    Symbol("mem_cache.allocation.alloc_for_extend", "lengths of extending rows", mentions=("alloc_aux_to_lengths(",)),
+    Symbol(
+        "mem_cache.allocation.alloc_for_decode_default", "lengths of decoding rows", mentions=("alloc_aux_to_lengths(",)
+    ),
+)
+
+SCHEDULER = (
+    Symbol("managers.schedule_batch.ScheduleBatch.prepare_for_extend", "which requests extend", "self"),
+    Symbol(
+        "managers.schedule_batch.ScheduleBatch",
+        "read there",
+        attributes="reqs forward_mode prefix_lens extend_lens "
+        "out_cache_loc req_pool_indices req_pool_indices_cpu seq_lens seq_lens_cpu",
+    ),
+    Symbol(
+        "managers.schedule_batch.Req",
+        "read there",
+        attributes="rid kv prefix_len extend_end extend_len origin_input_ids output_ids full_untruncated_fill_ids",
+    ),
+    Symbol(
+        "managers.schedule_batch.ReqKvInfo",
+        "row and protected length",
+        attributes="req_pool_idx cache_protected_len kv_allocated_len kv_committed_len holds_kv",
+    ),
+    Symbol(
+        "managers.tp_worker.TpModelWorker.forward_batch_generation",
+        "head of a forward",
+        "self batch forward_batch pp_proxy_tensors is_verify skip_attn_backend_init capture_hidden_mode "
+        "return_kv_loc_plan",
+    ),
+    Symbol(
+        "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
+        "may rewrite a row",
+        "self req up_to kwargs",
+        mentions=("self.insert(insert_params)", "self.req_to_token_pool.write("),
+    ),
+    Symbol("mem_cache.unified_radix_cache.UnifiedRadixCache.insert", "how far it rewrote", "self params"),
+    Symbol("mem_cache.base_prefix_cache.InsertResult", "how far it rewrote", attributes="prefix_len"),
+    Symbol(
+        "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
+        "/server_info",
+        "self recv_req",
+    ),
+    Symbol("managers.io_struct.GetInternalStateReqOutput", "/server_info", attributes="internal_state"),
+)
+
+_FORWARD = "self q k v layer forward_batch save_kv_cache kwargs"
+BACKEND = (
+    Symbol("layers.attention.base_attn_backend.AttentionBackend.forward", "dispatches the phases", _FORWARD),
+    Symbol("layers.attention.base_attn_backend.AttentionBackend.forward_extend", "overridden", _FORWARD),
+    Symbol("layers.attention.base_attn_backend.AttentionBackend.forward_decode", "overridden", _FORWARD),
+    Symbol(
+        "layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata", "overridden", "self forward_batch"
+    ),
+    Symbol(
+        "layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_out_graph",
+        "overridden",
+        "self forward_batch in_capture",
+    ),
+    Symbol(
+        "layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_in_graph",
+        "overridden",
+        "self forward_batch",
+    ),
+    Symbol(
+        "layers.attention.base_attn_backend.AttentionBackend.init_cuda_graph_state",
+        "overridden",
+        "self max_bs max_num_tokens",
+    ),
+    Symbol(
+        "layers.attention.base_attn_backend.AttentionBackend.get_cuda_graph_seq_len_fill_value", "overridden", "self"
+    ),
+    Symbol("layers.attention.base_attn_backend.AttentionBackend.shared_read_ends", "when rows may change", "self fm"),
+    Symbol("layers.attention.base_attn_backend.AttentionBackend.support_triton", "overridden", "self"),
+    Symbol(
+        "layers.radix_attention.RadixAttention",
+        "a layer's geometry",
+        attributes="tp_q_head_num tp_k_head_num "
+        "head_dim v_head_dim scaling layer_id logit_cap sliding_window_size is_cross_attention attn_type "
+        "k_scale_float v_scale_float",
+    ),
+    Symbol(
+        "model_executor.forward_batch_info.ForwardBatch",
+        "a step's batch",
+        attributes="forward_mode batch_size "
+        "req_pool_indices seq_lens seq_lens_cpu seq_lens_sum out_cache_loc positions extend_prefix_lens "
+        "extend_prefix_lens_cpu extend_seq_lens extend_seq_lens_cpu extend_start_loc rids",
+    ),
+)
+
+SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + SCHEDULER + BACKEND
+
+
+def check(symbols: Iterable[Symbol] = SYMBOLS) -> list[Difference]:
+    """Compare the installed SGLang with the table; an empty list means that nothing differs."""
+    return [difference for symbol in symbols for difference in _differences(symbol)]
+
+
+def report() -> dict[str, Any]:
+    """What `sglang-clusterkv check` prints, JSON-able: versions, how many symbols, and every difference."""
+    differences = check()
+    return {
+        "ok": not differences,
+        "sglang": metadata.version("sglang"),
+        "symbols": len(SYMBOLS),
+        "differences": [{"symbol": d.symbol, "expected": d.expected, "found": d.found} for d in differences],
+    }
+
+
+def _differences(symbol: Symbol) -> list[Difference]:
+    name = _SRT + symbol.path
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        return [Difference(name, "to exist", f"{type(error).__name__}: {error}")]
+    differences = []
+    if symbol.parameters is not None:
+        expected, actual = f"({symbol.parameters})", f"({_parameters(found)})"
+        if actual != expected:
+            differences.append(Difference(name, expected, actual))
+    missing = set(symbol.attributes.split()) - (_attributes(found) if symbol.attributes else set())
+    if missing:
+        differences.append(
+            Difference(name, f"attributes {symbol.attributes}", f"none named {' '.join(sorted(missing))}")
+        )
+    source = inspect.getsource(found) if symbol.mentions else ""
+    differences += [
+        Difference(name, f"the text {text!r} in its source", "none") for text in symbol.mentions if text not in source
+    ]
+    return differences
+
+
+def _parameters(function: Any) -> str:
+    try:
+        return " ".join(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return f"no signature: {function!r}"
+
+
+def _attributes(cls: type) -> set[str]:
+    """Names of fields, methods and of everything that the class or a base of it assigns to self."""
+    names = set(dir(cls))
+    for base in cls.__mro__:
+        names.update(getattr(base, "__annotations__", ()))
+        if base.__module__.startswith("sglang."):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            names.update(
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+            )
+    return names

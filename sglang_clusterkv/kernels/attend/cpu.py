@@ -1,0 +1,97 @@
+"""Attend on the CPU: rows of the pool are converted once per kv head and meet all query heads of the group."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from sglang_clusterkv.kernels.attend import reference
+from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, float_of_bf16
+
+
+@njit(inline="always")
+def load_row(buffer: Any, slot: int, head: int, is_bf16: bool, channels: int, out: Any) -> None:
+    """One key or value as float32 into out [channels]."""
+    for d in range(channels):
+        if is_bf16:
+            out[d] = float_of_bf16(buffer[slot, head, d])
+        else:
+            out[d] = np.float32(buffer[slot, head, d])
+
+
+@functools.cache
+def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
+    """Compile attention over listed tokens for one head_dim, group size and pool dtype."""
+
+    @njit(cache=True, fastmath=FAST, nogil=True)
+    def kernel(q: Any, keys: Any, values: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any) -> None:
+        row = np.empty(channels, np.float32)
+        logits = np.empty((group, slots.shape[1]), np.float32)
+        for b in range(q.shape[0]):
+            begin, end = begins[b], ends[b]
+            for h in range(q.shape[1]):
+                for t in range(begin, end):
+                    load_row(keys, slots[b, t], h, is_bf16, channels, row)
+                    for g in range(group):
+                        dot = np.float32(0.0)
+                        for d in range(channels):
+                            dot += q[b, h, g, d] * row[d]
+                        logits[g, t] = dot * scale
+                for g in range(group):
+                    if cap > 0:
+                        for t in range(begin, end):
+                            logits[g, t] = cap * np.tanh(logits[g, t] / cap)
+                    most = NEGLIGIBLE
+                    for t in range(begin, end):
+                        most = max(most, logits[g, t])
+                    total = np.float32(0.0)
+                    for t in range(begin, end):
+                        weight = fast_exp(logits[g, t] - most)
+                        logits[g, t] = weight
+                        total += weight
+                    inverse = np.float32(1.0) / total
+                    for t in range(begin, end):
+                        logits[g, t] *= inverse
+                    for d in range(channels):
+                        out[b, h, g, d] = 0.0
+                for t in range(begin, end):
+                    load_row(values, slots[b, t], h, is_bf16, channels, row)
+                    for g in range(group):
+                        weight = logits[g, t]
+                        for d in range(channels):
+                            out[b, h, g, d] += weight * row[d]
+
+    return kernel
+
+
+def dense_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    sliding_window: int = -1,
+    logit_cap: float = 0.0,
+) -> torch.Tensor:
+    """See `reference.dense_decode`."""
+    if keys.dtype not in (torch.bfloat16, torch.float32):
+        return reference.dense_decode(
+            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap
+        )
+    kv_heads, channels = keys.shape[1:]
+    grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
+    begins = torch.zeros_like(seq_lens) if sliding_window < 0 else (seq_lens - 1 - sliding_window).clamp(min=0)
+    out = torch.empty_like(grouped)
+    kernel = dense_kernel(channels, grouped.shape[2], keys.dtype is torch.bfloat16)
+    kernel(
+        grouped.numpy(), bits(keys), bits(values), slots.numpy(), begins.numpy(), seq_lens.numpy(),
+        np.float32(scale), np.float32(logit_cap), out.numpy(),
+    )  # fmt: skip
+    return out.flatten(1, 2).to(q.dtype)

@@ -1,0 +1,43 @@
+"""One layer of one decode step, for the requests that attend sparsely: the chain of operations, chosen by device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_clusterkv.kernels.decode import reference
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.clusters.step import SparseStep
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    index: ClusterIndex,
+    layer: int,
+    step: SparseStep,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one layer over sinks, window, recalled tokens and the estimate of the rest.
+
+    Args:
+        q: [B, heads, D], any float dtype.
+        keys: [slots, kv_heads, D], the layer's pool.
+        values: likewise.
+        index: the cluster index.
+        layer: counted from this rank's first.
+        step: the lists of this step.
+        scale: of the logits.
+
+    Returns:
+        [B, heads, D] in q's dtype.
+    """
+    if q.device.type == "cpu":
+        from sglang_clusterkv.kernels.decode import cpu
+
+        return cpu.sparse_decode(q, keys, values, index, layer, step, scale)
+    return reference.sparse_decode(q, keys, values, index, layer, step, scale)

@@ -1,0 +1,1 @@
+from sglang_clusterkv.kernels.decode.reference import sparse_decode  # noqa

@@ -1,0 +1,43 @@
+"""The chain of references: score, select, refine, attend, estimate, merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_clusterkv.kernels.attend.reference import attend
+from sglang_clusterkv.kernels.estimate.reference import estimate
+from sglang_clusterkv.kernels.merge.reference import merge
+from sglang_clusterkv.kernels.refine.reference import recall_all, refine
+from sglang_clusterkv.kernels.score.reference import score
+from sglang_clusterkv.kernels.select.reference import select
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.clusters.step import SparseStep
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    index: ClusterIndex,
+    layer: int,
+    step: SparseStep,
+    scale: float,
+) -> torch.Tensor:
+    """See `kernels.decode.sparse_decode`."""
+    config = index.config
+    grouped = q.float().unflatten(1, (keys.shape[1], -1))  # [B, H, G, D]
+    scores = score(grouped, keys, index, layer, step, scale)
+    limit = config.candidate_tokens if config.refine else config.budget_tokens
+    candidates = select(scores, index, layer, step, limit)
+    if config.refine:
+        recalled = refine(grouped, scores, candidates, index, layer, step, scale)
+    else:
+        recalled = recall_all(scores, candidates)
+    exact = attend(grouped, keys, values, step, recalled.slots, recalled.count, scale)
+    if config.estimate:
+        exact = merge(exact, estimate(scores, recalled.left, index, layer, step))
+    return exact.output.flatten(1, 2).to(q.dtype)

@@ -1,0 +1,1 @@
+"""Estimate what was not recalled, by clusters."""

@@ -1,0 +1,52 @@
+"""Prefill attention: new tokens over their prefix and, causally, themselves."""
+
+from __future__ import annotations
+
+import torch
+
+_QUERIES_PER_BLOCK = 128
+
+
+def extend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    *,
+    sliding_window: int = -1,
+    logit_cap: float = 0.0,
+    causal: bool = True,
+) -> torch.Tensor:
+    """One request's new tokens, whose keys and values are already in the pool.
+
+    Args:
+        q: [new, heads, D], the last `new` tokens of the sequence.
+        keys: [slots, H, D].
+        values: [slots, H, D].
+        slots: int64 [T], the sequence's slots, prefix first.
+        scale: of the logits.
+        sliding_window: tokens before its own that a query sees; negative: all.
+        logit_cap: logits become cap * tanh(logit / cap); 0: unchanged.
+        causal: false lets every query see every token.
+
+    Returns:
+        [new, heads, D] in q's dtype.
+    """
+    new, total = q.shape[0], slots.numel()
+    rows = keys.index_select(0, slots).float().transpose(0, 1), values.index_select(0, slots).float().transpose(0, 1)
+    grouped = q.float().unflatten(1, (keys.shape[1], -1)).permute(1, 2, 0, 3)  # [H, G, new, D]
+    token = torch.arange(total, device=q.device)
+    blocks = []
+    for first in range(0, new, _QUERIES_PER_BLOCK):
+        block = grouped[:, :, first : first + _QUERIES_PER_BLOCK]
+        logits = scale * torch.einsum("hgqd,htd->hgqt", block, rows[0])
+        if logit_cap > 0:
+            logits = logit_cap * torch.tanh(logits / logit_cap)
+        at = (total - new + first + torch.arange(block.shape[2], device=q.device)).unsqueeze(1)
+        if causal:
+            logits = logits.masked_fill(token > at, -torch.inf)
+        if sliding_window >= 0:
+            logits = logits.masked_fill(token < at - sliding_window, -torch.inf)
+        blocks.append(torch.einsum("hgqt,htd->hgqd", logits.softmax(-1), rows[1]))
+    return torch.cat(blocks, 2).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)

@@ -1,0 +1,25 @@
+"""k-means of one segment, for a batch of kv heads."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_clusterkv.kernels.kmeans import reference
+
+
+def labels_of(keys: torch.Tensor, clusters: int, passes: int) -> torch.Tensor:
+    """Cluster of each key; see `reference.labels_of`."""
+    if keys.device.type == "cpu":
+        from sglang_clusterkv.kernels.kmeans import cpu
+
+        return cpu.labels_of(keys, clusters, passes)
+    return reference.labels_of(keys, clusters, passes)
+
+
+def sum_by_label(rows: torch.Tensor, labels: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Sums of rows by cluster; see `reference.sum_by_label`."""
+    if rows.device.type == "cpu":
+        from sglang_clusterkv.kernels.kmeans import cpu
+
+        return cpu.sum_by_label(rows, labels, clusters)
+    return reference.sum_by_label(rows, labels, clusters)

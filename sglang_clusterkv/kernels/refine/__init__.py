@@ -1,0 +1,1 @@
+"""Refine the choice inside the candidate clusters: the best tokens by their codes."""

@@ -1,0 +1,49 @@
+"""Unpacking of stored rows in the CPU kernels; clusters/codec.py is the definition."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+
+from sglang_clusterkv.kernels.cpu_math import float_of_bf16, signed_nibble
+
+INT4, INT8, BF16 = 0, 1, 2
+ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}
+
+
+class RowViews(NamedTuple):
+    """The same rows [C, H, row_bytes], as words, half words and bytes."""
+
+    words: np.ndarray  # int32
+    halves: np.ndarray  # uint16
+    bytes: np.ndarray  # int8
+
+
+def row_views(rows: torch.Tensor) -> RowViews:
+    """Views of uint8 rows [C, H, row_bytes]."""
+    memory = rows.numpy()
+    return RowViews(memory.view(np.int32), memory.view(np.uint16), memory.view(np.int8))
+
+
+@njit(inline="always")
+def decode_row(
+    words: Any, halves: Any, octets: Any, row: int, head: int, row_format: int, channels: int, per_scale: int, out: Any
+) -> None:
+    """Row `row` of kv head `head` as float32 into out [channels]; the format and sizes are constants to the compiler."""
+    eighth = channels // 8
+    if row_format == INT4:
+        for j in range(8):
+            scale = float_of_bf16(halves[row, head, channels // 4 + (j * eighth) // per_scale])
+            for i in range(eighth):
+                out[j * eighth + i] = signed_nibble(words[row, head, i], 28 - 4 * j) * scale
+    elif row_format == INT8:
+        for group in range(channels // per_scale):
+            scale = float_of_bf16(halves[row, head, channels // 2 + group])
+            for i in range(per_scale):
+                out[group * per_scale + i] = np.float32(octets[row, head, group * per_scale + i]) * scale
+    else:
+        for i in range(channels):
+            out[i] = float_of_bf16(halves[row, head, i])

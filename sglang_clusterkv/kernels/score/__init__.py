@@ -1,0 +1,1 @@
+"""Score the clusters of each request against its queries."""

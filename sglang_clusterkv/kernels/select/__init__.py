@@ -1,0 +1,1 @@
+"""Select the clusters whose tokens are candidates."""

@@ -1,0 +1,234 @@
+"""SGLang's entry point: registers the backend, its flag, its checks and its hooks.
+
+Every process of a server runs `register` (SGLang calls it through load_plugins). It adds a choice, a flag and checks
+that ask first whether clusterkv is the chosen backend. The hooks that a scheduler needs are added when a scheduler
+process publishes a configuration with clusterkv, so nothing of SGLang's running path is touched without the flag.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from sglang_clusterkv import compat, hooks
+from sglang_clusterkv.compat import BACKEND, ModelFacts
+from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PAGE_SIZE = 16
+_DISTRIBUTION = "sglang-clusterkv"
+# Bookkeeping on SGLang's ServerArgs record, which pickles it to every child process.
+_FLAG_VALUE = "_clusterkv_config"  # what --clusterkv-config said; present when the record comes from a command line
+_RESOLVED = "_clusterkv_resolved"  # the ClusterKVConfig to serve with; present when clusterkv is the chosen backend
+
+
+def register() -> None:
+    """Make `--attention-backend clusterkv` known to this process (entry point sglang.srt.plugins)."""
+    differences = hooks.check(hooks.REGISTRATION)
+    if differences:
+        message = _differs(differences)
+        if any(BACKEND in argument for argument in sys.argv[1:]):
+            raise SystemExit(f"{_DISTRIBUTION}: {message}")
+        logger.debug("%s is inactive: %s", _DISTRIBUTION, message)
+        return
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    add_attention_backend_choices([BACKEND])
+    register_attention_backend(BACKEND)(_create_backend)
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.add_cli_args", _after_add_cli_args, HookType.AFTER)
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.from_cli_args", _after_from_cli_args, HookType.AFTER)
+    HookRegistry.register("sglang.srt.runtime_context.publish", _after_publish, HookType.AFTER)
+    register_resolution_hook("handle_pd_disaggregation")(_check_arguments)
+    register_resolution_hook("handle_model_specific_adjustments")(_check_model)
+    register_resolution_hook("handle_attention_backend_compatibility")(_declare_defaults)
+    register_resolution_hook("handle_model_capability_adjustments")(_resolve_config)
+
+
+def active_config() -> ClusterKVConfig | None:
+    """The configuration that this process serves with, or None where clusterkv is not the chosen backend."""
+    from sglang.srt.runtime_context import get_server_args
+
+    try:
+        return config_of(get_server_args())
+    except ValueError:  # nothing is published in this process
+        return None
+
+
+def config_of(server_args: Any) -> ClusterKVConfig | None:
+    """The resolved configuration of a ServerArgs record, or None where clusterkv is not its backend."""
+    return getattr(server_args, _RESOLVED, None)
+
+
+def kv_pool_cls(default: type | None, kind: str) -> type | None:
+    """Our KV pool class over `default` (None: SGLang's own) where clusterkv is active, else `default`."""
+    if kind != "mha" or active_config() is None:
+        return default
+    from sglang_clusterkv.pool import kv_pool_class
+
+    return kv_pool_class(default)
+
+
+def paged_allocator_cls(default: type | None) -> type | None:
+    """Our allocator class over `default` (None: SGLang's own) where clusterkv is active, else `default`."""
+    if active_config() is None:
+        return default
+    from sglang_clusterkv.pool import allocator_class
+
+    return allocator_class(default)
+
+
+def _create_backend(runner: Any) -> Any:
+    from sglang_clusterkv.backend import create_backend
+
+    return create_backend(runner)
+
+
+def _after_add_cli_args(result: None, parser: Any) -> None:
+    parser.add_argument(
+        FLAG,
+        type=str,
+        default=None,
+        help=f"Configuration of --attention-backend {BACKEND}: JSON text or the path of a JSON file. "
+        f"Without it, {ENVIRONMENT} is read the same way.",
+    )
+
+
+def _after_from_cli_args(server_args: Any, cls: type, arguments: Any) -> None:
+    setattr(server_args, _FLAG_VALUE, getattr(arguments, FLAG[2:].replace("-", "_"), None))
+
+
+# The checks, in the order of SGLang's resolution pipeline.
+
+
+def _chosen(server_args: Any) -> Any:
+    """The arguments as resolved so far, where clusterkv is the backend of a phase; else None."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    view = resolved_view(server_args)
+    named = (view.attention_backend, view.prefill_attention_backend, view.decode_attention_backend)
+    return view if BACKEND in named else None
+
+
+def _refuse(server_args: Any, message: str) -> NoReturn:
+    """End the start: on a command line with the sentence alone, in a library call with a ValueError to handle."""
+    if hasattr(server_args, _FLAG_VALUE):
+        raise SystemExit(f"{_DISTRIBUTION}: {message}")
+    raise ConfigError(message)
+
+
+def _check_arguments(server_args: Any, previous: Callable[[Any], None]) -> None:
+    view = _chosen(server_args)
+    if view is not None:
+        if sentence := compat.refusal(view):
+            _refuse(server_args, sentence)
+        _load(server_args)
+        if differences := hooks.check():
+            _refuse(server_args, _differs(differences))
+    elif getattr(server_args, _FLAG_VALUE, None):
+        logger.warning("%s has no effect without --attention-backend %s", FLAG, BACKEND)
+    previous(server_args)
+
+
+def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
+    # Before SGLang's own step, which would end some of these with an assertion.
+    view = _chosen(server_args)
+    if view is not None and (sentence := compat.refusal(view, _model_facts(server_args))):
+        _refuse(server_args, sentence)
+    previous(server_args)
+
+
+def _declare_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
+    previous(server_args)
+    view = _chosen(server_args)
+    if view is None:
+        return
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    if view.page_size is None:
+        declare_resolution(server_args, BACKEND, page_size=DEFAULT_PAGE_SIZE)
+    graphs = view.cuda_graph_config
+    if graphs is not None and graphs.decode.backend != Backend.DISABLED:
+        declare_resolution(
+            server_args, BACKEND, cuda_graph_config=with_phase(graphs, Phase.DECODE, backend=Backend.DISABLED)
+        )
+        if view.device != "cpu":  # there are none on the CPU in any case
+            logger.info("Decode CUDA graphs are off: --attention-backend %s does not support them yet", BACKEND)
+
+
+def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
+    named_before = _chosen(server_args) is not None
+    previous(server_args)
+    if not named_before:
+        return
+    view = _chosen(server_args)
+    if view is None:
+        _refuse(server_args, "SGLang forces another attention backend for this model: leave out --attention-backend")
+    facts = _model_facts(server_args)
+    if sentence := compat.refusal(view, facts):
+        _refuse(server_args, sentence)
+    config = fit_defaults(_load(server_args), view.page_size)
+    try:
+        validate(config, view.page_size, facts.head_dim)
+    except ConfigError as error:
+        _refuse(server_args, str(error))
+    setattr(server_args, _RESOLVED, config)
+
+
+def _load(server_args: Any) -> ClusterKVConfig:
+    try:
+        return load_config(getattr(server_args, _FLAG_VALUE, None), os.environ)
+    except ConfigError as error:
+        _refuse(server_args, str(error))
+
+
+def _model_facts(server_args: Any) -> ModelFacts:
+    from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend
+    from sglang.srt.configs import model_config as models
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    model = model_config_of(server_args)
+    sparse = (models.is_deepseek_dsa, models.is_deepseek_v4, models.is_minimax_sparse, models.is_qwen4_exp)
+    return ModelFacts(
+        head_dim=model.head_dim,
+        v_head_dim=model.v_head_dim,
+        mla=use_mla_backend(server_args),
+        encoder_decoder=model.is_encoder_decoder,
+        attention_sinks=model.has_attention_sinks,
+        hybrid_swa=model.is_hybrid_swa,
+        hybrid_linear=mambaish_config(model) is not None,
+        own_sparse=any(is_sparse(model.hf_config) for is_sparse in sparse),
+        chunked_attention=model.attention_chunk_size is not None
+        or getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
+        generates=model.is_generation,
+    )
+
+
+def _differs(differences: list[hooks.Difference]) -> str:
+    listed = "; ".join(map(str, differences[:3])) + (f"; and {len(differences) - 3} more" if differences[3:] else "")
+    return (
+        f"the installed SGLang is not the one it was made for ({listed}): install sglang 0.5.23, or a newer "
+        f"{_DISTRIBUTION} (`{_DISTRIBUTION} check` lists all)"
+    )
+
+
+# The scheduler's hooks, added when a scheduler process publishes a configuration with clusterkv.
+
+
+def _after_publish(context: Any, server_args: Any, *, role: str, ranks: Any = None, **rest: Any) -> None:
+    if role != "scheduler":
+        return
+    from sglang.srt.platforms import current_platform
+
+    platform = sys.modules.get("sglang_clusterkv.platform")
+    if platform is not None and isinstance(current_platform, platform.ClusterKVCpuPlatform):
+        platform.apply_thread_count(ranks.gpu_id if ranks is not None and ranks.gpu_id is not None else 0)
+    if config_of(server_args) is not None:
+        from sglang_clusterkv.scheduler_hooks import install
+
+        install(current_platform)

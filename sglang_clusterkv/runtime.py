@@ -1,0 +1,132 @@
+"""The seams: SGLang's scheduler events, translated for the engine of this process.
+
+plugin.py hooks these into SGLang; each returns at once where no engine was made. One scheduler process has one engine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+_engine: ClusterEngine | None = None
+_step: DecodeStep | None = None  # made when a decode batch is launched, taken by its init_forward_metadata
+_inserted_until: int = 0  # InsertResult.prefix_len of the first insert of the checkpoint under way
+_in_checkpoint = False
+
+
+class _RowEvents:
+    """The callbacks of ReqToTokenPool: how rows end.
+
+    Args:
+        engine: told of every row that is freed.
+        capacity: tokens of the pool; SGLang schedules by it.
+    """
+
+    def __init__(self, engine: ClusterEngine, capacity: int) -> None:
+        self._engine = engine
+        self.dense_capacity = capacity
+
+    def free(self, row: int) -> None:
+        """A row was freed, whatever ended its request."""
+        self._engine.row_freed(row)
+
+    def clear(self) -> None:
+        """All rows were freed."""
+        self._engine.rows_cleared()
+
+    def reset_allocator(self) -> None:
+        """Nothing of ours is allocated by rows."""
+
+    def alloc_to_lengths(self, *, req_pool_indices_cpu: torch.Tensor, target_seq_lens_cpu: torch.Tensor) -> None:
+        """Nothing of ours is allocated by rows."""
+
+
+def attach_engine(runner: ModelRunner) -> ClusterEngine | None:
+    """The engine of the runner's pool, made on the first call; None for a pool that carries no index."""
+    global _engine
+    pool = runner.token_to_kv_pool
+    index = getattr(pool, "cluster_index", None)
+    if index is None:
+        return None
+    if pool.engine is None:
+        rows = runner.req_to_token_pool
+        layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
+        pool.engine = ClusterEngine(
+            index,
+            [pool.get_key_buffer(layer) for layer in layers],
+            [pool.get_value_buffer(layer) for layer in layers],
+            rows.req_to_token,
+            pool.handed_out,
+        )
+        rows.attach_aux_cache(_RowEvents(pool.engine, runner.max_total_num_tokens))
+        _engine = pool.engine
+    return pool.engine
+
+
+def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwargs: Any) -> None:
+    """A real batch is launched; the current stream is the forward stream (BEFORE forward_batch_generation)."""
+    global _step
+    _step = None
+    if _engine is None or batch is None or worker.is_draft_worker:
+        return
+    if batch.forward_mode.is_decode():
+        _step = _engine.begin_decode(batch.req_pool_indices_cpu.numpy(), batch.seq_lens_cpu.numpy())
+    elif batch.forward_mode.is_extend():
+        _engine.begin_extend(
+            [
+                Extend(
+                    row=req.kv.req_pool_idx,
+                    rid=req.rid,
+                    prefix_tokens=prefix,
+                    end_tokens=req.extend_end,
+                    prompt_len=len(req.full_untruncated_fill_ids),
+                    last_chunk=req.extend_end == len(req.full_untruncated_fill_ids),
+                )
+                for req, prefix in zip(batch.reqs, batch.prefix_lens, strict=True)
+            ]
+        )
+
+
+def take_step() -> DecodeStep | None:
+    """The lists of the decode batch just launched; None for a batch that did not come from the scheduler."""
+    global _step
+    step, _step = _step, None
+    return step
+
+
+def around_checkpoint(original: Callable[..., Any], cache: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """A request is inserted into the radix tree (AROUND checkpoint_into_tree); its row may be rewritten."""
+    global _in_checkpoint, _inserted_until
+    if _engine is None:
+        return original(cache, req, *args, **kwargs)
+    protected = req.kv.cache_protected_len
+    _in_checkpoint, _inserted_until = True, 0
+    try:
+        result = original(cache, req, *args, **kwargs)
+    finally:
+        _in_checkpoint = False
+    # The tree already held [protected, inserted until): the row now names the tree's slots there.
+    if req.kv.req_pool_idx is not None:
+        _engine.row_rewritten(req.kv.req_pool_idx, protected, _inserted_until)
+    return result
+
+
+def after_insert(result: Any, *args: Any, **kwargs: Any) -> None:
+    """The tree tells how much of an insert it already had (AFTER insert)."""
+    global _inserted_until
+    if _in_checkpoint and _inserted_until == 0:
+        _inserted_until = result.prefix_len
+
+
+def server_info() -> dict[str, object] | None:
+    """Our part of /server_info."""
+    return None if _engine is None else _engine.server_info()

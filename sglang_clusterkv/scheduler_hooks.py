@@ -1,0 +1,127 @@
+"""The hooks that a scheduler process gets once it serves with clusterkv: thin wrappers around runtime, pool and memory.
+
+A process may publish another configuration later (an engine after an engine), so each wrapper asks again.
+"""
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from sglang_clusterkv import plugin
+from sglang_clusterkv.config import ConfigError
+
+_SRT = "sglang.srt."
+_installed = False
+
+
+def install(platform: Any) -> None:
+    """Add the hooks, once per process. `platform` is SGLang's current platform.
+
+    Raises ConfigError when one did not take effect: SGLang's registry patches each target only once, and only logs.
+    """
+    global _installed
+    if _installed:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    source = HookSource(plugin_name="clusterkv", dist_name="sglang-clusterkv")
+    targets = [
+        (_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", _after_prepare_for_extend, HookType.AFTER),
+        (_SRT + "managers.tp_worker.TpModelWorker.forward_batch_generation", _before_forward, HookType.BEFORE),
+        (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree", _checkpoint, HookType.AROUND),
+        (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.insert", _after_insert, HookType.AFTER),
+        (
+            _SRT + "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+            _after_cell_size,
+            HookType.AFTER,
+        ),
+        (
+            _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
+            _after_internal_state,
+            HookType.AFTER,
+        ),
+    ]
+    cls = type(platform)
+    if not cls.__module__.startswith("sglang_clusterkv."):  # our own CPU platform asks by itself
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        targets.append((f"{name}.get_kv_pool_cls", _after_kv_pool_cls, HookType.AFTER))
+        targets.append((f"{name}.get_paged_allocator_cls", _after_allocator_cls, HookType.AFTER))
+    before = {target: _attribute(target) for target, _, _ in targets}
+    for target, hook, kind in targets:
+        HookRegistry.register(target, hook, kind, source=source)
+    HookRegistry.apply_hooks()
+    ignored = [target for target, _, _ in targets if _attribute(target) is before[target]]
+    if ignored:
+        raise ConfigError(
+            f"another plugin has hooked {', '.join(ignored)} already: leave it out with SGLANG_PLUGINS=clusterkv"
+        )
+    _installed = True
+
+
+def _attribute(target: str) -> Any:
+    owner, name = target.rsplit(".", 1)
+    return inspect.getattr_static(pkgutil.resolve_name(owner), name)
+
+
+def _after_prepare_for_extend(result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    if plugin.active_config() is not None:
+        from sglang_clusterkv import runtime
+
+        runtime.after_prepare_for_extend(batch)
+
+
+def _before_forward(worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> None:
+    if plugin.active_config() is not None:
+        from sglang_clusterkv import runtime
+
+        runtime.before_forward(worker, batch)
+
+
+def _checkpoint(original: Callable[..., Any], cache: Any, *args: Any, **kwargs: Any) -> Any:
+    if plugin.active_config() is None:
+        return original(cache, *args, **kwargs)
+    from sglang_clusterkv import runtime
+
+    return runtime.around_checkpoint(original, cache, *args, **kwargs)
+
+
+def _after_insert(result: Any, cache: Any, *args: Any, **kwargs: Any) -> None:
+    if plugin.active_config() is not None:
+        from sglang_clusterkv import runtime
+
+        runtime.after_insert(result, cache, *args, **kwargs)
+
+
+def _after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
+    if plugin.active_config() is not None:
+        from sglang_clusterkv import runtime
+
+        result.internal_state["clusterkv"] = runtime.server_info()
+
+
+def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int | None:
+    """Bytes per token of SGLang's KV plus ours, for the layers and kv heads of this rank."""
+    config = plugin.active_config()
+    if config is None:
+        return None
+    from sglang.srt.runtime_context import get_parallel, get_schedule
+
+    from sglang_clusterkv.memory.device import metadata_bytes_per_token
+
+    parallel = get_parallel()
+    return result + metadata_bytes_per_token(
+        config,
+        page_size=get_schedule().page_size,
+        head_dim=kvc.model_config.head_dim,
+        kv_heads=kvc.model_config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size),
+        layers=num_layers,
+    )
+
+
+def _after_kv_pool_cls(result: type | None, platform: Any, *, kind: str) -> type | None:
+    return plugin.kv_pool_cls(result, kind)
+
+
+def _after_allocator_cls(result: type | None, platform: Any) -> type | None:
+    return plugin.paged_allocator_cls(result)

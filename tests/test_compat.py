@@ -1,0 +1,288 @@
+"""What cannot be served is refused at start with its reason and the alternative, and nothing else is.
+
+The table is asked with made-up arguments, one row at a time; then SGLang itself resolves real ones. Red when a row does
+not fire, fires for what is served, a refusal prints a traceback, or an argument changes that should not.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_clusterkv import compat, plugin
+from sglang_clusterkv.compat import REFUSALS, ModelFacts
+from sglang_clusterkv.config import ClusterKVConfig
+
+SERVED = {
+    "device": "cpu",
+    "page_size": 16,
+    "chunked_prefill_size": 4096,
+    "attention_backend": "clusterkv",
+    "prefill_attention_backend": None,
+    "decode_attention_backend": None,
+    "speculative_algorithm": None,
+    "enable_mixed_chunk": False,
+    "disaggregation_mode": "null",
+    "encoder_only": False,
+    "enable_pdmux": False,
+    "enable_two_batch_overlap": False,
+    "kv_cache_dtype": "auto",
+    "dcp_size": 1,
+    "enable_prefill_cp": False,
+    "attn_cp_size": 1,
+    "cuda_graph_config": None,
+    "cuda_graph_backend_prefill": None,
+    "enable_hierarchical_cache": False,
+    "enable_lmcache": False,
+    "enable_flexkv": False,
+    "enable_unified_cache_external_linker": False,
+    "radix_cache_backend": None,
+    "enable_hisparse": False,
+    "enable_mis": False,
+    "enable_deterministic_inference": False,
+    "rl_on_policy_target": None,
+    "enable_kv_cache_sharding": False,
+    "enable_page_major_kv_layout": False,
+    "enable_unified_memory": False,
+    "dllm_algorithm": None,
+    "use_ray": False,
+    "is_embedding": False,
+}
+MODEL = ModelFacts(head_dim=64, v_head_dim=64)
+FULL = SimpleNamespace(prefill=SimpleNamespace(backend="full"))
+
+# (row, changed arguments, changed model facts, environment)
+CASES = [
+    ("device", {"device": "xpu"}, {}, {}),
+    ("page size 1", {"page_size": 1}, {}, {}),
+    ("chunks of part pages", {"page_size": 24}, {}, {}),
+    ("split backends", {"prefill_attention_backend": "flashinfer"}, {}, {}),
+    ("split backends", {"decode_attention_backend": "triton"}, {}, {}),
+    ("split backends", {"attention_backend": "triton", "decode_attention_backend": "clusterkv"}, {}, {}),
+    ("speculative decoding", {"speculative_algorithm": "EAGLE"}, {}, {}),
+    ("mixed chunk", {"enable_mixed_chunk": True}, {}, {}),
+    ("PD disaggregation", {"disaggregation_mode": "decode"}, {}, {}),
+    ("PD disaggregation", {"disaggregation_mode": "prefill"}, {}, {}),
+    ("PD disaggregation", {"encoder_only": True}, {}, {}),
+    ("PD multiplexing", {"enable_pdmux": True}, {}, {}),
+    ("two-batch overlap", {"enable_two_batch_overlap": True}, {}, {}),
+    ("quantized KV", {"kv_cache_dtype": "fp8_e4m3"}, {}, {}),
+    ("quantized KV", {"kv_cache_dtype": "nvfp4"}, {}, {}),
+    ("decode context parallelism", {"dcp_size": 2}, {}, {}),
+    ("prefill context parallelism", {"enable_prefill_cp": True}, {}, {}),
+    ("prefill context parallelism", {"attn_cp_size": 2}, {}, {}),
+    ("full prefill graph", {"cuda_graph_backend_prefill": "full"}, {}, {}),
+    ("full prefill graph", {"cuda_graph_config": {"prefill": {"backend": "full"}}}, {}, {}),
+    ("full prefill graph", {"cuda_graph_config": FULL}, {}, {}),
+    ("HiCache", {"enable_hierarchical_cache": True}, {}, {}),
+    ("other KV stores", {"enable_lmcache": True}, {}, {}),
+    ("other KV stores", {"enable_flexkv": True}, {}, {}),
+    ("other KV stores", {"enable_unified_cache_external_linker": True}, {}, {}),
+    ("other radix cache", {"radix_cache_backend": "mine"}, {}, {}),
+    ("HiSparse", {"enable_hisparse": True}, {}, {}),
+    ("multi-item scoring", {"enable_mis": True}, {}, {}),
+    ("deterministic inference", {"enable_deterministic_inference": True}, {}, {}),
+    ("deterministic inference", {"rl_on_policy_target": "fsdp"}, {}, {}),
+    ("KV sharding", {"enable_kv_cache_sharding": True}, {}, {}),
+    ("other KV layouts", {"enable_page_major_kv_layout": True}, {}, {}),
+    ("other KV layouts", {"enable_unified_memory": True}, {}, {}),
+    ("other KV layouts", {}, {}, {"SGLANG_USE_HND_KVCACHE": "true"}),
+    ("post-capture KV sizing", {}, {}, {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}),
+    ("diffusion models", {"dllm_algorithm": "LowConfidence"}, {}, {}),
+    ("Ray", {"use_ray": True}, {}, {}),
+    ("MLA", {}, {"mla": True}, {}),
+    ("encoder-decoder", {}, {"encoder_decoder": True}, {}),
+    ("attention sinks", {}, {"attention_sinks": True}, {}),
+    ("own sparse attention", {}, {"own_sparse": True}, {}),
+    ("hybrid linear", {}, {"hybrid_linear": True}, {}),
+    ("hybrid SWA", {}, {"hybrid_swa": True}, {}),
+    ("chunked attention", {}, {"chunked_attention": True}, {}),
+    ("no generation", {"is_embedding": True}, {}, {}),
+    ("no generation", {}, {"generates": False}, {}),
+    ("different value size", {}, {"v_head_dim": 128}, {}),
+    ("odd head size", {}, {"head_dim": 72, "v_head_dim": 72}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "facts", "environment"), CASES)
+def test_each_row_refuses_its_case_and_no_other(monkeypatch, name, arguments, facts, environment):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    changed, model = SimpleNamespace(**SERVED | arguments), replace(MODEL, **facts)
+    rows = [row for row in REFUSALS if row.applies(changed, model)]
+    assert [row.name for row in rows] == [name]
+    assert compat.refusal(changed, model) == f"--attention-backend clusterkv cannot serve this: {rows[0].sentence}"
+
+
+def test_every_row_has_a_case_and_says_what_to_do():
+    assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
+    for row in REFUSALS:
+        assert any(word in row.sentence for word in ("leave", "use ", "unset", "pass ", "change ")), row.name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"device": "cuda:0", "page_size": 64}, {"kv_cache_dtype": "bf16"}, {"page_size": None, "device": None}],
+)
+def test_what_is_served_is_not_refused(arguments):
+    view = SimpleNamespace(**SERVED | arguments)
+    assert compat.refusal(view, MODEL) is None and compat.refusal(view) is None
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """The configuration of a small Llama, all that resolution reads of a model."""
+    path = tmp_path_factory.mktemp("model")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 8192,
+        "vocab_size": 512,
+        "torch_dtype": "bfloat16",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def resolve(model_path, monkeypatch):
+    """Resolves the arguments of a command line as SGLang's launcher does; gives (record, resolved view)."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0")
+    load_plugins()
+
+    def run(*arguments, model=model_path):
+        record = prepare_server_args(["--model-path", str(model), "--device", "cpu", *arguments])
+        record.resolve_once()
+        return record, resolved_view(record)
+
+    return run
+
+
+CLUSTERKV = ("--attention-backend", "clusterkv")
+
+
+def test_the_page_size_is_16_unless_set(resolve):
+    record, view = resolve(*CLUSTERKV)
+    assert view.page_size == 16 and plugin.config_of(record) == ClusterKVConfig()
+    record, view = resolve(*CLUSTERKV, "--page-size", "64")
+    assert view.page_size == 64 and plugin.config_of(record) == ClusterKVConfig(sink_tokens=64, window_tokens=128)
+
+
+def test_the_flag_reaches_every_process(resolve, monkeypatch):
+    import pickle
+
+    monkeypatch.setenv("SGLANG_CLUSTERKV_CONFIG", '{"budget_tokens": 100}')
+    record, view = resolve(*CLUSTERKV, "--clusterkv-config", '{"budget_tokens": 200}')
+    assert view.cuda_graph_config.decode.backend == "disabled"
+    assert plugin.config_of(pickle.loads(pickle.dumps(record))).budget_tokens == 200
+    record, _ = resolve(*CLUSTERKV)
+    assert plugin.config_of(record).budget_tokens == 100
+
+
+def test_without_the_backend_nothing_is_declared(resolve):
+    record, view = resolve("--attention-backend", "torch_native")
+    assert plugin.config_of(record) is None and view.page_size == 1
+    assert "clusterkv" not in [source for source, _ in record._resolved_overrides]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--page-size", "1"), "--page-size 1 has no pages"),
+        (("--page-size", "24"), "--chunked-prefill-size is not a multiple of --page-size"),
+        (("--enable-mixed-chunk",), "--enable-mixed-chunk"),
+        (("--enable-hierarchical-cache",), "--enable-hierarchical-cache is not supported"),
+        (("--kv-cache-dtype", "fp8_e5m2"), "it clusters 16-bit keys"),
+        (("--speculative-algorithm", "NGRAM"), "leave out --speculative-algorithm"),
+        (("--decode-attention-backend", "torch_native"), "prefill and decode must both use it"),
+        (("--enable-deterministic-inference",), "deterministic inference"),
+        (("--cuda-graph-backend-prefill", "full"), "use --cuda-graph-backend-prefill breakable"),
+        (("--clusterkv-config", '{"tokens_per_cluster": 12}'), "tokens_per_cluster=12: use 4, 8 or 16"),
+        (("--clusterkv-config", '{"budget_token": 12}'), "did you mean budget_tokens?"),
+    ],
+)
+def test_a_refusal_ends_a_command_line_with_its_sentence(resolve, arguments, sentence):
+    with pytest.raises(SystemExit) as end:
+        resolve(*CLUSTERKV, *arguments)
+    assert str(end.value.code).startswith("sglang-clusterkv: ") and sentence in str(end.value.code)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"head_dim": 72}, "this model's head size is not a multiple of 16"),
+        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, "learned attention sinks"),
+        ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "Mamba or linear attention"),
+        ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}, "has"),
+    ],
+)
+def test_a_model_that_is_not_served_is_refused(resolve, model_path, tmp_path, changes, sentence):
+    config = json.loads((model_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(SystemExit) as end:
+        resolve(*CLUSTERKV, model=tmp_path)
+    assert sentence in str(end.value.code)
+
+
+def test_a_refusal_is_a_value_error_for_a_library_call(model_path):
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    record = ServerArgs(model_path=str(model_path), device="cpu", attention_backend="clusterkv", page_size=1)
+    with pytest.raises(ValueError, match="--page-size 1 has no pages"):
+        record.resolve_once()
+
+
+def test_another_sglang_is_refused_with_what_differs(resolve, monkeypatch):
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    monkeypatch.setattr(UnifiedRadixCache, "insert", lambda self, key: None)
+    with pytest.raises(SystemExit) as end:
+        resolve(*CLUSTERKV)
+    assert "UnifiedRadixCache.insert: expected (self params), found (self key)" in str(end.value.code)
+    resolve("--attention-backend", "torch_native")
+
+
+def test_a_scheduler_process_gets_its_hooks_and_its_configuration(resolve, monkeypatch):
+    import torch
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.runtime_context import publish, restore_context, snapshot_context
+
+    before, threads = snapshot_context(), torch.get_num_threads()
+    try:
+        record, _ = resolve("--attention-backend", "torch_native")
+        publish(record, role="scheduler")
+        assert plugin.active_config() is None
+        record, _ = resolve(*CLUSTERKV)
+        publish(record, role="scheduler")
+        assert plugin.active_config() == ClusterKVConfig()
+        assert hasattr(ScheduleBatch.prepare_for_extend, "__wrapped__")
+    finally:
+        restore_context(before)
+        torch.set_num_threads(threads)
+    assert plugin.active_config() is None
+
+
+@pytest.mark.slow
+def test_the_server_exits_with_one_sentence_and_no_traceback(model_path):
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model_path), "--device", "cpu"]
+    command += [*CLUSTERKV, "--enable-mixed-chunk"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("sglang-clusterkv: --attention-backend clusterkv cannot serve")
+    )

@@ -1,0 +1,53 @@
+"""The installed SGLang has every symbol that the plugin relies on, with the signature it was written against.
+
+Red when SGLang changed one of them, or when the comparison stops noticing a change.
+"""
+
+import pytest
+
+from sglang_clusterkv import hooks
+from sglang_clusterkv.hooks import Symbol
+
+
+def _first(symbol: Symbol) -> hooks.Difference:
+    differences = hooks.check([symbol])
+    assert len(differences) == 1
+    return differences[0]
+
+
+def test_the_installed_sglang_is_as_expected():
+    report = hooks.report()
+    assert report["differences"] == []
+    assert report["ok"] and report["symbols"] == len(hooks.SYMBOLS) > 60
+
+
+def test_a_changed_signature_is_reported_by_name(monkeypatch):
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    monkeypatch.setattr(ScheduleBatch, "prepare_for_extend", lambda self, extra: None)
+    differences = hooks.check()
+    assert [str(difference) for difference in differences] == [
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend: expected (self), found (self extra)"
+    ]
+    assert not hooks.report()["ok"]
+
+
+@pytest.mark.parametrize(
+    ("symbol", "expected", "found"),
+    [
+        (Symbol("server_args.ServerArgs.no_such_method", "", "self"), "to exist", "AttributeError"),
+        (Symbol("no_such_module.thing", "", "self"), "to exist", "ModuleNotFoundError"),
+        (Symbol("mem_cache.base_prefix_cache.InsertResult", "", attributes="prefix_len gone"), "attributes", "gone"),
+        (Symbol("mem_cache.memory_pool.ReqToTokenPool", "", mentions=("gone()",)), "the text 'gone()'", "none"),
+    ],
+)
+def test_what_is_missing_is_reported(symbol, expected, found):
+    difference = _first(symbol)
+    assert difference.symbol == f"sglang.srt.{symbol.path}"
+    assert expected in difference.expected and found in difference.found
+
+
+def test_each_symbol_has_an_expectation_and_a_reason():
+    for symbol in hooks.SYMBOLS:
+        assert symbol.why and (symbol.parameters is not None or symbol.attributes or symbol.mentions), symbol
+    assert len({(symbol.path, symbol.why) for symbol in hooks.SYMBOLS}) == len(hooks.SYMBOLS)

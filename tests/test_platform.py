@@ -1,0 +1,106 @@
+"""The CPU platform answers only where there is no accelerator, and gives each rank cores of its own.
+
+Red when it takes a machine with an accelerator over, when a rank gets no core, or when a binding of the user is changed.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_clusterkv import plugin
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.platform import (
+    OMP_BINDING,
+    ClusterKVCpuPlatform,
+    accelerator_found,
+    activate,
+    apply_thread_count,
+    default_omp_binding,
+    thread_count,
+)
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name in ("cuda", "xpu", "mps"):
+        monkeypatch.setattr(getattr(torch, name), "is_available", lambda: False)
+
+
+def test_it_answers_where_no_accelerator_is_found(no_accelerator):
+    import pkgutil
+
+    assert pkgutil.resolve_name(activate()) is ClusterKVCpuPlatform
+
+
+@pytest.mark.parametrize("name", ["cuda", "xpu", "mps", "npu", "hpu", "musa"])
+def test_it_is_silent_where_one_is_found(no_accelerator, monkeypatch, name):
+    monkeypatch.setattr(torch, name, SimpleNamespace(is_available=lambda: True), raising=False)
+    assert accelerator_found() and activate() is None
+
+
+def test_it_leaves_sglangs_own_cpu_platform_to_those_who_ask_for_it(no_accelerator, monkeypatch):
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert activate() is None
+
+
+def test_the_device_is_a_string():
+    assert ClusterKVCpuPlatform().get_device() == "cpu"
+    assert ClusterKVCpuPlatform().is_out_of_tree()
+
+
+@pytest.mark.parametrize(
+    ("cores", "tp_size", "binding"),
+    [([0, 1], 1, "0"), ([0, 1], 2, "0|1"), ([4, 5, 6, 7], 2, "4|5"), ([3], 2, "3|3"), ([0, 1], 3, "0|1|0")],
+)
+def test_each_rank_has_a_core(cores, tp_size, binding):
+    assert default_omp_binding(cores, tp_size) == binding
+
+
+@pytest.mark.parametrize(
+    ("binding", "rank", "threads"),
+    [("0", 0, 1), ("0|1", 1, 1), ("0-3|4-7", 1, 4), ("0,2,4-5", 0, 4), ("0", 1, None), ("all", 0, None), ("", 0, None)],
+)
+def test_a_binding_says_how_many_threads_a_rank_has(binding, rank, threads):
+    assert thread_count(binding, rank) == threads
+
+
+def test_threads_are_set_from_the_binding_unless_openmp_is_told(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(OMP_BINDING, "0-1|2")
+    apply_thread_count(0)
+    apply_thread_count(1)
+    apply_thread_count(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    apply_thread_count(0)
+    assert chosen == [2, 1]
+
+
+def test_a_later_engine_gets_a_binding_of_its_own_but_never_instead_of_the_users(monkeypatch):
+    import os
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(ClusterKVCpuPlatform, "_written_binding", None)
+    monkeypatch.setenv(OMP_BINDING, "")
+    platform = ClusterKVCpuPlatform()
+    for tp_size, binding in ((1, "0"), (2, "0|1")):
+        platform.apply_server_args_defaults(SimpleNamespace(dp_size=1, tp_size=tp_size, pp_size=1))
+        assert os.environ[OMP_BINDING] == binding
+    monkeypatch.setenv(OMP_BINDING, "0-1")
+    platform.apply_server_args_defaults(SimpleNamespace(dp_size=1, tp_size=1, pp_size=1))
+    assert os.environ[OMP_BINDING] == "0-1"
+
+
+def test_pool_and_allocator_are_sglangs_unless_clusterkv_is_active(monkeypatch):
+    platform = ClusterKVCpuPlatform()
+    monkeypatch.setattr(plugin, "active_config", lambda: None)
+    assert platform.get_kv_pool_cls(kind="mha") is None and platform.get_paged_allocator_cls() is None
+    pool = SimpleNamespace(kv_pool_class=lambda default: "pool", allocator_class=lambda default: "allocator")
+    monkeypatch.setitem(__import__("sys").modules, "sglang_clusterkv.pool", pool)
+    monkeypatch.setattr(plugin, "active_config", ClusterKVConfig)
+    assert platform.get_kv_pool_cls(kind="mha") == "pool" and platform.get_paged_allocator_cls() == "allocator"
+    assert platform.get_kv_pool_cls(kind="mla") is None

@@ -250,6 +250,10 @@ def _convert(gguf: Path, made: Path) -> None:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": [end_of_turn, end_of_text],
         "pad_token_id": tokenizer.pad_token_id,
+        # The model card's; SGLang takes them where a request says nothing. At temperature 1 so small a model rambles.
+        "do_sample": True,
+        "temperature": 0.2,
+        "top_p": 0.9,
     }
     _write_json(made / "generation_config.json", generation)
 

@@ -10,6 +10,7 @@ import pkgutil
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -198,7 +199,6 @@ MEMORY = (
 )
 
 SCHEDULER = (
-    Symbol("managers.schedule_batch.ScheduleBatch.prepare_for_extend", "which requests extend", "self"),
     Symbol(
         "managers.schedule_batch.ScheduleBatch",
         "read there",
@@ -316,7 +316,7 @@ def _differences(symbol: Symbol) -> list[Difference]:
         differences.append(
             Difference(name, f"attributes {symbol.attributes}", f"none named {' '.join(sorted(missing))}")
         )
-    source = inspect.getsource(found) if symbol.mentions else ""
+    source = _source(found) if symbol.mentions else ""
     differences += [
         Difference(name, f"the text {text!r} in its source", "none") for text in symbol.mentions if text not in source
     ]
@@ -330,19 +330,30 @@ def _parameters(function: Any) -> str:
         return f"no signature: {function!r}"
 
 
+# Python parses a whole file to find a class in it; several launches in one process ask again.
+@cache
+def _source(found: Any) -> str:
+    return inspect.getsource(found)
+
+
+@cache
+def _assigned(cls: type) -> frozenset[str]:
+    tree = ast.parse(textwrap.dedent(_source(cls)))
+    return frozenset(
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    )
+
+
 def _attributes(cls: type) -> set[str]:
     """Names of fields, methods and of everything that the class or a base of it assigns to self."""
     names = set(dir(cls))
     for base in cls.__mro__:
         names.update(getattr(base, "__annotations__", ()))
         if base.__module__.startswith("sglang."):
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-            names.update(
-                node.attr
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Attribute)
-                and isinstance(node.ctx, ast.Store)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "self"
-            )
+            names.update(_assigned(base))
     return names

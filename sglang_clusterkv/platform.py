@@ -1,7 +1,8 @@
-"""The platform under which SGLang serves without an accelerator, and its thread settings.
+"""When our CPU platform is used, and how many threads each rank gets there.
 
 SGLang's own CPU platform needs a build of sgl_kernel for the CPU, which the usual wheel is not. `activate` answers only
-where no accelerator is found; everywhere else SGLang's own platform stays in charge.
+where no accelerator is found; everywhere else SGLang's own platform stays in charge. No sglang import here: SGLang
+calls `activate` while it is being imported.
 """
 
 import os
@@ -9,9 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sglang.srt.platforms.cpu import CpuDeviceMixin
-from sglang.srt.platforms.device_mixin import PlatformEnum
-from sglang.srt.platforms.interface import SRTPlatform
 
 OMP_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 # A torch operation at decode takes less time than a thread barrier on a shared machine.
@@ -22,7 +20,12 @@ def activate() -> str | None:
     """The platform's dotted path where no accelerator is found, else None (SGLang's entry point for platforms)."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None  # the user asks for SGLang's own CPU platform
-    return None if accelerator_found() else f"{__name__}.ClusterKVCpuPlatform"
+    return None if accelerator_found() else "sglang_clusterkv.cpu_platform.ClusterKVCpuPlatform"
+
+
+def is_our_platform(platform: Any) -> bool:
+    """Whether SGLang's current platform is the one that `activate` names."""
+    return type(platform).__module__ == "sglang_clusterkv.cpu_platform"
 
 
 def accelerator_found() -> bool:
@@ -65,37 +68,3 @@ def apply_thread_count(rank: int) -> None:
     threads = thread_count(os.environ.get(OMP_BINDING, ""), rank)
     if threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
-
-
-class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """SGLang on the CPU with torch's own kernels."""
-
-    _enum = PlatformEnum.OOT
-    # What this process wrote into OMP_BINDING: a later engine of the same process may have another tp_size.
-    _written_binding: str | None = None
-
-    def get_device(self, device_id: int = 0) -> str:
-        """A string, not a torch.device: SGLang splits it at the colon when --device is left out."""
-        return "cpu"
-
-    def is_pin_memory_available(self, device: Any = None) -> bool:
-        return False
-
-    def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Bind each rank's threads unless the user did; the ranks, started later, inherit it by the environment."""
-        if os.environ.get(OMP_BINDING) in (None, "", self._written_binding):
-            ranks = server_args.dp_size * server_args.tp_size * server_args.pp_size
-            binding = default_omp_binding(sorted(os.sched_getaffinity(0)), ranks)
-            os.environ[OMP_BINDING] = ClusterKVCpuPlatform._written_binding = binding
-
-    def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        """Our KV pool when this process serves with clusterkv, else what SGLang would take."""
-        from sglang_clusterkv.plugin import kv_pool_cls
-
-        return kv_pool_cls(super().get_kv_pool_cls(kind=kind), kind)
-
-    def get_paged_allocator_cls(self) -> type | None:
-        """Our allocator when this process serves with clusterkv, else what SGLang would take."""
-        from sglang_clusterkv.plugin import paged_allocator_cls
-
-        return paged_allocator_cls(super().get_paged_allocator_cls())

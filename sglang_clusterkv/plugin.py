@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from sglang_clusterkv import compat, hooks
 from sglang_clusterkv.compat import BACKEND, ModelFacts
 from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
+from sglang_clusterkv.platform import apply_thread_count, is_our_platform
 
 logger = logging.getLogger(__name__)
 
@@ -225,9 +226,8 @@ def _after_publish(context: Any, server_args: Any, *, role: str, ranks: Any = No
         return
     from sglang.srt.platforms import current_platform
 
-    platform = sys.modules.get("sglang_clusterkv.platform")
-    if platform is not None and isinstance(current_platform, platform.ClusterKVCpuPlatform):
-        platform.apply_thread_count(ranks.gpu_id if ranks is not None and ranks.gpu_id is not None else 0)
+    if is_our_platform(current_platform):
+        apply_thread_count(ranks.gpu_id if ranks is not None and ranks.gpu_id is not None else 0)
     if config_of(server_args) is not None:
         from sglang_clusterkv.scheduler_hooks import install
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang_clusterkv import plugin
 from sglang_clusterkv.config import ConfigError
+from sglang_clusterkv.platform import is_our_platform
 
 _SRT = "sglang.srt."
 _installed = False
@@ -27,7 +28,6 @@ def install(platform: Any) -> None:
 
     source = HookSource(plugin_name="clusterkv", dist_name="sglang-clusterkv")
     targets = [
-        (_SRT + "managers.schedule_batch.ScheduleBatch.prepare_for_extend", _after_prepare_for_extend, HookType.AFTER),
         (_SRT + "managers.tp_worker.TpModelWorker.forward_batch_generation", _before_forward, HookType.BEFORE),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree", _checkpoint, HookType.AROUND),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.insert", _after_insert, HookType.AFTER),
@@ -42,9 +42,8 @@ def install(platform: Any) -> None:
             HookType.AFTER,
         ),
     ]
-    cls = type(platform)
-    if not cls.__module__.startswith("sglang_clusterkv."):  # our own CPU platform asks by itself
-        name = f"{cls.__module__}.{cls.__qualname__}"
+    if not is_our_platform(platform):  # our own asks for pool and allocator by itself
+        name = f"{type(platform).__module__}.{type(platform).__qualname__}"
         targets.append((f"{name}.get_kv_pool_cls", _after_kv_pool_cls, HookType.AFTER))
         targets.append((f"{name}.get_paged_allocator_cls", _after_allocator_cls, HookType.AFTER))
     before = {target: _attribute(target) for target, _, _ in targets}
@@ -62,13 +61,6 @@ def install(platform: Any) -> None:
 def _attribute(target: str) -> Any:
     owner, name = target.rsplit(".", 1)
     return inspect.getattr_static(pkgutil.resolve_name(owner), name)
-
-
-def _after_prepare_for_extend(result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-    if plugin.active_config() is not None:
-        from sglang_clusterkv import runtime
-
-        runtime.after_prepare_for_extend(batch)
 
 
 def _before_forward(worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> None:

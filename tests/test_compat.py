@@ -220,13 +220,24 @@ def test_a_refusal_ends_a_command_line_with_its_sentence(resolve, arguments, sen
     assert str(end.value.code).startswith("sglang-clusterkv: ") and sentence in str(end.value.code)
 
 
+MLA_MODEL = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"head_dim": 72}, "this model's head size is not a multiple of 16"),
         ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, "learned attention sinks"),
         ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "Mamba or linear attention"),
-        ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}, "has"),
+        ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}, "chunked attention is not"),
+        (MLA_MODEL, "MLA attention has no keys"),
     ],
 )
 def test_a_model_that_is_not_served_is_refused(resolve, model_path, tmp_path, changes, sentence):
@@ -235,6 +246,14 @@ def test_a_model_that_is_not_served_is_refused(resolve, model_path, tmp_path, ch
     with pytest.raises(SystemExit) as end:
         resolve(*CLUSTERKV, model=tmp_path)
     assert sentence in str(end.value.code)
+
+
+def test_models_with_sliding_layers_in_one_pool_are_served(resolve, model_path, tmp_path):
+    config = json.loads((model_path / "config.json").read_text())
+    gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 4096, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | gemma))
+    record, _ = resolve(*CLUSTERKV, model=tmp_path)
+    assert plugin.config_of(record) == ClusterKVConfig()
 
 
 def test_a_refusal_is_a_value_error_for_a_library_call(model_path):
@@ -259,7 +278,7 @@ def test_another_sglang_is_refused_with_what_differs(resolve, monkeypatch):
 
 def test_a_scheduler_process_gets_its_hooks_and_its_configuration(resolve, monkeypatch):
     import torch
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.runtime_context import publish, restore_context, snapshot_context
 
     before, threads = snapshot_context(), torch.get_num_threads()
@@ -270,7 +289,7 @@ def test_a_scheduler_process_gets_its_hooks_and_its_configuration(resolve, monke
         record, _ = resolve(*CLUSTERKV)
         publish(record, role="scheduler")
         assert plugin.active_config() == ClusterKVConfig()
-        assert hasattr(ScheduleBatch.prepare_for_extend, "__wrapped__")
+        assert hasattr(TpModelWorker.forward_batch_generation, "__wrapped__")
     finally:
         restore_context(before)
         torch.set_num_threads(threads)

@@ -1,18 +1,22 @@
 """The CPU platform answers only where there is no accelerator, and gives each rank cores of its own.
 
-Red when it takes a machine with an accelerator over, when a rank gets no core, or when a binding of the user is changed.
+Red when it takes over a machine with an accelerator, when a rank gets no core, or when the user's binding is changed.
 """
 
+import os
+import pkgutil
+import sys
 from types import SimpleNamespace
 
 import pytest
+import sglang.srt.platforms  # before cpu_platform, which SGLang may ask for while it is imported
 import torch
 
 from sglang_clusterkv import plugin
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.cpu_platform import ClusterKVCpuPlatform
 from sglang_clusterkv.platform import (
     OMP_BINDING,
-    ClusterKVCpuPlatform,
     accelerator_found,
     activate,
     apply_thread_count,
@@ -30,8 +34,6 @@ def no_accelerator(monkeypatch):
 
 
 def test_it_answers_where_no_accelerator_is_found(no_accelerator):
-    import pkgutil
-
     assert pkgutil.resolve_name(activate()) is ClusterKVCpuPlatform
 
 
@@ -49,6 +51,11 @@ def test_it_leaves_sglangs_own_cpu_platform_to_those_who_ask_for_it(no_accelerat
 def test_the_device_is_a_string():
     assert ClusterKVCpuPlatform().get_device() == "cpu"
     assert ClusterKVCpuPlatform().is_out_of_tree()
+
+
+def test_sglang_takes_it_while_it_is_being_imported():
+    # Whichever module comes first, SGLang must not meet a half-imported platform and fall back to another one.
+    assert isinstance(sglang.srt.platforms.current_platform, ClusterKVCpuPlatform) or accelerator_found()
 
 
 @pytest.mark.parametrize(
@@ -81,8 +88,6 @@ def test_threads_are_set_from_the_binding_unless_openmp_is_told(monkeypatch):
 
 
 def test_a_later_engine_gets_a_binding_of_its_own_but_never_instead_of_the_users(monkeypatch):
-    import os
-
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(ClusterKVCpuPlatform, "_written_binding", None)
     monkeypatch.setenv(OMP_BINDING, "")
@@ -100,7 +105,7 @@ def test_pool_and_allocator_are_sglangs_unless_clusterkv_is_active(monkeypatch):
     monkeypatch.setattr(plugin, "active_config", lambda: None)
     assert platform.get_kv_pool_cls(kind="mha") is None and platform.get_paged_allocator_cls() is None
     pool = SimpleNamespace(kv_pool_class=lambda default: "pool", allocator_class=lambda default: "allocator")
-    monkeypatch.setitem(__import__("sys").modules, "sglang_clusterkv.pool", pool)
+    monkeypatch.setitem(sys.modules, "sglang_clusterkv.pool", pool)
     monkeypatch.setattr(plugin, "active_config", ClusterKVConfig)
     assert platform.get_kv_pool_cls(kind="mha") == "pool" and platform.get_paged_allocator_cls() == "allocator"
     assert platform.get_kv_pool_cls(kind="mla") is None

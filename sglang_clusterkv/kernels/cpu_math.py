@@ -53,6 +53,29 @@ def signed_nibble(typing_context: Any, word: Any, shift: Any) -> Any:
 
 
 @intrinsic
+def code_level(typing_context: Any, word: Any, shift: Any, inner: Any, outer: Any) -> Any:
+    """Level of the code at `shift` of a word: two bits (magnitude, sign) of a uint16, one (sign) of a uint8; float32.
+
+    For one bit the levels are +1 and -1, whatever `inner` and `outer` are.
+    """
+    one_bit = word == types.uint8
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        real = context.get_value_type(types.float32)
+        moved = builder.lshr(builder.zext(args[0], _WORD), builder.trunc(args[1], _WORD))
+        if one_bit:
+            magnitude = ir.Constant(real, 1.0)
+            sign = builder.shl(moved, _WORD(31))
+        else:
+            is_outer = builder.icmp_unsigned("!=", builder.and_(moved, _WORD(1)), _WORD(0))
+            magnitude = builder.select(is_outer, args[3], args[2])
+            sign = builder.shl(builder.lshr(moved, _WORD(1)), _WORD(31))
+        return builder.bitcast(builder.xor(builder.bitcast(magnitude, _WORD), sign), real)
+
+    return types.float32(word, types.int64, types.float32, types.float32), codegen
+
+
+@intrinsic
 def bits_of_float(typing_context: Any, value: Any) -> Any:
     """The bits of a float32, uint32; those of non-negative floats order as the floats do."""
 

@@ -24,6 +24,70 @@ def load_row(buffer: Any, slot: int, head: int, is_bf16: bool, channels: int, ou
             out[d] = np.float32(buffer[slot, head, d])
 
 
+@njit(inline="always")
+def softmax_in_place(logits: Any, begin: int, end: int) -> Any:
+    """Replace logits [begin, end) by their softmax; returns their log-sum-exp."""
+    most = NEGLIGIBLE
+    for t in range(begin, end):
+        most = max(most, logits[t])
+    total = np.float32(0.0)
+    for t in range(begin, end):
+        weight = fast_exp(logits[t] - most)
+        logits[t] = weight
+        total += weight
+    inverse = np.float32(1.0) / total
+    for t in range(begin, end):
+        logits[t] *= inverse
+    return most + np.log(total)
+
+
+@functools.cache
+def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
+    """Compile attention over the always-attended and the recalled tokens for one head_dim, group size and pool dtype.
+
+    Outputs: output [B, H, G, D] and lse [B, H, G], as `reference.Partial`.
+    """
+
+    @njit(cache=True, fastmath=FAST, nogil=True)
+    def kernel(
+        q: Any, keys: Any, values: Any, base_slots: Any, base_count: Any, base_logit: Any, recalled: Any,
+        recalled_count: Any, scale: Any, output: Any, lse: Any,
+    ) -> None:  # fmt: skip
+        row = np.empty(channels, np.float32)
+        slots = np.empty(base_slots.shape[1] + recalled.shape[2], np.int64)
+        logits = np.empty((group, slots.shape[0]), np.float32)
+        for b in range(q.shape[0]):
+            base = base_count[b]
+            for h in range(q.shape[1]):
+                count = base + recalled_count[b, h]
+                for t in range(base):
+                    slots[t] = base_slots[b, t]
+                for t in range(base, count):
+                    slots[t] = recalled[b, h, t - base]
+                for g in range(group):
+                    for t in range(base):
+                        logits[g, t] = base_logit[b, h, g, t]
+                for t in range(base, count):
+                    load_row(keys, slots[t], h, is_bf16, channels, row)
+                    for g in range(group):
+                        dot = np.float32(0.0)
+                        for d in range(channels):
+                            dot += q[b, h, g, d] * row[d]
+                        logits[g, t] = dot * scale
+                for g in range(group):
+                    lse[b, h, g] = softmax_in_place(logits[g], 0, count)
+                    for d in range(channels):
+                        output[b, h, g, d] = 0.0
+                for t in range(count):
+                    load_row(values, slots[t], h, is_bf16, channels, row)
+                    for g in range(group):
+                        weight = logits[g, t]
+                        for d in range(channels):
+                            output[b, h, g, d] += weight * row[d]
+
+    return kernel
+
+
 @functools.cache
 def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
     """Compile attention over listed tokens for one head_dim, group size and pool dtype."""
@@ -46,17 +110,7 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
                     if cap > 0:
                         for t in range(begin, end):
                             logits[g, t] = cap * np.tanh(logits[g, t] / cap)
-                    most = NEGLIGIBLE
-                    for t in range(begin, end):
-                        most = max(most, logits[g, t])
-                    total = np.float32(0.0)
-                    for t in range(begin, end):
-                        weight = fast_exp(logits[g, t] - most)
-                        logits[g, t] = weight
-                        total += weight
-                    inverse = np.float32(1.0) / total
-                    for t in range(begin, end):
-                        logits[g, t] *= inverse
+                    softmax_in_place(logits[g], begin, end)
                     for d in range(channels):
                         out[b, h, g, d] = 0.0
                 for t in range(begin, end):

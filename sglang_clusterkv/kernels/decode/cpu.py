@@ -1,1 +1,246 @@
-from sglang_clusterkv.kernels.decode.reference import sparse_decode  # noqa
+"""The chain on the CPU: numba kernels over buffers that are kept between layers and steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sglang_clusterkv.clusters.rotation import rotation_matrix
+from sglang_clusterkv.kernels.attend.cpu import attend_kernel
+from sglang_clusterkv.kernels.cpu_math import bits
+from sglang_clusterkv.kernels.decode import reference
+from sglang_clusterkv.kernels.estimate.cpu import estimate_kernel
+from sglang_clusterkv.kernels.merge.cpu import merge_kernel
+from sglang_clusterkv.kernels.refine.cpu import recall_kernel, value_kernel
+from sglang_clusterkv.kernels.row_cpu import ROW_FORMATS, row_views
+from sglang_clusterkv.kernels.score.cpu import score_kernel
+from sglang_clusterkv.kernels.select.cpu import select_kernel
+from sglang_clusterkv.clusters.codec import channels_per_scale
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.clusters.step import SparseStep
+
+
+class LayerArrays:
+    """One layer of the index as numpy views."""
+
+    def __init__(self, index: ClusterIndex, layer: int) -> None:
+        view = index.layer(layer)
+        self.key_rows = row_views(view.key_rows)
+        self.value_rows = row_views(view.value_rows)
+        self.spread = bits(view.spread)
+        self.cluster_end = view.cluster_end.numpy()
+        self.vectors = bits(view.segment_vectors)
+        self.members = view.members.numpy()
+        if view.codes is not None and view.code_scales is not None:
+            codes = view.codes.numpy()
+            self.codes = codes.view(np.uint16) if index.config.code_bits == 2 else codes
+            self.code_scales = bits(view.code_scales)
+
+
+@dataclass
+class Buffers:
+    """What the operations of one layer hand to each other; B, H, G, D as in the references."""
+
+    size: np.ndarray  # int32 [B, H, C]
+    begin: np.ndarray  # int32 [B, H, C]
+    taken: np.ndarray  # int32 [B, H, C]: members that are candidates, then tokens recalled
+    mass: np.ndarray  # float32 [B, H, C]
+    dot: np.ndarray  # float32 [B, H, G, C]
+    weight: np.ndarray  # float32 [B, H, G, C]
+    base_logit: np.ndarray  # float32 [B, H, G, W]
+    peak: np.ndarray  # float32 [B, H, G]
+    total: np.ndarray  # float32 [B, H, G]
+    candidates: np.ndarray  # int32 [B, H]
+    value: np.ndarray  # float32 [B, H, K]
+    place: np.ndarray  # int32 [B, H, K]
+    of_cluster: np.ndarray  # int32 [B, H, K]
+    recalled: np.ndarray  # int64 [B, H, budget]
+    recalled_count: np.ndarray  # int32 [B, H]
+    lse: np.ndarray  # float32 [B, H, G]
+    estimate: np.ndarray  # float32 [B, H, G, D]
+    estimate_lse: np.ndarray  # float32 [B, H, G]
+
+
+def make_buffers(
+    batch: int, heads: int, group: int, channels: int, clusters: int, base: int, candidates: int, budget: int
+) -> Buffers:
+    """Allocate the buffers of a step."""
+    by_head, by_query = (batch, heads), (batch, heads, group)
+
+    def floats(*shape: int) -> np.ndarray:
+        return np.empty(shape, np.float32)
+
+    def ints(*shape: int) -> np.ndarray:
+        return np.empty(shape, np.int32)
+
+    return Buffers(
+        size=ints(*by_head, clusters),
+        begin=ints(*by_head, clusters),
+        taken=ints(*by_head, clusters),
+        mass=floats(*by_head, clusters),
+        dot=floats(*by_query, clusters),
+        weight=floats(*by_query, clusters),
+        base_logit=floats(*by_query, base),
+        peak=floats(*by_query),
+        total=floats(*by_query),
+        candidates=ints(*by_head),
+        value=floats(*by_head, candidates),
+        place=ints(*by_head, candidates),
+        of_cluster=ints(*by_head, candidates),
+        recalled=np.empty((*by_head, budget), np.int64),
+        recalled_count=ints(*by_head),
+        lse=floats(*by_query),
+        estimate=floats(*by_query, channels),
+        estimate_lse=floats(*by_query),
+    )
+
+
+class CpuDecoder:
+    """The operations of a layer for one geometry, callable one by one (benchmarks) or as a chain.
+
+    Args:
+        index: the cluster index.
+        group: query heads per kv head.
+        is_bf16: the pool's dtype is bf16 (else float32).
+    """
+
+    def __init__(self, index: ClusterIndex, group: int, is_bf16: bool) -> None:
+        config, geometry = index.config, index.geometry
+        channels = geometry.head_dim
+        row_format, per_scale = ROW_FORMATS[config.centroid_dtype], channels_per_scale(channels)
+        self.index = index
+        self.config = config
+        self.layers = [LayerArrays(index, layer) for layer in range(geometry.layers)]
+        self.limit = config.candidate_tokens if config.refine else config.budget_tokens
+        self._score = score_kernel(channels, group, row_format, per_scale, is_bf16)
+        self._value = value_kernel(channels, group, config.code_bits)
+        self._attend = attend_kernel(channels, group, is_bf16)
+        self._estimate = estimate_kernel(channels, group, row_format, per_scale)
+        self._step: SparseStep | None = None
+        self._shape: tuple[int, ...] = ()
+
+    def prepare(self, step: SparseStep, heads: int, group: int, channels: int) -> None:
+        """Take a step's lists and make the buffers fit; once per step."""
+        if step is self._step:
+            return
+        self._step = step
+        per_page = self.index.clusters_per_page
+        page_size = self.index.geometry.page_size
+        tokens = step.pages.shape[1] * page_size
+        clusters = -(-step.pages.shape[1] * per_page // 256) * 256
+        base = -(-step.base_slots.shape[1] // 256) * 256
+        shape = (step.batch, heads, group, channels, clusters, base)
+        if shape != self._shape:
+            limit = min(self.limit, -(-tokens // 256) * 256)
+            self.buffers = make_buffers(*shape, limit, min(self.config.budget_tokens, limit))
+            self._shape = shape
+        self.pages = step.pages.numpy()
+        self.page_count = step.page_count.numpy()
+        self.segment_begin = step.segment_begin.numpy()
+        self.segment_count = step.segment_count.numpy()
+        self.base_slots = step.base_slots.numpy()
+        self.base_count = step.base_count.numpy()
+
+    def score(self, q: np.ndarray, keys: np.ndarray, layer: int, scale: float) -> None:
+        """Clusters' masses and totals, always-attended tokens' logits."""
+        a, u = self.layers[layer], self.buffers
+        self._score(
+            q, keys, *a.key_rows, a.spread, a.cluster_end, a.vectors, self.pages, self.segment_begin,
+            self.segment_count, self.page_count, self.base_slots, self.base_count, np.float32(scale),
+            np.float32(self.config.choice_spread), np.float32(self.config.estimate_spread),
+            self.index.geometry.page_size, self.index.clusters_per_page,
+            u.size, u.begin, u.dot, u.weight, u.mass, u.base_logit, u.peak, u.total,
+        )  # fmt: skip
+
+    def select(self) -> None:
+        """Members of each cluster that are candidates."""
+        u = self.buffers
+        select_kernel(
+            u.mass, u.size, self.page_count, self.index.clusters_per_page, self.limit, u.taken, u.candidates
+        )
+
+    def refine(self, rotated: np.ndarray, layer: int, scale: float) -> None:
+        """Candidates' scores from their codes."""
+        a, u = self.layers[layer], self.buffers
+        self._value(
+            rotated, a.codes, a.code_scales, a.members, self.pages, self.page_count, self.index.geometry.page_size,
+            self.index.clusters_per_page, self.segment_begin, self.segment_count, np.float32(scale), u.dot, u.begin,
+            u.taken, u.total, u.value, u.place, u.of_cluster,
+        )  # fmt: skip
+
+    def recall(self) -> None:
+        """The best candidates' slots."""
+        u = self.buffers
+        recall_kernel(
+            u.value, u.place, u.of_cluster, u.candidates, self.pages, self.index.geometry.page_size,
+            self.config.budget_tokens, u.taken, u.recalled, u.recalled_count,
+        )  # fmt: skip
+
+    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, output: np.ndarray) -> None:
+        """Exact attention over always-attended and recalled tokens."""
+        u = self.buffers
+        self._attend(
+            q, keys, values, self.base_slots, self.base_count, u.base_logit, u.recalled, u.recalled_count,
+            np.float32(scale), output, u.lse,
+        )  # fmt: skip
+
+    def estimate(self, layer: int) -> None:
+        """What was not recalled, by clusters."""
+        a, u = self.layers[layer], self.buffers
+        self._estimate(
+            *a.value_rows, a.vectors, self.pages, self.segment_begin, self.segment_count, self.page_count,
+            self.index.clusters_per_page, self.config.estimate_clusters, u.size, u.taken, u.weight, u.peak, u.total,
+            u.estimate, u.estimate_lse,
+        )  # fmt: skip
+
+    def merge(self, output: np.ndarray) -> None:
+        """Both parts into `output`."""
+        u = self.buffers
+        merge_kernel(output, u.lse, u.estimate, u.estimate_lse)
+
+
+_decoders: dict[tuple[int, int, bool], CpuDecoder] = {}
+
+
+def decoder_of(index: ClusterIndex, group: int, is_bf16: bool) -> CpuDecoder:
+    """The decoder of an index; made once."""
+    key = (id(index), group, is_bf16)
+    decoder = _decoders.get(key)
+    if decoder is None or decoder.index is not index:
+        decoder = _decoders[key] = CpuDecoder(index, group, is_bf16)
+    return decoder
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    index: ClusterIndex,
+    layer: int,
+    step: SparseStep,
+    scale: float,
+) -> torch.Tensor:
+    """See `kernels.decode.sparse_decode`."""
+    if keys.dtype not in (torch.bfloat16, torch.float32) or not index.config.refine:
+        return reference.sparse_decode(q, keys, values, index, layer, step, scale)
+    kv_heads, channels = keys.shape[1:]
+    grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
+    decoder = decoder_of(index, grouped.shape[2], keys.dtype is torch.bfloat16)
+    decoder.prepare(step, kv_heads, grouped.shape[2], channels)
+    rotated = grouped @ rotation_matrix(channels).T
+    output = torch.empty_like(grouped)
+    q_rows, key_rows, out = grouped.numpy(), bits(keys), output.numpy()
+    decoder.score(q_rows, key_rows, layer, scale)
+    decoder.select()
+    decoder.refine(rotated.numpy(), layer, scale)
+    decoder.recall()
+    decoder.attend(q_rows, key_rows, bits(values), scale, out)
+    if index.config.estimate:
+        decoder.estimate(layer)
+        decoder.merge(out)
+    return output.flatten(1, 2).to(q.dtype)

@@ -1,0 +1,47 @@
+"""The platform under which SGLang serves without an accelerator; SGLang loads it by the name that `activate` gives.
+
+Import sglang before this module: while sglang is being imported it may ask for this class.
+"""
+
+import os
+from typing import Any
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+from sglang_clusterkv.platform import OMP_BINDING, default_omp_binding
+
+
+class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """SGLang on the CPU with torch's own kernels."""
+
+    _enum = PlatformEnum.OOT
+    # What this process wrote into OMP_BINDING: a later engine of the same process may have another tp_size.
+    _written_binding: str | None = None
+
+    def get_device(self, device_id: int = 0) -> str:
+        """A string, not a torch.device: SGLang splits it at the colon when --device is left out."""
+        return "cpu"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Bind each rank's threads unless the user did; the ranks, started later, inherit it by the environment."""
+        if os.environ.get(OMP_BINDING) in (None, "", self._written_binding):
+            ranks = server_args.dp_size * server_args.tp_size * server_args.pp_size
+            binding = default_omp_binding(sorted(os.sched_getaffinity(0)), ranks)
+            os.environ[OMP_BINDING] = ClusterKVCpuPlatform._written_binding = binding
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """Our KV pool when this process serves with clusterkv, else what SGLang would take."""
+        from sglang_clusterkv.plugin import kv_pool_cls
+
+        return kv_pool_cls(super().get_kv_pool_cls(kind=kind), kind)
+
+    def get_paged_allocator_cls(self) -> type | None:
+        """Our allocator when this process serves with clusterkv, else what SGLang would take."""
+        from sglang_clusterkv.plugin import paged_allocator_cls
+
+        return paged_allocator_cls(super().get_paged_allocator_cls())

@@ -1,0 +1,97 @@
+"""Estimate on the CPU: from the exponentials that score kept, so that only mean values are read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, float_of_bf16
+from sglang_clusterkv.kernels.row_cpu import decode_row
+from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
+
+
+@functools.cache
+def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) -> Callable[..., None]:
+    """Compile the estimate for one head_dim, group size and row format.
+
+    Inputs `size`, `weight`, `peak`, `total` as score leaves them, `taken` [B, H, C] as recall leaves it. Outputs: output
+    [B, H, G, D] and lse [B, H, G], as `attend.reference.Partial`; -inf where nothing is left.
+    """
+    quarter = channels // 4
+    mean = np.float32(1.0 / group)
+
+    @njit(cache=True, fastmath=FAST, nogil=True)
+    def kernel(
+        words: Any, halves: Any, octets: Any, vectors: Any, pages: Any, segment_begin: Any, segment_count: Any,
+        page_count: Any, per_page: Any, own_limit: Any, size: Any, taken: Any, weight: Any, peak: Any, total: Any,
+        output: Any, lse: Any,
+    ) -> None:  # fmt: skip
+        row = np.empty(channels, np.float32)
+        rest = np.empty(group, np.float32)
+        sums = np.empty(group, np.float32)
+        keys = np.empty(size.shape[2], np.uint32)
+        ones = np.ones(size.shape[2], np.int32)
+        left = np.empty((group, size.shape[2]), np.float32)
+        bins = np.empty(BINS, np.int64)
+        for b in range(size.shape[0]):
+            clusters = page_count[b] * per_page
+            for h in range(size.shape[1]):
+                for g in range(group):
+                    sums[g] = 0.0
+                    for c in range(clusters):
+                        count = np.float32(size[b, h, c])
+                        part = np.float32(size[b, h, c] - taken[b, h, c]) / max(count, np.float32(1.0))
+                        value = weight[b, h, g, c] * part
+                        left[g, c] = value
+                        sums[g] += value
+                    for d in range(channels):
+                        output[b, h, g, d] = 0.0
+                border, room = np.int64(0), np.int64(1 << 30)
+                if clusters > own_limit:
+                    for c in range(clusters):
+                        score = np.float32(0.0)
+                        for g in range(group):
+                            score += left[g, c] * np.exp(peak[b, h, g] - total[b, h, g])
+                        keys[c] = bits_of_float(score * mean)
+                    border, room = threshold(keys, ones, clusters, own_limit, bins)
+                else:
+                    keys[:clusters] = 1
+                for s in range(segment_count[b]):
+                    first = segment_begin[b, s]
+                    last = segment_begin[b, s + 1] if s + 1 < segment_count[b] else page_count[b]
+                    for g in range(group):
+                        rest[g] = 0.0
+                    for c in range(first * per_page, last * per_page):
+                        key = np.int64(keys[c])
+                        if key > border or (key == border and room > 0):
+                            if key == border:
+                                room -= 1
+                            if size[b, h, c] == taken[b, h, c]:
+                                continue
+                            cluster = pages[b, c // per_page] * per_page + c % per_page
+                            decode_row(words, halves, octets, cluster, h, row_format, channels, per_scale, row)
+                            for g in range(group):
+                                value = left[g, c]
+                                for d in range(channels):
+                                    output[b, h, g, d] += value * row[d]
+                        else:
+                            for g in range(group):
+                                rest[g] += left[g, c]
+                    for part in range(4):
+                        page = pages[b, first + part]
+                        for d in range(quarter):
+                            row[part * quarter + d] = float_of_bf16(vectors[page, h, 1, d])
+                    for g in range(group):
+                        for d in range(channels):
+                            output[b, h, g, d] += rest[g] * row[d]
+                for g in range(group):
+                    lse[b, h, g] = peak[b, h, g] + np.log(sums[g])
+                    inverse = np.float32(1.0) / sums[g] if sums[g] > 0 else np.float32(0.0)
+                    for d in range(channels):
+                        output[b, h, g, d] *= inverse
+
+    return kernel

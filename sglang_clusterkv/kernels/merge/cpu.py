@@ -1,0 +1,22 @@
+"""Merge on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True)
+def merge_kernel(output: Any, lse: Any, other: Any, other_lse: Any) -> None:
+    """Merge `other` [B, H, G, D] with `other_lse` [B, H, G] into `output` and `lse`; a part of -inf counts nothing."""
+    for b in range(lse.shape[0]):
+        for h in range(lse.shape[1]):
+            for g in range(lse.shape[2]):
+                most = max(lse[b, h, g], other_lse[b, h, g])
+                mine, others = np.exp(lse[b, h, g] - most), np.exp(other_lse[b, h, g] - most)
+                share = others / (mine + others)
+                lse[b, h, g] = most + np.log(mine + others)
+                for d in range(output.shape[3]):
+                    output[b, h, g, d] += share * (other[b, h, g, d] - output[b, h, g, d])

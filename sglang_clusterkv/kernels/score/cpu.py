@@ -1,0 +1,122 @@
+"""Score on the CPU: one pass over the clusters' rows, unpacked in registers; masses and totals from stored exponentials.
+
+Where the reference keeps logits, this keeps exponentials relative to the largest logit of a query head, so that the
+estimate needs no second exponential.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from sglang_clusterkv.kernels.attend.cpu import load_row
+from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, fast_exp, float_of_bf16
+from sglang_clusterkv.kernels.row_cpu import decode_row
+
+
+@functools.cache
+def score_kernel(
+    channels: int, group: int, row_format: int, per_scale: int, is_bf16: bool
+) -> Callable[..., None]:
+    """Compile the kernel for one head_dim, group size, row format and pool dtype.
+
+    Its outputs, for request b, kv head h, query head g, cluster c: size [B, H, C], begin [B, H, C] (in the request's list
+    of recallable tokens), dot [B, H, G, C] (scale q.centroid), weight [B, H, G, C] (size times exp(estimate logit less
+    size - peak)), mass [B, H, C], base_logit [B, H, G, W], peak and total [B, H, G].
+    """
+    quarter = channels // 4
+
+    @njit(cache=True, fastmath=FAST, nogil=True)
+    def kernel(
+        q: Any, keys: Any, words: Any, halves: Any, octets: Any, spread: Any, cluster_end: Any, vectors: Any,
+        pages: Any, segment_begin: Any, segment_count: Any, page_count: Any, base_slots: Any, base_count: Any,
+        scale: Any, choice_spread: Any, estimate_spread: Any, page_size: Any, per_page: Any,
+        size: Any, begin: Any, dot: Any, weight: Any, mass: Any, base_logit: Any, peak: Any, total: Any,
+    ) -> None:  # fmt: skip
+        row = np.empty(channels, np.float32)
+        bonus = np.empty((group, weight.shape[3]), np.float32)
+        for b in range(q.shape[0]):
+            clusters = page_count[b] * per_page
+            tokens = base_count[b]
+            for h in range(q.shape[1]):
+                for s in range(segment_count[b]):
+                    first = segment_begin[b, s]
+                    last = segment_begin[b, s + 1] if s + 1 < segment_count[b] else page_count[b]
+                    for part in range(4):
+                        page = pages[b, first + part]
+                        for d in range(quarter):
+                            row[part * quarter + d] = float_of_bf16(vectors[page, h, 0, d])
+                    for g in range(group):
+                        value = np.float32(0.0)
+                        for d in range(channels):
+                            value += q[b, h, g, d] * row[d]
+                        peak[b, h, g] = value  # q.mean of this segment, until the peaks are known
+                    for part in range(4):
+                        page = pages[b, first + part]
+                        for d in range(quarter):
+                            row[part * quarter + d] = float_of_bf16(vectors[page, h, 2, d])
+                    for g in range(group):
+                        value = np.float32(0.0)
+                        for d in range(channels):
+                            value += q[b, h, g, d] * q[b, h, g, d] * row[d]
+                        total[b, h, g] = np.float32(0.5) * scale * scale * value  # likewise
+                    previous = 0
+                    for p in range(first, last):
+                        for j in range(per_page):
+                            cluster = pages[b, p] * per_page + j
+                            c = p * per_page + j
+                            end = np.int64(cluster_end[cluster, h])
+                            size[b, h, c] = end - previous
+                            begin[b, h, c] = first * page_size + previous
+                            previous = end
+                            decode_row(words, halves, octets, cluster, h, row_format, channels, per_scale, row)
+                            wide = float_of_bf16(spread[cluster, h])
+                            for g in range(group):
+                                value = np.float32(0.0)
+                                for d in range(channels):
+                                    value += q[b, h, g, d] * row[d]
+                                dot[b, h, g, c] = scale * (value + peak[b, h, g])
+                                bonus[g, c] = wide * total[b, h, g]
+                for t in range(tokens):
+                    load_row(keys, base_slots[b, t], h, is_bf16, channels, row)
+                    for g in range(group):
+                        value = np.float32(0.0)
+                        for d in range(channels):
+                            value += q[b, h, g, d] * row[d]
+                        base_logit[b, h, g, t] = scale * value
+                for c in range(clusters):
+                    mass[b, h, c] = 0.0
+                for g in range(group):
+                    highest = NEGLIGIBLE
+                    for c in range(clusters):
+                        highest = max(highest, dot[b, h, g, c] + bonus[g, c] * choice_spread)
+                        highest = max(highest, dot[b, h, g, c] + bonus[g, c] * estimate_spread)
+                    for t in range(tokens):
+                        highest = max(highest, base_logit[b, h, g, t])
+                    base = np.float32(0.0)
+                    for t in range(tokens):
+                        base += fast_exp(base_logit[b, h, g, t] - highest)
+                    estimated = base
+                    chosen = base
+                    for c in range(clusters):
+                        count = np.float32(size[b, h, c])
+                        value = count * fast_exp(dot[b, h, g, c] + bonus[g, c] * estimate_spread - highest)
+                        weight[b, h, g, c] = value
+                        estimated += value
+                        value = fast_exp(dot[b, h, g, c] + bonus[g, c] * choice_spread - highest)
+                        bonus[g, c] = value
+                        chosen += count * value
+                    peak[b, h, g] = highest
+                    total[b, h, g] = highest + np.log(estimated)
+                    share = np.float32(1.0) / (chosen * np.float32(group))
+                    for c in range(clusters):
+                        mass[b, h, c] += bonus[g, c] * share
+                for c in range(clusters):
+                    if size[b, h, c] == 0:
+                        mass[b, h, c] = 0.0
+
+    return kernel

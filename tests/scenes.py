@@ -1,0 +1,91 @@
+"""Small scenes for the engine's tests: a pool with keys that cluster, rows of req_to_token, and an engine over them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend, HandedOut
+from sglang_clusterkv.clusters.index import ClusterIndex
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.memory.device import Geometry
+
+PAGE = 16
+
+
+class Scene:
+    """A pool of `pages` pages whose slots hold random keys and values, and an engine that clusters them.
+
+    Args:
+        config: of the engine.
+        layers, kv_heads, head_dim: of the pool.
+        pages: of the pool.
+        rows: lines of req_to_token.
+        context: tokens per line.
+        dtype: of keys and values.
+        seed: of everything random.
+    """
+
+    def __init__(
+        self,
+        config: ClusterKVConfig,
+        *,
+        layers: int = 2,
+        kv_heads: int = 2,
+        head_dim: int = 32,
+        pages: int = 200,
+        rows: int = 8,
+        context: int = 2048,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        geometry = Geometry(layers, kv_heads, head_dim, PAGE, pages)
+        self.keys = [self.clustered(geometry).to(dtype) for _ in range(layers)]
+        self.values = [self.clustered(geometry).to(dtype) for _ in range(layers)]
+        self.req_to_token = torch.zeros((rows, context), dtype=torch.int32)
+        self.handed_out = HandedOut()
+        self.index = ClusterIndex(config, geometry, "cpu")
+        self.engine = ClusterEngine(self.index, self.keys, self.values, self.req_to_token, self.handed_out)
+        self.free_pages = list(torch.randperm(pages - 1, generator=self.generator).add(1).numpy())
+
+    def clustered(self, geometry: Geometry) -> torch.Tensor:
+        """Rows around a few dozen centres, with a common offset, [slots, H, D]."""
+        shape = (geometry.kv_heads, geometry.head_dim)
+        centres = 2 * torch.randn(40, *shape, generator=self.generator)
+        which = torch.randint(40, (geometry.slots,), generator=self.generator)
+        noise = torch.randn(geometry.slots, *shape, generator=self.generator)
+        return centres[which] + 0.7 * noise + torch.randn(shape, generator=self.generator)
+
+    def write(self, row: int, begin: int, end: int) -> None:
+        """Give a row fresh pages for positions [begin, end); a page that it already has is continued."""
+        while begin < end:
+            if begin % PAGE == 0:
+                page = int(self.free_pages.pop())
+                self.handed_out.add(torch.arange(page * PAGE, (page + 1) * PAGE))
+            else:
+                page = int(self.req_to_token[row, begin - 1]) // PAGE
+            stop = min(end, (begin // PAGE + 1) * PAGE)
+            offset = begin % PAGE
+            slots = torch.arange(page * PAGE + offset, page * PAGE + offset + stop - begin)
+            self.req_to_token[row, begin:stop] = slots.int()
+            begin = stop
+
+    def prefill(self, row: int, tokens: int, *, rid: str | None = None, found: int = 0) -> None:
+        """Launch one prefill of `tokens` tokens in one chunk, `found` of them already in the row."""
+        self.write(row, found, tokens)
+        self.engine.begin_extend([Extend(row, rid or f"r{row}", found, tokens, tokens, True)])
+
+    def decode(self, rows: list[int], seq_lens: list[int]) -> DecodeStep:
+        """Launch one decode step; seq_lens count the step's token."""
+        for row, length in zip(rows, seq_lens, strict=True):
+            self.write(row, length - 1, length)
+        return self.engine.begin_decode(np.array(rows), np.array(seq_lens))
+
+    def queries(self, batch: int, heads: int) -> torch.Tensor:
+        """float32 [batch, heads, D]."""
+        return torch.randn(batch, heads, self.keys[0].shape[2], generator=self.generator)
+
+    def slots(self, row: int, length: int) -> torch.Tensor:
+        """The row's slots, int64 [length]."""
+        return self.req_to_token[row, :length].long()

@@ -1,0 +1,111 @@
+"""The CPU kernels do what the torch references define, stage by stage and as a chain.
+
+Red when: a kernel reads a wrong row, segment or head, unpacks a format wrongly, breaks a tie upwards, or counts an empty
+or padding cluster.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scenes import Scene
+
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.decode import cpu, reference
+from sglang_clusterkv.kernels.refine.reference import candidate_scores
+from sglang_clusterkv.kernels.score.reference import score
+from sglang_clusterkv.kernels.select.reference import select
+
+SCALE = 0.2
+
+
+def scene_and_step(config: ClusterKVConfig, **sizes: object) -> tuple[Scene, object]:
+    scene = Scene(config, **sizes)
+    lengths = [700, 333, 1300]
+    for row, length in enumerate(lengths, 1):
+        scene.prefill(row, length)
+    step = scene.decode([1, 2, 3], [length + 1 for length in lengths])
+    assert step.sparse is not None and step.dense is None, "the scene must decode sparsely"
+    return scene, step.sparse
+
+
+def config_of(**fields: object) -> ClusterKVConfig:
+    small = {"budget_tokens": 48, "candidate_tokens": 160, "segment_tokens": 256, "estimate_clusters": 20}
+    return ClusterKVConfig(**(small | fields))
+
+
+@pytest.mark.parametrize("centroid_dtype", ["int4", "int8", "bf16"])
+@pytest.mark.parametrize(("head_dim", "group", "bits"), [(32, 3, 2), (64, 1, 1), (96, 2, 2), (16, 4, 1)])
+def test_the_chain_equals_the_reference(centroid_dtype: str, head_dim: int, group: int, bits: int) -> None:
+    scene, step = scene_and_step(config_of(centroid_dtype=centroid_dtype, code_bits=bits), head_dim=head_dim)
+    q = scene.queries(3, 2 * group)
+    for layer in range(2):
+        arguments = (q, scene.keys[layer], scene.values[layer], scene.index, layer, step, SCALE)
+        torch.testing.assert_close(
+            cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=2e-5, rtol=2e-5
+        )
+
+
+def test_a_bf16_pool_gives_what_the_reference_gives() -> None:
+    scene, step = scene_and_step(config_of(), dtype=torch.bfloat16)
+    q = scene.queries(3, 4).bfloat16()
+    arguments = (q, scene.keys[1], scene.values[1], scene.index, 1, step, SCALE)
+    torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("estimate", [True, False])
+def test_without_estimate_only_listed_tokens_count(estimate: bool) -> None:
+    scene, step = scene_and_step(config_of(estimate=estimate))
+    q = scene.queries(3, 2)
+    arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+    torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=2e-5, rtol=2e-5)
+
+
+def test_each_stage_equals_its_reference() -> None:
+    scene, step = scene_and_step(config_of())
+    grouped = scene.queries(3, 6).unflatten(1, (2, 3))
+    decoder = cpu.decoder_of(scene.index, 3, False)
+    decoder.prepare(step, 2, 3, 32)
+    decoder.score(grouped.numpy(), scene.keys[0].numpy(), 0, SCALE)
+    expected = score(grouped, scene.keys[0], scene.index, 0, step, SCALE)
+    buffers, clusters = decoder.buffers, expected.size.shape[-1]
+    for b, h in itertools.product(range(3), range(2)):
+        own = int(step.page_count[b]) * 2
+        np.testing.assert_array_equal(buffers.size[b, h, :own], expected.size[b, h, :own])
+        np.testing.assert_array_equal(buffers.begin[b, h, :own], expected.begin[b, h, :own])
+        np.testing.assert_allclose(buffers.dot[b, h, :, :own], expected.dot[b, h, :, :own], atol=1e-5)
+        np.testing.assert_allclose(buffers.mass[b, h, :own], expected.mass[b, h, :own], rtol=2e-5)
+    np.testing.assert_allclose(buffers.total, expected.total, rtol=1e-5)
+
+    decoder.select()
+    chosen = select(expected, scene.index, 0, step, 160)
+    np.testing.assert_array_equal(buffers.candidates, chosen.count)
+    for b, h in itertools.product(range(3), range(2)):
+        named = chosen.cluster[b, h, : int(chosen.count[b, h])]
+        own = int(step.page_count[b]) * 2
+        np.testing.assert_array_equal(buffers.taken[b, h, :own], np.bincount(named, minlength=clusters)[:own])
+
+    rotated = grouped @ cpu.rotation_matrix(32).T
+    decoder.refine(rotated.numpy(), 0, SCALE)
+    value = candidate_scores(grouped, expected, chosen, scene.index, 0, SCALE)
+    for b, h in itertools.product(range(3), range(2)):
+        count = int(chosen.count[b, h])
+        order = np.argsort(buffers.place[b, h, :count])
+        np.testing.assert_array_equal(buffers.place[b, h, :count][order], chosen.position[b, h, :count])
+        np.testing.assert_allclose(buffers.value[b, h, :count][order], value[b, h, :count], rtol=1e-4)
+
+
+def test_ties_go_to_the_lower_position() -> None:
+    scene = Scene(config_of(budget_tokens=32, candidate_tokens=64))
+    for buffer in scene.keys:
+        buffer[:] = buffer[0]
+    scene.prefill(1, 600)
+    step = scene.decode([1], [601]).sparse
+    q = scene.queries(1, 2)
+    arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+    torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=2e-5, rtol=2e-5)
+    decoder = cpu.decoder_of(scene.index, 1, False)
+    assert decoder.buffers.recalled[0, 0].tolist() == scene.slots(1, 601)[16:48].tolist()

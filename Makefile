@@ -17,6 +17,8 @@ SERVED := $(or $(MODEL),$(CACHE)/SmolLM2-135M-Instruct)
 
 # Without an accelerator the server needs to be told so, and would size its KV pool by the whole memory of the machine.
 CPU_ARGS := --device cpu --max-total-tokens 65536
+# Without bf16 instructions, float32 products are several times faster than bf16 ones.
+CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dtype float32)
 
 .DEFAULT_GOAL := help
 .PHONY: help env dev-env demo-model serve demo test check lint style types clean
@@ -57,10 +59,11 @@ demo-model: env
 
 serve: env $(if $(MODEL),,demo-model)
 	@echo
-	@echo "Serving $(SERVED) on http://$(HOST):$(PORT) with clusterkv; the first answer takes about a minute. Ctrl-C ends it."
+	@echo "Serving $(SERVED) on http://$(HOST):$(PORT) with clusterkv; ready in about a minute. Ctrl-C ends it."
 	@echo "Talk to it from another terminal, or run 'make demo' there:"
 	@echo "  curl -s http://$(HOST):$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
-	@echo "    -d '{\"model\": \"default\", \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}'"
+	@echo "    -d '{\"model\": \"default\", \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]," \
+		"\"temperature\": 0, \"max_tokens\": 64}'"
 	@echo
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then cpu_args=; else cpu_args='$(CPU_ARGS)'; fi; \
 	exec $(PY) -m sglang.launch_server --model-path '$(SERVED)' --attention-backend clusterkv \

@@ -226,6 +226,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         document = read_document(args.document, tokens)
         questions = [(question, None) for question in OPEN_QUESTIONS]
+    print(f"A document of {len(document):,} characters. The first answer waits for its prefill: minutes on a CPU.")
     system = {"role": "system", "content": "Answer from this document, in a few words.\n\n" + document}
 
     turns: list[tuple[str, int, str, str | None]] = []
@@ -263,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
     print()
     print_table(rows)
     print("\nprompt, cached: tokens by the server's usage report. clustered, reused: tokens of the prompt and answer.")
-    print("recalled of available: summed over decode steps, layers and kv heads.")
+    print("recalled of available: clustered tokens attended exactly, of those in view, summed over decode steps.")
     if all(row[HEADER.index("cached")] == "-" for row in rows):
         print("cached is empty: start the server with --enable-cache-report, as `make serve` does.")
     if asked:

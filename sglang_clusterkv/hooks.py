@@ -133,6 +133,7 @@ MEMORY = (
     ),
     Symbol("mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", "reads keys", "self layer_id"),
     Symbol("mem_cache.memory_pool.MHATokenToKVPool.get_value_buffer", "reads values", "self layer_id"),
+    Symbol("mem_cache.memory_pool.MHATokenToKVPool.get_kv_buffer", "reads both", "self layer_id"),
     Symbol("mem_cache.memory_pool.MHATokenToKVPool.get_kv_size_bytes", "byte accounting", "self"),
     Symbol(
         "mem_cache.memory_pool.MHATokenToKVPool",
@@ -272,6 +273,19 @@ BACKEND = (
         "head_dim v_head_dim scaling layer_id logit_cap sliding_window_size is_cross_attention attn_type "
         "k_scale_float v_scale_float",
     ),
+    Symbol("layers.radix_attention.AttentionType", "only causal layers", attributes="DECODER ENCODER_ONLY"),
+    Symbol("layers.attention.attention_registry.ATTENTION_BACKENDS", "prefill on an accelerator", attributes="get"),
+    Symbol("utils.is_flashinfer_available", "prefill on an accelerator", ""),
+    Symbol(
+        "model_executor.forward_batch_info.ForwardMode",
+        "phases",
+        attributes="is_decode is_extend is_idle is_decode_or_idle",
+    ),
+    Symbol(
+        "model_executor.model_runner.ModelRunner",
+        "the pools, as the factory gets them",
+        attributes="device req_to_token_pool token_to_kv_pool max_total_num_tokens",
+    ),
     Symbol(
         "model_executor.forward_batch_info.ForwardBatch",
         "a step's batch",
@@ -349,11 +363,11 @@ def _assigned(cls: type) -> frozenset[str]:
     )
 
 
-def _attributes(cls: type) -> set[str]:
-    """Names of fields, methods and of everything that the class or a base of it assigns to self."""
-    names = set(dir(cls))
-    for base in cls.__mro__:
-        names.update(getattr(base, "__annotations__", ()))
+def _attributes(found: Any) -> set[str]:
+    """Names of fields, methods and, for a class, of everything that it or a base of it assigns to self."""
+    names = set(dir(found))
+    for base in found.__mro__ if isinstance(found, type) else ():
+        names.update(vars(base), getattr(base, "__annotations__", ()))  # dir() of an enum leaves its methods out
         if base.__module__.startswith("sglang."):
             names.update(_assigned(base))
     return names

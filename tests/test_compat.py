@@ -276,6 +276,18 @@ def test_another_sglang_is_refused_with_what_differs(resolve, monkeypatch):
     resolve("--attention-backend", "torch_native")
 
 
+def test_a_sglang_that_cannot_be_registered_with_is_only_refused_when_asked_for(monkeypatch):
+    from sglang_clusterkv import hooks
+
+    difference = hooks.Difference("sglang.srt.runtime_context.publish", "(a)", "(b)")
+    monkeypatch.setattr(hooks, "check", lambda symbols: [difference])
+    monkeypatch.setattr(sys, "argv", ["launch_server", "--attention-backend", "triton"])
+    plugin.register()
+    monkeypatch.setattr(sys, "argv", ["launch_server", "--attention-backend", "clusterkv"])
+    with pytest.raises(SystemExit, match="publish: expected \\(a\\), found \\(b\\)"):
+        plugin.register()
+
+
 def test_a_scheduler_process_gets_its_hooks_and_its_configuration(resolve, monkeypatch):
     import torch
     from sglang.srt.managers.tp_worker import TpModelWorker

@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 # The kernels reassociate sums so that loops vectorise, but keep infinities: -inf marks what must count nothing.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 NEGLIGIBLE = np.float32(-1.0e30)
+LANES = 8
 _WORD = ir.IntType(32)
+_LANES_OF_WORDS = ir.VectorType(_WORD, LANES)
 
 
 # numba widens every integer operation to 64 bits, which would halve the lanes of a vector: so these are built in LLVM.
@@ -28,6 +31,16 @@ def float_of_bf16(typing_context: Any, bits: Any) -> Any:
         return builder.bitcast(wide, context.get_value_type(types.float32))
 
     return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def nearest(typing_context: Any, value: Any) -> Any:
+    """A float32 rounded to the nearest integer, as float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.call(builder.module.declare_intrinsic("llvm.nearbyint", [args[0].type]), args)
+
+    return types.float32(types.float32), codegen
 
 
 @intrinsic
@@ -75,6 +88,103 @@ def code_level(typing_context: Any, word: Any, shift: Any, inner: Any, outer: An
     return types.float32(word, types.int64, types.float32, types.float32), codegen
 
 
+def _pointer(context: Any, builder: Any, kind: Any, array: Any, at: list[Any]) -> Any:
+    """Address of an array's element; missing indices are zero."""
+    made = context.make_array(kind)(context, builder, array)
+    full = at + [context.get_constant(types.intp, 0)] * (kind.ndim - len(at))
+    return cgutils.get_item_pointer(context, builder, kind, made, full, wraparound=False)
+
+
+def _load_lanes(builder: Any, pointer: Any, lane: Any) -> Any:
+    """Eight integers of a packed row, widened to 32 bits."""
+    wide = builder.load(builder.bitcast(pointer, ir.VectorType(lane, LANES).as_pointer()), align=1)
+    return wide if lane.width == 32 else builder.zext(wide, _LANES_OF_WORDS)
+
+
+def _store_lanes(builder: Any, pointer: Any, lanes: Any) -> None:
+    builder.store(lanes, builder.bitcast(pointer, lanes.type.as_pointer()), align=4)
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    """Eight times the same value."""
+    kind = ir.VectorType(scalar.type, LANES)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _WORD(0))
+    return builder.shuffle_vector(one, one, ir.Constant(_LANES_OF_WORDS, [0] * LANES))
+
+
+@intrinsic
+def unpack_nibbles(
+    typing_context: Any, words: Any, row: Any, head: Any, first: Any, shift: Any, scale: Any, out: Any, at: Any
+) -> Any:
+    """out[at + i] = scale * (bits [shift, shift + 4) of words[row, head, first + i], signed), for eight i."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        packed = _load_lanes(builder, _pointer(context, builder, words, args[0], [*args[1:4]]), _WORD)
+        left = _splat(builder, builder.sub(_WORD(28), builder.trunc(args[4], _WORD)))
+        signed = builder.ashr(builder.shl(packed, left), _splat(builder, _WORD(28)))
+        levels = builder.sitofp(signed, ir.VectorType(args[5].type, LANES))
+        _store_lanes(
+            builder,
+            _pointer(context, builder, out, args[6], [args[7]]),
+            builder.fmul(levels, _splat(builder, args[5])),
+        )
+        return context.get_dummy_value()
+
+    place = types.intp
+    return types.void(words, place, place, place, place, types.float32, out, place), codegen
+
+
+@intrinsic
+def unpack_codes(
+    typing_context: Any, codes: Any, row: Any, head: Any, first: Any, shift: Any, inner: Any, outer: Any, out: Any,
+    at: Any,
+) -> Any:  # fmt: skip
+    """out[at + i] = level of the code at bit `shift` of codes[row, head, first + i], for eight i.
+
+    A code has two bits in uint16 words (magnitude, sign), or one (sign) in uint8, where the levels are +1 and -1.
+    """
+    one_bit = codes.dtype == types.uint8
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        real = args[5].type
+        lane = ir.IntType(codes.dtype.bitwidth)
+        packed = _load_lanes(builder, _pointer(context, builder, codes, args[0], [*args[1:4]]), lane)
+        moved = builder.lshr(packed, _splat(builder, builder.trunc(args[4], _WORD)))
+        ones, top = _splat(builder, _WORD(1)), _splat(builder, _WORD(31))
+        if one_bit:
+            level = _splat(builder, ir.Constant(real, 1.0))
+            sign = builder.shl(moved, top)
+        else:
+            is_outer = builder.icmp_unsigned("!=", builder.and_(moved, ones), _splat(builder, _WORD(0)))
+            level = builder.select(is_outer, _splat(builder, args[6]), _splat(builder, args[5]))
+            sign = builder.shl(builder.lshr(moved, ones), top)
+        bits = builder.xor(builder.bitcast(level, _LANES_OF_WORDS), sign)
+        pointer = _pointer(context, builder, out, args[7], [args[8]])
+        _store_lanes(builder, pointer, builder.bitcast(bits, ir.VectorType(real, LANES)))
+        return context.get_dummy_value()
+
+    place, real = types.intp, types.float32
+    return types.void(codes, place, place, place, place, real, real, out, place), codegen
+
+
+@intrinsic
+def prefetch_row(typing_context: Any, rows: Any, row: Any, head: Any, row_bytes: Any) -> Any:
+    """Start loading rows[row, head] into the cache: gathered rows are far apart, which no hardware foresees."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, rows, args[0], [args[1], args[2]])
+        byte, flag = ir.IntType(8), ir.IntType(32)
+        start = builder.bitcast(pointer, byte.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), flag, flag, flag])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        line = ir.Constant(args[3].type, 64)
+        with cgutils.for_range_slice(builder, ir.Constant(args[3].type, 0), args[3], line, inc=True) as (offset, _):
+            builder.call(prefetch, [builder.gep(start, [offset]), flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(rows, types.intp, types.intp, types.intp), codegen
+
+
 @intrinsic
 def bits_of_float(typing_context: Any, value: Any) -> Any:
     """The bits of a float32, uint32; those of non-negative floats order as the floats do."""
@@ -92,7 +202,7 @@ def fast_exp(x: Any) -> Any:
     Range reduction by ln 2 and a polynomial of degree 6 (Cody and Waite); no branch, so that loops vectorise.
     """
     clamped = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = np.floor(clamped * np.float32(1.4426950408889634) + np.float32(0.5))
+    n = nearest(clamped * np.float32(1.4426950408889634))
     r = clamped - n * np.float32(0.693359375)
     r = r + n * np.float32(2.12194440e-4)
     p = np.float32(1.9875691500e-4)
@@ -103,6 +213,62 @@ def fast_exp(x: Any) -> Any:
     p = p * r + np.float32(5.0000001201e-1)
     y = p * r * r + r + np.float32(1.0)
     return np.float32(0.0) if x < np.float32(-87.0) else y * power_of_two(n)
+
+
+@njit(inline="always")
+def dot_group(q: Any, row: Any, group: int, channels: int, out: Any) -> None:
+    """out[g] = q[g] . row for every query head of the group.
+
+    Heads are taken four, three, two at a time, so that a row's load serves several and their sums overlap; `group` and
+    `channels` are constants to the compiler, which drops the branches that do not apply.
+    """
+    done = 0
+    while group - done >= 4 and group - done != 5:
+        a, b, c, e = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for d in range(channels):
+            x = row[d]
+            a += q[done, d] * x
+            b += q[done + 1, d] * x
+            c += q[done + 2, d] * x
+            e += q[done + 3, d] * x
+        out[done], out[done + 1], out[done + 2], out[done + 3] = a, b, c, e
+        done += 4
+    while group - done >= 3:
+        a, b, c = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for d in range(channels):
+            x = row[d]
+            a += q[done, d] * x
+            b += q[done + 1, d] * x
+            c += q[done + 2, d] * x
+        out[done], out[done + 1], out[done + 2] = a, b, c
+        done += 3
+    while group - done >= 2:
+        a, b = np.float32(0.0), np.float32(0.0)
+        for d in range(channels):
+            x = row[d]
+            a += q[done, d] * x
+            b += q[done + 1, d] * x
+        out[done], out[done + 1] = a, b
+        done += 2
+    while group - done >= 1:
+        a = np.float32(0.0)
+        for d in range(channels):
+            a += q[done, d] * row[d]
+        out[done] = a
+        done += 1
+
+
+ROWS_AT_ONCE = 4
+ROWS_AHEAD = 8  # rows that are being loaded while one is computed
+
+
+@njit(inline="always")
+def add_rows(weights: Any, first: int, rows: Any, group: int, channels: int, out: Any) -> None:
+    """out[g] += sum over the four rows of weights[g, first + k] * rows[k], for every query head of the group."""
+    for g in range(group):
+        w0, w1, w2, w3 = weights[g, first], weights[g, first + 1], weights[g, first + 2], weights[g, first + 3]
+        for d in range(channels):
+            out[g, d] += w0 * rows[0, d] + w1 * rows[1, d] + w2 * rows[2, d] + w3 * rows[3, d]
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:

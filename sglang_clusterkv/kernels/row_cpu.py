@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import float_of_bf16, signed_nibble
+from sglang_clusterkv.kernels.cpu_math import LANES, float_of_bf16, signed_nibble, unpack_nibbles
 
 INT4, INT8, BF16 = 0, 1, 2
 ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}
@@ -32,13 +32,17 @@ def row_views(rows: torch.Tensor) -> RowViews:
 def decode_row(
     words: Any, halves: Any, octets: Any, row: int, head: int, row_format: int, channels: int, per_scale: int, out: Any
 ) -> None:
-    """Row `row` of kv head `head` as float32 into out [channels]; the format and sizes are constants to the compiler."""
+    """Row `row` of kv head `head` as float32 into out [channels]; format and sizes are constants to the compiler."""
     eighth = channels // 8
     if row_format == INT4:
         for j in range(8):
             scale = float_of_bf16(halves[row, head, channels // 4 + (j * eighth) // per_scale])
-            for i in range(eighth):
-                out[j * eighth + i] = signed_nibble(words[row, head, i], 28 - 4 * j) * scale
+            if eighth % LANES == 0:
+                for i in range(0, eighth, LANES):
+                    unpack_nibbles(words, row, head, i, 4 * j, scale, out, j * eighth + i)
+            else:
+                for i in range(eighth):
+                    out[j * eighth + i] = signed_nibble(words[row, head, i], 28 - 4 * j) * scale
     elif row_format == INT8:
         for group in range(channels // per_scale):
             scale = float_of_bf16(halves[row, head, channels // 2 + group])

@@ -11,7 +11,18 @@ import torch
 from numba import njit
 
 from sglang_clusterkv.kernels.attend import reference
-from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, float_of_bf16
+from sglang_clusterkv.kernels.cpu_math import (
+    FAST,
+    NEGLIGIBLE,
+    ROWS_AHEAD,
+    ROWS_AT_ONCE,
+    add_rows,
+    bits,
+    dot_group,
+    fast_exp,
+    float_of_bf16,
+    prefetch_row,
+)
 
 
 @njit(inline="always")
@@ -47,6 +58,7 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
 
     Outputs: output [B, H, G, D] and lse [B, H, G], as `reference.Partial`.
     """
+    row_bytes = channels * (2 if is_bf16 else 4)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
@@ -54,8 +66,10 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
         recalled_count: Any, scale: Any, output: Any, lse: Any,
     ) -> None:  # fmt: skip
         row = np.empty(channels, np.float32)
+        rows = np.empty((ROWS_AT_ONCE, channels), np.float32)
+        dots = np.empty(group, np.float32)
         slots = np.empty(base_slots.shape[1] + recalled.shape[2], np.int64)
-        logits = np.empty((group, slots.shape[0]), np.float32)
+        logits = np.zeros((group, slots.shape[0] + ROWS_AT_ONCE), np.float32)
         for b in range(q.shape[0]):
             base = base_count[b]
             for h in range(q.shape[1]):
@@ -68,22 +82,22 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
                     for t in range(base):
                         logits[g, t] = base_logit[b, h, g, t]
                 for t in range(base, count):
+                    prefetch_row(keys, slots[min(t + ROWS_AHEAD, count - 1)], h, row_bytes)
                     load_row(keys, slots[t], h, is_bf16, channels, row)
+                    dot_group(q[b, h], row, group, channels, dots)
                     for g in range(group):
-                        dot = np.float32(0.0)
-                        for d in range(channels):
-                            dot += q[b, h, g, d] * row[d]
-                        logits[g, t] = dot * scale
+                        logits[g, t] = dots[g] * scale
                 for g in range(group):
                     lse[b, h, g] = softmax_in_place(logits[g], 0, count)
+                    for t in range(count, count + ROWS_AT_ONCE):
+                        logits[g, t] = 0.0
                     for d in range(channels):
                         output[b, h, g, d] = 0.0
-                for t in range(count):
-                    load_row(values, slots[t], h, is_bf16, channels, row)
-                    for g in range(group):
-                        weight = logits[g, t]
-                        for d in range(channels):
-                            output[b, h, g, d] += weight * row[d]
+                for t in range(0, count, ROWS_AT_ONCE):
+                    for k in range(ROWS_AT_ONCE):
+                        prefetch_row(values, slots[min(t + k + ROWS_AHEAD, count - 1)], h, row_bytes)
+                        load_row(values, slots[min(t + k, count - 1)], h, is_bf16, channels, rows[k])
+                    add_rows(logits, t, rows, group, channels, output[b, h])
 
     return kernel
 
@@ -91,34 +105,37 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
 @functools.cache
 def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
     """Compile attention over listed tokens for one head_dim, group size and pool dtype."""
+    row_bytes = channels * (2 if is_bf16 else 4)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(q: Any, keys: Any, values: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any) -> None:
         row = np.empty(channels, np.float32)
-        logits = np.empty((group, slots.shape[1]), np.float32)
+        rows = np.empty((ROWS_AT_ONCE, channels), np.float32)
+        dots = np.empty(group, np.float32)
+        logits = np.zeros((group, slots.shape[1] + ROWS_AT_ONCE), np.float32)
         for b in range(q.shape[0]):
             begin, end = begins[b], ends[b]
             for h in range(q.shape[1]):
                 for t in range(begin, end):
+                    prefetch_row(keys, slots[b, min(t + ROWS_AHEAD, end - 1)], h, row_bytes)
                     load_row(keys, slots[b, t], h, is_bf16, channels, row)
+                    dot_group(q[b, h], row, group, channels, dots)
                     for g in range(group):
-                        dot = np.float32(0.0)
-                        for d in range(channels):
-                            dot += q[b, h, g, d] * row[d]
-                        logits[g, t] = dot * scale
+                        logits[g, t] = dots[g] * scale
                 for g in range(group):
                     if cap > 0:
                         for t in range(begin, end):
                             logits[g, t] = cap * np.tanh(logits[g, t] / cap)
                     softmax_in_place(logits[g], begin, end)
+                    for t in range(end, end + ROWS_AT_ONCE):
+                        logits[g, t] = 0.0
                     for d in range(channels):
                         out[b, h, g, d] = 0.0
-                for t in range(begin, end):
-                    load_row(values, slots[b, t], h, is_bf16, channels, row)
-                    for g in range(group):
-                        weight = logits[g, t]
-                        for d in range(channels):
-                            out[b, h, g, d] += weight * row[d]
+                for t in range(begin, end, ROWS_AT_ONCE):
+                    for k in range(ROWS_AT_ONCE):
+                        prefetch_row(values, slots[b, min(t + k + ROWS_AHEAD, end - 1)], h, row_bytes)
+                        load_row(values, slots[b, min(t + k, end - 1)], h, is_bf16, channels, rows[k])
+                    add_rows(logits, t, rows, group, channels, out[b, h])
 
     return kernel
 

@@ -130,14 +130,11 @@ class CpuDecoder:
             return
         self._step = step
         per_page = self.index.clusters_per_page
-        page_size = self.index.geometry.page_size
-        tokens = step.pages.shape[1] * page_size
         clusters = -(-step.pages.shape[1] * per_page // 256) * 256
         base = -(-step.base_slots.shape[1] // 256) * 256
         shape = (step.batch, heads, group, channels, clusters, base)
         if shape != self._shape:
-            limit = min(self.limit, -(-tokens // 256) * 256)
-            self.buffers = make_buffers(*shape, limit, min(self.config.budget_tokens, limit))
+            self.buffers = make_buffers(*shape, self.limit, self.config.budget_tokens)
             self._shape = shape
         self.pages = step.pages.numpy()
         self.page_count = step.page_count.numpy()

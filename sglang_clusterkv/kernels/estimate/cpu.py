@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, float_of_bf16
+from sglang_clusterkv.kernels.cpu_math import FAST, ROWS_AT_ONCE, add_rows, bits_of_float, float_of_bf16
 from sglang_clusterkv.kernels.row_cpu import decode_row
 from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
 
@@ -31,6 +31,8 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
         output: Any, lse: Any,
     ) -> None:  # fmt: skip
         row = np.empty(channels, np.float32)
+        rows = np.zeros((ROWS_AT_ONCE, channels), np.float32)
+        weights = np.empty((group, ROWS_AT_ONCE), np.float32)
         rest = np.empty(group, np.float32)
         sums = np.empty(group, np.float32)
         keys = np.empty(size.shape[2], np.uint32)
@@ -65,6 +67,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
                     last = segment_begin[b, s + 1] if s + 1 < segment_count[b] else page_count[b]
                     for g in range(group):
                         rest[g] = 0.0
+                    waiting = 0
                     for c in range(first * per_page, last * per_page):
                         key = np.int64(keys[c])
                         if key > border or (key == border and room > 0):
@@ -73,14 +76,22 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
                             if size[b, h, c] == taken[b, h, c]:
                                 continue
                             cluster = pages[b, c // per_page] * per_page + c % per_page
-                            decode_row(words, halves, octets, cluster, h, row_format, channels, per_scale, row)
+                            decode_row(
+                                words, halves, octets, cluster, h, row_format, channels, per_scale, rows[waiting]
+                            )
                             for g in range(group):
-                                value = left[g, c]
-                                for d in range(channels):
-                                    output[b, h, g, d] += value * row[d]
+                                weights[g, waiting] = left[g, c]
+                            waiting += 1
+                            if waiting == ROWS_AT_ONCE:
+                                add_rows(weights, 0, rows, group, channels, output[b, h])
+                                waiting = 0
                         else:
                             for g in range(group):
                                 rest[g] += left[g, c]
+                    for k in range(waiting, ROWS_AT_ONCE):
+                        for g in range(group):
+                            weights[g, k] = 0.0
+                    add_rows(weights, 0, rows, group, channels, output[b, h])
                     for part in range(4):
                         page = pages[b, first + part]
                         for d in range(quarter):

@@ -10,7 +10,18 @@ import numpy as np
 from numba import njit
 
 from sglang_clusterkv.clusters.codec import INNER_LEVEL, OUTER_LEVEL
-from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, code_level, fast_exp, float_of_bf16
+from sglang_clusterkv.kernels.cpu_math import (
+    FAST,
+    LANES,
+    ROWS_AHEAD,
+    bits_of_float,
+    code_level,
+    dot_group,
+    fast_exp,
+    float_of_bf16,
+    prefetch_row,
+    unpack_codes,
+)
 from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
 
 _INNER, _OUTER = np.float32(INNER_LEVEL), np.float32(OUTER_LEVEL)
@@ -25,6 +36,7 @@ def value_kernel(channels: int, group: int, code_bits: int) -> Callable[..., Non
     `codes` is uint16 [S, H, D/8] for two bits, uint8 for one.
     """
     eighth = channels // 8
+    code_bytes = channels * code_bits // 8
     mean = np.float32(1.0 / group)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
@@ -34,30 +46,45 @@ def value_kernel(channels: int, group: int, code_bits: int) -> Callable[..., Non
         value: Any, place: Any, of_cluster: Any,
     ) -> None:  # fmt: skip
         row = np.empty(channels, np.float32)
+        dots = np.empty(group, np.float32)
+        slots = np.empty(value.shape[2], np.int64)
+        logits = np.empty((group, value.shape[2]), np.float32)
         for b in range(rotated.shape[0]):
             for h in range(rotated.shape[1]):
-                k = 0
+                count = 0
                 for s in range(segment_count[b]):
                     first = segment_begin[b, s]
                     last = segment_begin[b, s + 1] if s + 1 < segment_count[b] else page_count[b]
                     for c in range(first * per_page, last * per_page):
                         for r in range(taken[b, h, c]):
                             entry = begin[b, h, c] + r
-                            slot = pages[b, entry // page_size] * page_size + entry % page_size
-                            for j in range(8):
-                                for i in range(eighth):
-                                    row[j * eighth + i] = code_level(codes[slot, h, i], j * code_bits, _INNER, _OUTER)
-                            factor = scale * float_of_bf16(code_scales[slot, h])
-                            score = np.float32(0.0)
-                            for g in range(group):
-                                product = np.float32(0.0)
-                                for d in range(channels):
-                                    product += rotated[b, h, g, d] * row[d]
-                                score += fast_exp(dot[b, h, g, c] + factor * product - total[b, h, g])
-                            value[b, h, k] = score * mean
-                            place[b, h, k] = first * page_size + members[slot, h]
-                            of_cluster[b, h, k] = c
-                            k += 1
+                            slots[count] = pages[b, entry // page_size] * page_size + entry % page_size
+                            of_cluster[b, h, count] = c
+                            place[b, h, count] = first * page_size
+                            count += 1
+                for k in range(count):
+                    slot, c = slots[k], of_cluster[b, h, k]
+                    ahead = slots[min(k + 2 * ROWS_AHEAD, count - 1)]
+                    prefetch_row(codes, ahead, h, code_bytes)
+                    prefetch_row(code_scales, ahead, h, 1)
+                    prefetch_row(members, ahead, h, 1)
+                    for j in range(8):
+                        if eighth % LANES == 0:
+                            for i in range(0, eighth, LANES):
+                                unpack_codes(codes, slot, h, i, j * code_bits, _INNER, _OUTER, row, j * eighth + i)
+                        else:
+                            for i in range(eighth):
+                                row[j * eighth + i] = code_level(codes[slot, h, i], j * code_bits, _INNER, _OUTER)
+                    dot_group(rotated[b, h], row, group, channels, dots)
+                    factor = scale * float_of_bf16(code_scales[slot, h])
+                    for g in range(group):
+                        logits[g, k] = dot[b, h, g, c] + factor * dots[g] - total[b, h, g]
+                    place[b, h, k] += members[slot, h]
+                for k in range(count):
+                    value[b, h, k] = 0.0
+                for g in range(group):
+                    for k in range(count):
+                        value[b, h, k] += mean * fast_exp(logits[g, k])
 
     return kernel
 

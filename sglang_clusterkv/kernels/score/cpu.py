@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from sglang_clusterkv.kernels.attend.cpu import load_row
-from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, fast_exp, float_of_bf16
+from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, dot_group, fast_exp, float_of_bf16
 from sglang_clusterkv.kernels.row_cpu import decode_row
 
 
@@ -38,6 +38,7 @@ def score_kernel(
         size: Any, begin: Any, dot: Any, weight: Any, mass: Any, base_logit: Any, peak: Any, total: Any,
     ) -> None:  # fmt: skip
         row = np.empty(channels, np.float32)
+        dots = np.empty(group, np.float32)
         bonus = np.empty((group, weight.shape[3]), np.float32)
         for b in range(q.shape[0]):
             clusters = page_count[b] * per_page
@@ -75,19 +76,15 @@ def score_kernel(
                             previous = end
                             decode_row(words, halves, octets, cluster, h, row_format, channels, per_scale, row)
                             wide = float_of_bf16(spread[cluster, h])
+                            dot_group(q[b, h], row, group, channels, dots)
                             for g in range(group):
-                                value = np.float32(0.0)
-                                for d in range(channels):
-                                    value += q[b, h, g, d] * row[d]
-                                dot[b, h, g, c] = scale * (value + peak[b, h, g])
+                                dot[b, h, g, c] = scale * (dots[g] + peak[b, h, g])
                                 bonus[g, c] = wide * total[b, h, g]
                 for t in range(tokens):
                     load_row(keys, base_slots[b, t], h, is_bf16, channels, row)
+                    dot_group(q[b, h], row, group, channels, dots)
                     for g in range(group):
-                        value = np.float32(0.0)
-                        for d in range(channels):
-                            value += q[b, h, g, d] * row[d]
-                        base_logit[b, h, g, t] = scale * value
+                        base_logit[b, h, g, t] = scale * dots[g]
                 for c in range(clusters):
                     mass[b, h, c] = 0.0
                 for g in range(group):

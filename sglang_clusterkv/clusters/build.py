@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.rotation import rotation_matrix
-from sglang_clusterkv.kernels import kmeans
+from sglang_clusterkv.kernels import encode, kmeans
 
 
 class SegmentTables(NamedTuple):
@@ -53,12 +52,9 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
     centroids = kmeans.sum_by_label(centered, labels, clusters) / count
     mean_values = kmeans.sum_by_label(values, labels, clusters) / count
 
-    residuals = centered - _of_token(centroids, labels)
-    squares = residuals.square()
-    variance = squares.mean(1)
-    total = variance.sum(-1, keepdim=True)
-    by_cluster = torch.zeros_like(sizes, dtype=keys.dtype).scatter_add_(1, labels, squares.sum(-1)) / count.squeeze(-1)
-    spread = torch.where(total > 0, by_cluster / torch.where(total > 0, total, 1.0), 0.0)
+    variance = encode.within_variance(centered, centroids, labels)
+    total = variance.by_channel.sum(-1, keepdim=True)
+    spread = torch.where(total > 0, variance.by_cluster / torch.where(total > 0, total, 1.0), 0.0)
 
     mean_key = center.to(torch.bfloat16)
     # Rows are relative to the mean as stored, so that a step adds one q.mean per segment and nothing is lost.
@@ -66,28 +62,20 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
     codes = code_scales = None
     if config.refine:
         stored = index.row_codec.decode(key_rows) + mean_key.float().unsqueeze(1)
-        rotated = (keys - _of_token(stored, labels)) @ rotation_matrix(keys.shape[-1], str(keys.device)).T
-        # In the order of the member list: a cluster's codes lie together, as a step reads them.
-        rotated = rotated.gather(1, members.unsqueeze(-1).expand_as(rotated))
-        codes, code_scales = index.token_codec.encode(rotated)
+        codes, code_scales = encode.token_codes(keys, stored, labels, members, index.token_codec)
     return SegmentTables(
         labels=labels,
         members=members,
         cluster_end=sizes.cumsum(1),
         mean_key=mean_key,
         mean_value=values.mean(1).to(torch.bfloat16),
-        variance=variance.to(torch.bfloat16),
+        variance=variance.by_channel.to(torch.bfloat16),
         key_rows=key_rows,
         value_rows=index.row_codec.encode(mean_values),
         spread=spread.to(torch.bfloat16),
         codes=codes,
         code_scales=code_scales,
     )
-
-
-def _of_token(by_cluster: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[N, C, D] -> each token's cluster's row, [N, M, D]."""
-    return by_cluster.gather(1, labels.unsqueeze(-1).expand(-1, -1, by_cluster.shape[-1]))
 
 
 def build_segment(

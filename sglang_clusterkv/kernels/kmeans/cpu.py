@@ -14,6 +14,7 @@ def _argmax_rows(scores: np.ndarray, labels: np.ndarray) -> None:
     """Index of the first largest value of each row of scores [M, C] into labels [M]."""
     rows, columns = scores.shape
     for i in range(rows):
+        labels[i] = 0  # of NaN keys: a label is an address
         best = scores[i, 0]
         for j in range(1, columns):
             best = max(best, scores[i, j])

@@ -88,23 +88,26 @@ def score_kernel(
                 for c in range(clusters):
                     mass[b, h, c] = 0.0
                 for g in range(group):
+                    # Two peaks: where clusters are wide, the choice's is so much higher that the estimate would vanish.
                     highest = NEGLIGIBLE
+                    choice_peak = NEGLIGIBLE
                     for c in range(clusters):
-                        highest = max(highest, dot[b, h, g, c] + bonus[g, c] * choice_spread)
+                        choice_peak = max(choice_peak, dot[b, h, g, c] + bonus[g, c] * choice_spread)
                         highest = max(highest, dot[b, h, g, c] + bonus[g, c] * estimate_spread)
                     for t in range(tokens):
                         highest = max(highest, base_logit[b, h, g, t])
+                    choice_peak = max(choice_peak, highest)
                     base = np.float32(0.0)
                     for t in range(tokens):
                         base += fast_exp(base_logit[b, h, g, t] - highest)
                     estimated = base
-                    chosen = base
+                    chosen = base * fast_exp(highest - choice_peak)
                     for c in range(clusters):
                         count = np.float32(size[b, h, c])
                         value = count * fast_exp(dot[b, h, g, c] + bonus[g, c] * estimate_spread - highest)
                         weight[b, h, g, c] = value
                         estimated += value
-                        value = fast_exp(dot[b, h, g, c] + bonus[g, c] * choice_spread - highest)
+                        value = fast_exp(dot[b, h, g, c] + bonus[g, c] * choice_spread - choice_peak)
                         bonus[g, c] = value
                         chosen += count * value
                     peak[b, h, g] = highest

@@ -1,0 +1,28 @@
+"""Describe a segment's clusters and code its tokens, once their labels are known."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_clusterkv.clusters.codec import TokenCodec
+from sglang_clusterkv.kernels.encode import reference
+
+
+def within_variance(centered: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> reference.Variance:
+    """Variances of a segment's keys around their centroids; see `reference.within_variance`."""
+    if centered.device.type == "cpu":
+        from sglang_clusterkv.kernels.encode import cpu
+
+        return cpu.within_variance(centered, centroids, labels)
+    return reference.within_variance(centered, centroids, labels)
+
+
+def token_codes(
+    keys: torch.Tensor, stored: torch.Tensor, labels: torch.Tensor, members: torch.Tensor, codec: TokenCodec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of a segment's tokens; see `reference.token_codes`."""
+    if keys.device.type == "cpu":
+        from sglang_clusterkv.kernels.encode import cpu
+
+        return cpu.token_codes(keys, stored, labels, members, codec)
+    return reference.token_codes(keys, stored, labels, members, codec)

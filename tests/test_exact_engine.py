@@ -1,0 +1,775 @@
+"""The shipped engine is DESIGN.md "Exactly": every stage against the float64 oracle (exactly.py), fed the shipped output
+of the stage before, then a whole step; on random keys, on a real model's, and on degenerate ones.
+
+Float32 may differ from float64 by its rounding alone. So an integer, a label or a choice may be another one only where
+the two values agree within 1e-5 relative (or within the rounding of logits, where these are large).
+
+Red when: a formula, a start, a tie or a rounding of the engine is not DESIGN's; a kernel reads a row, segment, head or
+slot that is not the request's (everything else in the pool and the index is NaN here); a degenerate input gives NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import NamedTuple
+
+import exactly as ex
+import numpy as np
+import pytest
+import torch
+from captured import Captured, capture
+from scenes import PAGE, Scene
+
+from sglang_clusterkv import demo_model
+from sglang_clusterkv.clusters import build
+from sglang_clusterkv.clusters.codec import RowCodec
+from sglang_clusterkv.clusters.rotation import rotation_signs
+from sglang_clusterkv.clusters.step import RowBorders, SparseStep, sparse_step
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels import kmeans
+from sglang_clusterkv.kernels.attend.reference import attend
+from sglang_clusterkv.kernels.decode import cpu, reference
+from sglang_clusterkv.kernels.estimate.reference import estimate
+from sglang_clusterkv.kernels.kmeans import reference as kmeans_reference
+from sglang_clusterkv.kernels.merge.reference import merge
+from sglang_clusterkv.kernels.refine.reference import candidate_scores, recall, recall_all
+from sglang_clusterkv.kernels.score.reference import score
+from sglang_clusterkv.kernels.select.reference import select
+
+MODEL = demo_model.default_out()  # before a test points the cache elsewhere
+AGREE = 1e-5  # relative; values this close are equal to a choice
+ROUNDING = 4e-7  # of a float32 sum, in units of the sum of its terms' sizes
+OUTPUT = 1e-3  # relative to the largest output
+UNDERFLOW = 1e-30  # float32 has no shares of one below
+
+# Compiling the CPU kernels costs seconds per combination: all tests here use this one.
+HEAD_DIM, GROUP = 64, 3
+
+
+def within(stage: str, error: np.ndarray | float, limit: np.ndarray | float) -> None:
+    """Every error is at most its limit; NaN is not."""
+    assert np.all(error <= limit), f"{stage}: off by {np.max(error)}, allowed {np.max(limit)}"
+
+
+def rounds_to(stage: str, stored: np.ndarray, x: np.ndarray, tolerance: np.ndarray | float, rounding=ex.bf16) -> None:
+    """`stored` is what some number within `tolerance` of x is rounded to."""
+    assert np.all((rounding(x - tolerance) <= stored) & (stored <= rounding(x + tolerance))), stage
+
+
+# ---- a pool, its index, and what they should hold
+
+
+class Request(NamedTuple):
+    """One sequence of T tokens; L layers, H kv heads."""
+
+    keys: torch.Tensor  # [L, T, H, D]
+    values: torch.Tensor  # [L, T, H, D]
+    segments: list[tuple[int, int]]  # [begin, end) in the sequence; what lies outside is always attended
+
+
+class Shipped(NamedTuple):
+    """One (segment, kv head) as the index holds it."""
+
+    stored: ex.StoredSegment
+    key_rows: torch.Tensor  # uint8 [C, row_bytes]
+    value_rows: torch.Tensor  # uint8 [C, row_bytes]
+    codes: np.ndarray  # [M, D] by token, as the oracle's: bit 0 negative, bit 1 outer
+    code_scale: np.ndarray  # [M] by token
+
+
+class World:
+    """Requests in scattered pages of a pool, their segments built, and the lists of one step. All else is NaN.
+
+    Args:
+        config: of the engine.
+        requests: every one has at least one segment; with `by_engine`, segments are ignored and the engine plans them.
+        dtype: of the pool.
+    """
+
+    def __init__(
+        self, config: ClusterKVConfig, requests: list[Request], dtype=torch.float32, *, by_engine: bool = False
+    ) -> None:
+        layers, _, kv_heads, head_dim = requests[0].keys.shape
+        pages = sum(-(-r.keys.shape[1] // PAGE) for r in requests) + 9
+        self.config, self.requests = config, requests
+        self.scene = Scene(
+            config, layers=layers, kv_heads=kv_heads, head_dim=head_dim, pages=pages, dtype=dtype, context=2048
+        )
+        self.index = self.scene.index
+        self.scale = head_dim**-0.5
+        self.options = ex.Options(**{name: getattr(config, name) for name in ex.Options._fields})
+        self.rotation = ex.hadamard_rotation(head_dim, rotation_signs(head_dim).numpy())
+        for buffer in (*self.scene.keys, *self.scene.values):
+            buffer[:PAGE] = 0  # padding of every list
+            buffer[PAGE:] = torch.nan
+        for name, array in self.index.arrays.items():
+            if name != "page_state":
+                array[:, array.shape[1] // pages :].view(torch.uint8).fill_(255)
+        self.lengths = [r.keys.shape[1] for r in requests]
+        self.segments = [r.segments for r in requests]
+        if by_engine:
+            self.step = self._step_by_engine()
+        else:
+            self._build_by_hand()
+            self.step = self.step_over(self.segments)
+
+    def _place(self, row: int, request: Request, tokens: slice) -> None:
+        slots = self.scene.slots(row, request.keys.shape[1])[tokens]
+        for layer in range(len(self.scene.keys)):
+            self.scene.keys[layer][slots] = request.keys[layer, tokens].to(self.scene.keys[layer].dtype)
+            self.scene.values[layer][slots] = request.values[layer, tokens].to(self.scene.keys[layer].dtype)
+
+    def _build_by_hand(self) -> None:
+        for row, (request, length) in enumerate(zip(self.requests, self.lengths, strict=True)):
+            self.scene.write(row, 0, length)
+            self._place(row, request, slice(None))
+            for s, (first, last) in enumerate(request.segments):
+                slots = self.scene.slots(row, length)[first:last]
+                build.build_segment(self.index, 100 * row + s, slots, self.scene.keys, self.scene.values, 1 + row % 2)
+
+    def step_over(self, segments: list[list[tuple[int, int]]]) -> SparseStep:
+        """The lists of a step in which each request sees these of its segments."""
+        most = max(len(s) for s in segments)
+        begin, end = np.full((2, len(segments), most), np.iinfo(np.int32).max, np.int32)
+        covered = np.zeros((len(segments), most + 1), np.int32)
+        for row, borders in enumerate(segments):
+            begin[row, : len(borders)], end[row, : len(borders)] = np.transpose(borders)
+            covered[row, 1 : len(borders) + 1] = np.cumsum([last - first for first, last in borders])
+        count = np.array([len(s) for s in segments])
+        borders = RowBorders(np.arange(len(segments)), np.array(self.lengths), count, begin, end, covered)
+        return sparse_step(borders, self.scene.req_to_token, PAGE)
+
+    def _step_by_engine(self) -> SparseStep:
+        for row, (request, length) in enumerate(zip(self.requests, self.lengths, strict=True)):
+            self.scene.prefill(row, length - 1)
+            self._place(row, request, slice(0, length - 1))
+        rows = list(range(len(self.requests)))
+        step = self.scene.decode(rows, self.lengths)
+        assert step.sparse is not None and step.dense is None, "the requests must decode sparsely"
+        tables = self.scene.engine.tables
+        for row, (request, length) in enumerate(zip(self.requests, self.lengths, strict=True)):
+            self._place(row, request, slice(length - 1, length))
+            count = int(tables.recallable(np.array([row]), np.array([length]))[0])
+            borders = zip(tables.begin[row, :count].tolist(), tables.end[row, :count].tolist(), strict=True)
+            self.segments[row] = list(borders)
+        return step.sparse
+
+    def heads(self) -> itertools.product:
+        """Every (request, layer, kv head)."""
+        g = self.index.geometry
+        return itertools.product(range(len(self.requests)), range(g.layers), range(g.kv_heads))
+
+    def recallable(self, row: int) -> np.ndarray:
+        """Positions of a request's clustered tokens: what its list of recallable tokens holds."""
+        return np.concatenate([np.arange(begin, end) for begin, end in self.segments[row]])
+
+    def list_begins(self, row: int) -> np.ndarray:
+        """Where each segment begins in that list."""
+        return np.cumsum([0] + [end - begin for begin, end in self.segments[row]])[:-1]
+
+    def clusters(self, row: int) -> int:
+        """Clusters of a request, empty ones included."""
+        return len(self.recallable(row)) // self.config.tokens_per_cluster
+
+    def positions(self, row: int, slots: torch.Tensor) -> np.ndarray:
+        """Positions of a request's slots."""
+        position = np.full(self.index.geometry.slots, -1)
+        position[self.scene.slots(row, self.lengths[row])] = np.arange(self.lengths[row])
+        found = position[slots.numpy()]
+        assert found.min(initial=0) >= 0, "a slot that is not the request's"
+        return found
+
+    def pool(self, row: int, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [T, D] of a request as the pool holds them."""
+        slots = self.scene.slots(row, self.lengths[row])
+        return tuple(ex.f64(b[layer][slots, head].float().numpy()) for b in (self.scene.keys, self.scene.values))
+
+    def read(self, row: int, segment: tuple[int, int], layer: int, head: int) -> Shipped:
+        """A segment from the arrays of the index."""
+        view, (begin, end) = self.index.layer(layer), segment
+        slots = self.scene.slots(row, end)[begin:]
+        pages = slots[::PAGE] // PAGE
+        rows = self.index.cluster_rows(pages).flatten()
+        size = np.diff(view.cluster_end[rows, head].numpy().astype(np.int64), prepend=0)
+        order = view.members[slots, head].numpy().astype(np.int64)
+        assert size.min() >= 0 and size.sum() == end - begin, size
+        np.testing.assert_array_equal(np.sort(order), np.arange(end - begin))
+        members = np.split(order, np.cumsum(size)[:-1])
+        labels = np.empty_like(order)
+        labels[order] = np.repeat(np.arange(len(size)), size)
+
+        quarters = view.segment_vectors[pages[:4], head].double().numpy()  # [4, 3, D/4]
+        mean_key, mean_value, variance = quarters.transpose(1, 0, 2).reshape(3, -1)
+        key_rows, value_rows = view.key_rows[rows, head], view.value_rows[rows, head]
+        levels, code_scale = np.ones((len(order), len(mean_key))), np.zeros(len(order))
+        if view.codes is not None and view.code_scales is not None:
+            # The i-th code belongs to the i-th entry of the member list.
+            codes, scales = view.codes[slots, head], view.code_scales[slots, head]
+            levels[order] = self.index.token_codec.decode(codes, torch.ones_like(scales)).numpy()
+            code_scale[order] = scales.double().numpy()
+        bits, token_codes = self.config.code_bits, (levels < 0) + 2 * (np.abs(levels) > 1)
+        stored = ex.StoredSegment(
+            labels=labels,
+            members=members,
+            size=size,
+            centroid=mean_key + self.index.row_codec.decode(key_rows).double().numpy(),
+            mean_value=self.index.row_codec.decode(value_rows).double().numpy(),
+            spread=view.spread[rows, head].double().numpy(),
+            mean_key=mean_key,
+            segment_mean_value=mean_value,
+            variance=variance,
+            y=np.stack([ex.decode_code(*code, bits) for code in zip(token_codes, code_scale, strict=True)]),
+        )
+        return Shipped(stored, key_rows, value_rows, token_codes, code_scale)
+
+
+# ---- build
+
+
+def check_build(world: World) -> list[Shipped]:
+    """Every stage of every (segment, layer, kv head); returns what was read."""
+    read = []
+    for row, layer, head in world.heads():
+        keys, values = world.pool(row, layer, head)
+        for begin, end in world.segments[row]:
+            shipped = world.read(row, (begin, end), layer, head)
+            check_labels(world.config, keys[begin:end], shipped.stored.labels)
+            check_statistics(world.index.row_codec, keys[begin:end], values[begin:end], shipped)
+            if world.config.refine:
+                check_codes(world.config.code_bits, keys[begin:end], world.rotation, shipped)
+            read.append(shipped)
+    return read
+
+
+def check_labels(config: ClusterKVConfig, keys: np.ndarray, stored: np.ndarray) -> None:
+    """Each pass from the shipped labels of the pass before; `stored` is the last."""
+    clusters, passes = len(keys) // config.tokens_per_cluster, config.kmeans_passes
+    narrow = torch.from_numpy(keys).float().unsqueeze(0)
+    narrow -= narrow.mean(1, keepdim=True)
+    exact = keys - keys.mean(0)
+    for labels_of in (kmeans.labels_of, kmeans_reference.labels_of):
+        centroids = ex.start_centroids(exact, clusters)
+        for done in range(1, passes + 1):
+            labels = labels_of(narrow, clusters, done)[0].numpy()
+            scores = ex.assignment_scores(exact, centroids)
+            within("labels", ex.assignment_slack(scores, labels), AGREE)
+            if done == passes:
+                within("stored labels", ex.assignment_slack(scores, stored), AGREE)
+            centroids = ex.update_centroids(exact, labels, centroids)
+
+
+def check_statistics(codec: RowCodec, keys: np.ndarray, values: np.ndarray, shipped: Shipped) -> None:
+    """Sizes, member lists, segment vectors, spread and rows, from the shipped labels."""
+    stored = shipped.stored
+    expected = ex.cluster_statistics(keys, values, stored.labels, len(stored.size))
+    np.testing.assert_array_equal(stored.size, expected.size)
+    np.testing.assert_array_equal(np.concatenate(stored.members), np.concatenate(expected.members))
+    key_size, value_size = np.abs(keys).max(), np.abs(values).max()
+    rounds_to("mean key", stored.mean_key, expected.segment_mean_key, ROUNDING * key_size)
+    rounds_to("mean value", stored.segment_mean_value, expected.segment_mean_value, ROUNDING * value_size)
+
+    variance = expected.segment_variance
+    nothing = (ROUNDING * key_size) ** 2  # what the rounding of a mean makes of a variance of zero
+    rounds_to("variance", stored.variance, variance, AGREE * variance + nothing)
+    # The spread is a ratio to the variance: without any, it is of noise, and counts nothing.
+    noise = min(1.0, nothing * len(variance) / max(variance.sum(), nothing)) if nothing else 0.0
+    rounds_to("spread", stored.spread, expected.spread, AGREE * expected.spread + noise * len(keys))
+
+    alive = stored.size > 0
+    centered = np.abs(keys - keys.mean(0)).max()
+    check_rows("centroid", codec, shipped.key_rows[alive], (expected.centroid - stored.mean_key)[alive], centered)
+    check_rows("mean value", codec, shipped.value_rows[alive], expected.mean_value[alive], value_size)
+    assert np.isfinite(stored.centroid).all() and np.isfinite(stored.mean_value).all()
+
+
+def check_rows(stage: str, codec: RowCodec, rows: torch.Tensor, x: np.ndarray, size: float) -> None:
+    """Rows uint8 [C, row_bytes] hold x [C, D], means of numbers up to `size`: scales, then integers by shipped scales."""
+    decoded = codec.decode(rows).double().numpy()
+    tolerance = AGREE / 7 * np.abs(x).max(1, keepdims=True) + ROUNDING * size
+    if codec.name == "bf16":
+        return rounds_to(f"{stage}: bf16", decoded, x, tolerance)
+    top = {"int4": 7, "int8": 127}[codec.name]
+    scales = rows[:, codec.packed_bytes : codec.packed_bytes + 2 * codec.scales].contiguous().view(torch.bfloat16)
+    scale = scales.double().numpy()
+    group = x.shape[1] // codec.scales
+    largest = np.abs(x).reshape(len(x), -1, group).max(2)
+    rounds_to(f"{stage}: scale", scale, largest / top, tolerance / top)
+    scale = np.repeat(scale, group, axis=1)
+
+    def integers(x: np.ndarray) -> np.ndarray:
+        return np.clip(np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)), -top - 1, top)
+
+    rounds_to(f"{stage}: {codec.name}", integers(decoded), x, tolerance, integers)
+
+
+def check_codes(bits: int, keys: np.ndarray, rotation: np.ndarray, shipped: Shipped) -> None:
+    """Levels of the codes from the shipped centroids, scales from the shipped levels."""
+    residuals = (keys - shipped.stored.centroid[shipped.stored.labels]) @ rotation.T
+    for y, codes, scale in zip(residuals, shipped.codes, shipped.code_scale, strict=True):
+        differ = codes != ex.encode_code(y, bits).codes
+        assert not np.any(differ & ~ex.code_is_close(y, bits, AGREE)), "code levels"
+        least_squares = ex.code_scale(y, ex.code_levels(codes, bits))
+        rounds_to("code scale", scale, least_squares, AGREE * least_squares)
+
+
+# ---- decode
+
+
+class Stages(NamedTuple):
+    """What one (request, kv head) got from the stages; C clusters, N candidates. Positions are in the sequence."""
+
+    size: np.ndarray  # [C]
+    begin: np.ndarray  # [C] in the request's list of recallable tokens
+    dot: np.ndarray  # [G, C]
+    mass: np.ndarray  # [C]
+    total: np.ndarray  # [G]
+    taken: np.ndarray  # [C] members that are candidates
+    candidate: np.ndarray  # [N] position
+    value: np.ndarray | None  # [N]; None without refine
+    recalled: np.ndarray  # positions
+    left: np.ndarray  # [C]
+    exact: tuple[np.ndarray, np.ndarray]  # output [G, D], log-sum-exp [G]
+    estimated: tuple[np.ndarray, np.ndarray] | None
+    output: np.ndarray  # [G, D]
+
+
+def reference_stages(world: World, layer: int, q: torch.Tensor) -> list[list[Stages]]:
+    """The torch references, one by one; [B][H]. q [B, H, G, D]."""
+    config, index, step = world.config, world.index, world.step
+    keys, values = world.scene.keys[layer], world.scene.values[layer]
+    scores = score(q, keys, index, layer, step, world.scale)
+    limit = config.candidate_tokens if config.refine else config.budget_tokens
+    candidates = select(scores, index, layer, step, limit)
+    if config.refine:
+        value = candidate_scores(q, scores, candidates, index, layer, world.scale)
+        recalled = recall(value, scores, candidates, config.budget_tokens)
+    else:
+        recalled = recall_all(scores, candidates)
+    exact = attend(q, keys, values, step, recalled.slots, recalled.count, world.scale)
+    estimated = estimate(scores, recalled.left, index, layer, step) if config.estimate else None
+    merged = merge(exact, estimated) if estimated else exact
+    chain = reference.sparse_decode(q.flatten(1, 2), keys, values, index, layer, step, world.scale)
+    torch.testing.assert_close(chain, merged.output.flatten(1, 2), rtol=0, atol=0)
+
+    def of(b: int, h: int) -> Stages:
+        clusters, found = world.clusters(b), int(candidates.count[b, h])
+        return Stages(
+            size=scores.size[b, h, :clusters].numpy(),
+            begin=scores.begin[b, h, :clusters].numpy(),
+            dot=scores.dot[b, h, :, :clusters].numpy(),
+            mass=scores.mass[b, h, :clusters].numpy(),
+            total=scores.total[b, h].numpy(),
+            taken=np.bincount(candidates.cluster[b, h, :found], minlength=clusters),
+            candidate=world.positions(b, candidates.slot[b, h, :found]),
+            value=value[b, h, :found].numpy() if config.refine else None,
+            recalled=world.positions(b, recalled.slots[b, h, : int(recalled.count[b, h])]),
+            left=recalled.left[b, h, :clusters].numpy(),
+            exact=(exact.output[b, h].numpy(), exact.lse[b, h].numpy()),
+            estimated=(estimated.output[b, h].numpy(), estimated.lse[b, h].numpy()) if estimated else None,
+            output=merged.output[b, h].numpy(),
+        )
+
+    return [[of(b, h) for h in range(q.shape[1])] for b in range(q.shape[0])]
+
+
+def cpu_stages(world: World, layer: int, q: torch.Tensor) -> list[list[Stages]]:
+    """The CPU kernels, one by one; [B][H]."""
+    keys, values = world.scene.keys[layer], world.scene.values[layer]
+    rows, key_rows, value_rows = q.contiguous().numpy(), keys.numpy(), values.numpy()
+    decoder = cpu.CpuDecoder(world.index, q.shape[2], False)
+    decoder.prepare(world.step, *q.shape[1:])
+    decoder.score(rows, key_rows, layer, world.scale)
+    decoder.select()
+    u, output = decoder.buffers, np.empty_like(rows)
+    taken = u.taken.copy()
+    decoder.refine((q @ cpu.rotation_matrix(q.shape[-1]).T).numpy(), layer, world.scale)
+    decoder.recall()
+    decoder.attend(rows, key_rows, value_rows, world.scale, output)
+    exact, exact_lse = output.copy(), u.lse.copy()
+    if world.config.estimate:
+        decoder.estimate(layer)
+        decoder.merge(output)
+    chain = cpu.sparse_decode(q.flatten(1, 2), keys, values, world.index, layer, world.step, world.scale)
+    np.testing.assert_array_equal(chain.numpy(), output.reshape(chain.shape))
+
+    def of(b: int, h: int) -> Stages:
+        clusters, found = world.clusters(b), int(u.candidates[b, h])
+        place = u.place[b, h, :found]
+        return Stages(
+            size=u.size[b, h, :clusters],
+            begin=u.begin[b, h, :clusters],
+            dot=u.dot[b, h, :, :clusters],
+            mass=u.mass[b, h, :clusters],
+            total=u.total[b, h],
+            taken=taken[b, h, :clusters],
+            candidate=world.recallable(b)[place],
+            value=u.value[b, h, :found],
+            recalled=world.positions(b, torch.from_numpy(u.recalled[b, h, : u.recalled_count[b, h]])),
+            left=(u.size - u.taken)[b, h, :clusters],
+            exact=(exact[b, h], exact_lse[b, h]),
+            estimated=(u.estimate[b, h], u.estimate_lse[b, h]) if world.config.estimate else None,
+            output=output[b, h],
+        )
+
+    return [[of(b, h) for h in range(q.shape[1])] for b in range(q.shape[0])]
+
+
+def check_decode(world: World, q: torch.Tensor, stages_of=(reference_stages,)) -> None:
+    """Every stage and the whole step of every (request, layer, kv head). q [L, B, H * G, D]."""
+    grouped = q.unflatten(2, (world.index.geometry.kv_heads, -1))
+    for shipped_stages in stages_of:
+        by_layer = [shipped_stages(world, layer, grouped[layer]) for layer in range(len(q))]
+        for row, layer, head in world.heads():
+            check_step(world, row, layer, head, ex.f64(grouped[layer, row, head].numpy()), by_layer[layer][row][head])
+
+
+def check_step(world: World, row: int, layer: int, head: int, q: np.ndarray, s: Stages) -> None:
+    """One (request, layer, kv head): each stage from what the shipped stage before gave, then all from the index alone."""
+    options, scale = world.options, world.scale
+    keys, values = world.pool(row, layer, head)
+    stored = [world.read(row, segment, layer, head).stored for segment in world.segments[row]]
+    clusters, members, y = ex.request_clusters(world.segments[row], stored, len(keys))
+    recallable = world.recallable(row)
+    base = np.setdiff1d(np.arange(len(keys)), recallable)
+    base_logits = ex.exact_logits(q, keys[base], scale)
+    cluster_of = np.empty(len(keys), dtype=np.int64)
+    for c, positions in enumerate(members):
+        cluster_of[positions] = c
+    # A logit is a sum of D terms; shares are exponentials of logits, so that its error is their relative error.
+    rounding = AGREE + ROUNDING * scale * (np.abs(q) @ np.abs(keys).T).max()
+    value_size = np.abs(values).max()
+
+    # score
+    np.testing.assert_array_equal(s.size, clusters.size)
+    lists = np.concatenate([b.size.cumsum() - b.size + at for b, at in zip(stored, world.list_begins(row), strict=True)])
+    np.testing.assert_array_equal(s.begin, lists)
+    alive = clusters.size > 0
+    within("dot", np.abs(s.dot - ex.exact_logits(q, clusters.centroid, scale))[:, alive], rounding)
+    choice = ex.choice_logits(q, scale, clusters, options.choice_spread)
+    mass = ex.choice_mass_per_token(choice, base_logits, clusters.size)
+    within("mass", np.abs(s.mass - mass), 2 * rounding * mass + UNDERFLOW)
+    all_est = ex.estimate_logits(q, scale, clusters, clusters.size, options.estimate_spread)
+    within("total", np.abs(s.total - ex.total(all_est, base_logits)), rounding)
+
+    # select
+    limit = options.candidate_tokens if options.refine else options.budget_tokens
+    chosen = dict(ex.select_candidates(ex.f64(s.mass), s.size, limit))
+    np.testing.assert_array_equal(s.taken, [chosen.get(c, 0) for c in range(len(s.size))])
+    first_members = np.concatenate([members[c][:n] for c, n in enumerate(s.taken)])
+    np.testing.assert_array_equal(np.sort(s.candidate), np.sort(first_members))
+
+    # refine and recall
+    best = np.arange(len(s.candidate))
+    if options.refine:
+        of_candidate = cluster_of[s.candidate]
+        logits = ex.candidate_logits(q, scale, world.rotation, clusters.centroid[of_candidate], y[s.candidate])
+        value = ex.group_mass(logits, s.total)
+        within("value", np.abs(s.value - value), 2 * rounding * value + UNDERFLOW)
+        best = ex.recall(ex.f64(s.value), s.candidate, options.budget_tokens)
+    np.testing.assert_array_equal(np.sort(s.recalled), np.sort(s.candidate[best]))
+    np.testing.assert_array_equal(s.left, ex.left_sizes(clusters.size, cluster_of[s.recalled]))
+
+    # attend, estimate, merge
+    attended = np.concatenate([base, s.recalled])
+    exact = ex.softmax_output(ex.exact_logits(q, keys[attended], scale), values[attended])
+    check_part("attend", s.exact, exact, rounding, value_size)
+    parts, shipped, tied = [exact], [s.exact], 0.0
+    if options.estimate:
+        est = ex.estimate_logits(q, scale, clusters, s.left, options.estimate_spread)
+        own = ex.own_value_clusters(est, s.total, options.estimate_clusters)
+        estimated = ex.softmax_output(est, ex.estimate_values(clusters, own))
+        tied = tied_estimates(clusters, est, s.total, own, rounding)
+        check_part("estimate", s.estimated, estimated, rounding, value_size, tied)
+        parts, shipped = [exact, estimated], [s.exact, s.estimated]
+    within("merge", np.abs(s.output - ex.merge(*zip(*shipped, strict=True))), rounding * value_size)
+
+    # The whole step in float64. Where it chooses otherwise than the engine, the two choices must agree in value.
+    whole = ex.decode(q, keys, values, scale, clusters, members, y, world.rotation, options)
+    expected = whole.output
+    if not np.array_equal(np.sort(s.recalled), whole.recalled_position):
+        within("chosen clusters", best_left_out(mass, s.taken > 0, s.taken < s.size), 4 * rounding)
+        if options.refine:
+            out = ~np.isin(s.candidate, s.recalled)
+            within("chosen tokens", best_left_out(ex.group_mass(logits, whole.total), ~out, out), 4 * rounding)
+        expected = ex.merge(*zip(*parts, strict=True))
+    within("output", np.abs(s.output - expected), OUTPUT * np.abs(expected).max() + tied)
+
+
+Part = tuple[np.ndarray, np.ndarray]
+
+
+def check_part(stage: str, shipped: Part, expected: Part, rounding: float, value_size: float, tied=0.0) -> None:
+    """Output [G, D] and log-sum-exp [G] of a part of the tokens, 0 and -inf where there are none."""
+    within(stage, np.abs(shipped[0] - expected[0]), 2 * rounding * value_size + tied)
+    some = np.isfinite(expected[1])
+    np.testing.assert_array_equal(shipped[1][~some], expected[1][~some])
+    within(f"sum of {stage}", np.abs(shipped[1][some] - expected[1][some]), rounding)
+
+
+def tied_estimates(clusters: ex.Clusters, est: np.ndarray, total: np.ndarray, own: np.ndarray, rounding: float):
+    """[G, D] what it may change that other clusters, of the same mass as the last of `own`, have their own mean value."""
+    mass = ex.group_mass(est, total)
+    tied = np.flatnonzero(np.abs(mass - mass[own].min(initial=np.inf)) <= 4 * rounding * mass)
+    if np.isin(tied, own).all():
+        return 0.0
+    weight = np.exp(est - ex.log_sum_exp(est)[:, None])[:, tied]
+    return weight @ np.abs(clusters.mean_value - clusters.segment_mean_value[clusters.segment])[tied]
+
+
+def best_left_out(value: np.ndarray, chosen: np.ndarray, left_out: np.ndarray) -> float:
+    """By how much, relatively, the best that was left out is better than the worst that was chosen."""
+    best, worst = value[left_out].max(initial=0.0), value[chosen].min(initial=np.inf)
+    return (best - worst) / best if best > UNDERFLOW else 0.0
+
+
+# ---- random keys
+
+
+BOTH = (reference_stages, cpu_stages)
+
+
+def config_of(**fields: object) -> ClusterKVConfig:
+    small = {"budget_tokens": 48, "candidate_tokens": 160, "segment_tokens": 256, "estimate_clusters": 20}
+    return ClusterKVConfig(**(small | fields))
+
+
+def loose_groups(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """[L, T, H, D] around 40 centres, with a common offset."""
+    layers, tokens, heads, head_dim = shape
+    centres = 1.5 * torch.randn(layers, 40, heads, head_dim, generator=generator)
+    which = torch.randint(40, (tokens,), generator=generator)
+    noise = torch.randn(layers, tokens, heads, head_dim, generator=generator)
+    return centres[:, which] + 0.7 * noise + torch.randn(layers, 1, heads, head_dim, generator=generator)
+
+
+def some_requests(head_dim: int, layers: int = 1, kv_heads: int = 2, seed: int = 0) -> list[Request]:
+    """Two requests: three segments with a gap between them, and one short segment behind a longer start."""
+    generator = torch.Generator().manual_seed(seed)
+    segments = [[(16, 272), (304, 368), (368, 624)], [(48, 240)]]
+    return [
+        Request(*(loose_groups(generator, layers, tokens, kv_heads, head_dim) for _ in range(2)), borders)
+        for tokens, borders in zip((701, 333), segments, strict=True)
+    ]
+
+
+def queries(world: World, group: int, size: float = 1.5) -> torch.Tensor:
+    """[L, B, H * G, D]."""
+    g = world.index.geometry
+    shape = (g.layers, len(world.requests), g.kv_heads * group, g.head_dim)
+    return size * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "centroid_dtype", "code_bits", "dtype"),
+    [
+        (16, 4, "int8", 1, torch.float32),
+        (32, 1, "int4", 2, torch.bfloat16),
+        (64, 2, "bf16", 1, torch.float32),
+        (80, 3, "int4", 2, torch.float32),
+        (96, 2, "int8", 2, torch.float16),
+        (128, 4, "int4", 1, torch.bfloat16),
+    ],
+)
+def test_build_and_references_are_exact(head_dim, group, centroid_dtype, code_bits, dtype) -> None:
+    world = World(config_of(centroid_dtype=centroid_dtype, code_bits=code_bits), some_requests(head_dim, 2), dtype)
+    check_build(world)
+    check_decode(world, queries(world, group))
+
+
+OPTIONS = {
+    "defaults": {},
+    "whole clusters": {"refine": False},
+    "no estimate": {"estimate": False},
+    "whole clusters only": {"refine": False, "estimate": False},
+    "all are candidates": {"candidate_tokens": 10_000},
+    "all are recalled": {"budget_tokens": 10_000, "candidate_tokens": 10_000},
+    "one token": {"budget_tokens": 1, "candidate_tokens": 1},
+    "one own mean value": {"estimate_clusters": 1},
+    "own mean values": {"estimate_clusters": 10_000},
+    "sober": {"choice_spread": 0.0, "estimate_spread": 0.0},
+    "optimistic": {"choice_spread": 1.0, "estimate_spread": 2.0},
+    "clusters of 4": {"tokens_per_cluster": 4},
+    "clusters of 16": {"tokens_per_cluster": 16},
+    "one pass": {"kmeans_passes": 1},
+    "five passes": {"kmeans_passes": 5},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_exact(name: str) -> None:
+    world = World(config_of(**OPTIONS[name]), some_requests(HEAD_DIM))
+    check_build(world)
+    check_decode(world, queries(world, GROUP), BOTH if world.config.refine else (reference_stages,))
+
+
+def check_from_keys(world: World, q: torch.Tensor) -> None:
+    """The step's output from nothing but keys, values and queries: the oracle clusters, stores and decodes for itself.
+
+    A label, code or choice at a border may be another one in float32, and then another few tokens are recalled.
+    """
+    config, grouped = world.config, q.unflatten(2, (world.index.geometry.kv_heads, -1))
+    by_layer = [reference_stages(world, layer, grouped[layer]) for layer in range(len(q))]
+    same = []
+    for row, layer, head in world.heads():
+        stages = by_layer[layer][row][head]
+        whole = ex.request_output(
+            ex.f64(grouped[layer, row, head].numpy()), *world.pool(row, layer, head), world.scale, world.segments[row],
+            world.rotation, world.options, config.tokens_per_cluster, config.centroid_dtype, config.code_bits,
+        )  # fmt: skip
+        same.append(np.array_equal(np.sort(stages.recalled), whole.recalled_position))
+        error = np.abs(stages.output - whole.output).max() / np.abs(whole.output).max()
+        within("from keys", error, OUTPUT if same[-1] else 20 * OUTPUT)
+    within("requests with other tokens", np.mean(np.logical_not(same)), 0.2)
+
+
+def test_a_step_is_exact_from_the_keys_on() -> None:
+    requests = [some_requests(HEAD_DIM, layers=2, seed=seed)[0] for seed in range(3)]
+    for fields in ({}, {"refine": False, "centroid_dtype": "int8"}, {"estimate": False, "code_bits": 1}):
+        world = World(config_of(**fields), requests)
+        check_from_keys(world, queries(world, GROUP))
+
+
+def test_a_longer_step_after_a_shorter_one_is_exact() -> None:
+    """The kernels' buffers are kept between steps."""
+    world = World(config_of(candidate_tokens=2048, budget_tokens=300), some_requests(HEAD_DIM)[:1])
+    segments = world.segments[0]
+    for count in (1, 3):
+        world.segments[0] = segments[:count]
+        world.step = world.step_over(world.segments)
+        check_decode(world, queries(world, GROUP), BOTH)
+
+
+# ---- degenerate keys, values and queries
+
+
+def some_keys(seed: int = 5) -> torch.Tensor:
+    """[200, 2, HEAD_DIM]."""
+    return loose_groups(torch.Generator().manual_seed(seed), 1, 200, 2, HEAD_DIM)[0]
+
+
+def check_degenerate(
+    keys: torch.Tensor, values: torch.Tensor | None = None, q: torch.Tensor | None = None, **fields: object
+) -> tuple[list[Shipped], list[Stages]]:
+    """Build and decode one request, 128 of its 200 tokens in two segments, with 64 candidates and with all.
+
+    keys and values [200, 2, HEAD_DIM], q [1, 1, 2 * GROUP, HEAD_DIM]. Returns what was built, and the reference's stages
+    of the two kv heads with 64 candidates.
+    """
+    values = some_keys(seed=6) if values is None else values
+    assert keys.isfinite().all() and values.isfinite().all()
+    stages = []
+    for candidate_tokens in (64, 10_000):
+        small = {"budget_tokens": 24, "candidate_tokens": candidate_tokens, "estimate_clusters": 5}
+        world = World(config_of(**(small | fields)), [Request(keys[None], values[None], [(16, 80), (80, 144)])])
+        read = check_build(world)
+        q = queries(world, GROUP) if q is None else q
+        check_decode(world, q, BOTH)
+        stages += reference_stages(world, 0, q[0].unflatten(1, (2, GROUP)))[0]
+    assert all(np.isfinite(s.output).all() for s in stages)
+    return read, stages[:2]
+
+
+def test_duplicate_keys_leave_empty_clusters() -> None:
+    which = torch.randint(3, (200,), generator=torch.Generator().manual_seed(2))
+    read, _ = check_degenerate(some_keys()[which])
+    for shipped in read:
+        assert np.sum(shipped.stored.size > 0) == 3 and np.sum(shipped.stored.size == 0) == 5
+        assert np.all(shipped.stored.variance < 1e-10)
+
+
+def test_zero_keys_are_one_cluster() -> None:
+    read, stages = check_degenerate(torch.zeros(200, 2, HEAD_DIM))
+    for shipped in read:
+        assert shipped.stored.size.tolist() == [64] + 7 * [0]
+        assert not shipped.stored.centroid.any() and not shipped.stored.variance.any() and not shipped.stored.spread.any()
+    for s in stages:  # ties everywhere: the lower positions
+        assert np.sort(s.recalled).tolist() == list(range(16, 40))
+
+
+def test_single_member_clusters_have_no_spread() -> None:
+    keys = some_keys()
+    keys[16:144:8] = 8 * keys[16:144:8].flip(0)  # every start but ... is far from all others
+    read, _ = check_degenerate(keys)
+    assert sum(np.sum(shipped.stored.size == 1) for shipped in read) > 8
+    read, _ = check_degenerate(some_keys(), tokens_per_cluster=1)
+    for shipped in read:
+        assert np.all(shipped.stored.size == 1) and not shipped.stored.spread.any()
+
+
+def test_a_zero_head_is_zero_and_leaves_the_others_alone() -> None:
+    """SGLang on a CPU fills the heads that tensor parallelism lacks with zero weights."""
+    keys, values = some_keys(), some_keys(seed=6)
+    q = torch.randn(1, 1, 2 * GROUP, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    _, whole = check_degenerate(keys, values, q)
+    keys[:, 1], values[:, 1], q[:, :, GROUP:] = 0, 0, 0
+    _, padded = check_degenerate(keys, values, q)
+    assert not padded[1].output.any()
+    np.testing.assert_array_equal(padded[0].output, whole[0].output)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_keys_far_from_zero_lose_nothing(noise: float) -> None:
+    offset = 1000 * torch.randn(2, HEAD_DIM, generator=torch.Generator().manual_seed(4))
+    check_degenerate(offset + noise * some_keys())
+
+
+def test_zero_values_give_zero() -> None:
+    _, stages = check_degenerate(some_keys(), torch.zeros(200, 2, HEAD_DIM))
+    assert not any(s.output.any() for s in stages)
+
+
+@pytest.mark.parametrize("heads", [slice(None), slice(0, 1)])
+def test_a_zero_query_is_exact(heads: slice) -> None:
+    q = torch.randn(1, 1, 2 * GROUP, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    q[:, :, heads] = 0
+    check_degenerate(some_keys(), None, q)
+
+
+@pytest.mark.parametrize("size", [1e-3, 10.0, 100.0])
+def test_flat_and_peaked_attention_is_exact(size: float) -> None:
+    q = size * torch.randn(1, 1, 2 * GROUP, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    check_degenerate(some_keys(), None, q)
+
+
+def test_nan_keys_stay_in_their_head() -> None:
+    keys, values = some_keys(), some_keys(seed=6)
+    small = config_of(budget_tokens=24, candidate_tokens=64)
+    outputs = []
+    for broken in (False, True):
+        if broken:
+            keys[60, 1] = torch.nan
+        world = World(small, [Request(keys[None], values[None], [(16, 80), (80, 144)])])
+        for segment in world.segments[0]:
+            world.read(0, segment, 0, 1)  # its lists are whole
+        q = queries(world, GROUP)[0]
+        for decode in (reference, cpu):
+            output = decode.sparse_decode(
+                q, world.scene.keys[0], world.scene.values[0], world.index, 0, world.step, world.scale
+            )
+            outputs.append(output[:, :GROUP])
+    torch.testing.assert_close(outputs[2:], outputs[:2], rtol=0, atol=0)
+
+
+# ---- a real model's keys
+
+
+@pytest.fixture(scope="module")
+def captured() -> Captured:
+    if not demo_model.is_complete(MODEL):
+        assert "CI" not in os.environ, f"no demo model at {MODEL}: `make demo-model` goes before the tests"
+        pytest.skip("no demo model: run `make demo-model`")
+    return capture(MODEL, layers=(1, 8), tokens=1301)
+
+
+@pytest.mark.parametrize("segment_tokens", [512, 1024])
+def test_a_models_keys_are_exact(captured: Captured, segment_tokens: int) -> None:
+    config = config_of(segment_tokens=segment_tokens, budget_tokens=128, candidate_tokens=512, estimate_clusters=64)
+    world = World(config, [Request(captured.keys, captured.values, [])], by_engine=True)
+    ends = [end for _, end in world.segments[0]]
+    assert ends == [*range(16 + segment_tokens, 1232, segment_tokens), 1232], ends
+    assert world.scale == captured.scale
+    check_build(world)
+    for token in (1300, 700):
+        check_decode(world, captured.queries[:, token : token + 1], BOTH)
+    check_from_keys(world, captured.queries[:, 1300:])

@@ -14,6 +14,7 @@ from sglang_clusterkv import runtime
 from sglang_clusterkv.clusters.engine import DecodeStep
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.clusters.step import DenseStep, dense_step
+from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
@@ -27,7 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 def create_backend(runner: ModelRunner) -> AttentionBackend:
-    """The backend for a model runner; called by SGLang's registry."""
+    """The backend for a model runner; called by SGLang's registry.
+
+    Raises:
+        ConfigError: the KV cache's type, known only now (a checkpoint may choose it), cannot be clustered.
+    """
+    dtype = runner.token_to_kv_pool.dtype
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(
+            f"the KV cache is {dtype}, which clusterkv does not cluster yet: start with --kv-cache-dtype bf16"
+        )
     return ClusterKVAttnBackend(runner)
 
 

@@ -5,8 +5,10 @@ plugin.py hooks these into SGLang; each returns at once where no engine was made
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 _engine: ClusterEngine | None = None
 _step: DecodeStep | None = None  # made when a decode batch is launched, taken by its init_forward_metadata
@@ -69,7 +73,27 @@ def attach_engine(runner: ModelRunner) -> ClusterEngine | None:
         )
         rows.attach_aux_cache(_RowEvents(pool.engine, runner.max_total_num_tokens))
         _engine = pool.engine
+        _announce(pool)
     return pool.engine
+
+
+def _announce(pool: Any) -> None:
+    """One line at start: the resolved configuration, and what the index costs beside the KV."""
+    index = pool.cluster_index
+    geometry = index.geometry
+    keys_and_values = sum(pool.get_kv_size_bytes()) - index.bytes
+    logger.info(
+        "clusterkv: %s; the index takes %.1f MB, %.0f bytes per token, %.1f %% of the KV "
+        "(%d layers, %d kv heads, head_dim %d, page size %d)",
+        msgspec.json.encode(index.config).decode(),
+        index.bytes / 1e6,
+        index.bytes / geometry.slots,
+        100 * index.bytes / keys_and_values,
+        geometry.layers,
+        geometry.kv_heads,
+        geometry.head_dim,
+        geometry.page_size,
+    )
 
 
 def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwargs: Any) -> None:

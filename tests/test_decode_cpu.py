@@ -59,9 +59,9 @@ def test_a_bf16_pool_gives_what_the_reference_gives() -> None:
     torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("estimate", [True, False])
-def test_without_estimate_only_listed_tokens_count(estimate: bool) -> None:
-    scene, step = scene_and_step(config_of(estimate=estimate))
+@pytest.mark.parametrize("fields", [{"estimate": False}, {"refine": False}, {"estimate_clusters": 4096}])
+def test_every_switch_does_what_it_does_in_the_reference(fields: dict[str, object]) -> None:
+    scene, step = scene_and_step(config_of(**fields))
     q = scene.queries(3, 2)
     arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
     torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=2e-5, rtol=2e-5)

@@ -14,7 +14,7 @@ from sglang_clusterkv.kernels.cpu_math import bits
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.estimate.cpu import estimate_kernel
 from sglang_clusterkv.kernels.merge.cpu import merge_kernel
-from sglang_clusterkv.kernels.refine.cpu import recall_kernel, value_kernel
+from sglang_clusterkv.kernels.refine.cpu import recall_all_kernel, recall_kernel, value_kernel
 from sglang_clusterkv.kernels.row_cpu import ROW_FORMATS, row_views
 from sglang_clusterkv.kernels.score.cpu import score_kernel
 from sglang_clusterkv.kernels.select.cpu import select_kernel
@@ -178,6 +178,15 @@ class CpuDecoder:
             self.config.budget_tokens, u.taken, u.recalled, u.recalled_count,
         )  # fmt: skip
 
+    def recall_all(self, layer: int) -> None:
+        """All candidates' slots, where nothing is refined."""
+        u = self.buffers
+        recall_all_kernel(
+            self.layers[layer].members, self.pages, self.page_count, self.index.geometry.page_size,
+            self.index.clusters_per_page, self.segment_begin, self.segment_count, u.begin, u.taken, u.recalled,
+            u.recalled_count,
+        )  # fmt: skip
+
     def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, output: np.ndarray) -> None:
         """Exact attention over always-attended and recalled tokens."""
         u = self.buffers
@@ -223,19 +232,21 @@ def sparse_decode(
     scale: float,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
-    if keys.dtype not in (torch.bfloat16, torch.float32) or not index.config.refine:
+    if keys.dtype not in (torch.bfloat16, torch.float32):
         return reference.sparse_decode(q, keys, values, index, layer, step, scale)
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
     decoder = decoder_of(index, grouped.shape[2], keys.dtype is torch.bfloat16)
     decoder.prepare(step, kv_heads, grouped.shape[2], channels)
-    rotated = grouped @ rotation_matrix(channels).T
     output = torch.empty_like(grouped)
     q_rows, key_rows, out = grouped.numpy(), bits(keys), output.numpy()
     decoder.score(q_rows, key_rows, layer, scale)
     decoder.select()
-    decoder.refine(rotated.numpy(), layer, scale)
-    decoder.recall()
+    if index.config.refine:
+        decoder.refine((grouped @ rotation_matrix(channels).T).numpy(), layer, scale)
+        decoder.recall()
+    else:
+        decoder.recall_all(layer)
     decoder.attend(q_rows, key_rows, bits(values), scale, out)
     if index.config.estimate:
         decoder.estimate(layer)

@@ -127,3 +127,25 @@ def recall_kernel(
                     taken[b, h, of_cluster[b, h, k]] += 1
                     count += 1
             counts[b, h] = count
+
+
+@njit(cache=True, nogil=True)
+def recall_all_kernel(
+    members: Any, pages: Any, page_count: Any, page_size: Any, per_page: Any, segment_begin: Any, segment_count: Any,
+    begin: Any, taken: Any, slots: Any, counts: Any,
+) -> None:  # fmt: skip
+    """Recall every candidate: whole clusters, the last one trimmed; outputs as `recall_kernel`."""
+    for b in range(taken.shape[0]):
+        for h in range(taken.shape[1]):
+            count = 0
+            for s in range(segment_count[b]):
+                first = segment_begin[b, s]
+                last = segment_begin[b, s + 1] if s + 1 < segment_count[b] else page_count[b]
+                for c in range(first * per_page, last * per_page):
+                    for r in range(taken[b, h, c]):
+                        entry = begin[b, h, c] + r
+                        listed = pages[b, entry // page_size] * page_size + entry % page_size
+                        at = first * page_size + np.int64(members[listed, h])
+                        slots[b, h, count] = pages[b, at // page_size] * page_size + at % page_size
+                        count += 1
+            counts[b, h] = count

@@ -102,9 +102,9 @@ def score(
     log_size = size.float().log().unsqueeze(2)  # -inf where a cluster is empty
 
     base = exact_logits(q, keys, step.base_slots, step.base_count, scale).logsumexp(-1)
-    choice = log_size + dot + config.choice_spread * bonus
-    normaliser = torch.logaddexp(choice.logsumexp(-1), base)
-    mass = (choice - normaliser.unsqueeze(-1)).exp().mean(2) / size.clamp(min=1)
+    choice = dot + config.choice_spread * bonus  # of one token: times the size and by the size again would break ties
+    normaliser = torch.logaddexp((log_size + choice).logsumexp(-1), base)
+    mass = (choice - normaliser.unsqueeze(-1)).exp().mean(2).masked_fill(size == 0, 0.0)
     estimate_bonus = config.estimate_spread * bonus
     total = torch.logaddexp((log_size + dot + estimate_bonus).logsumexp(-1), base)
     return Scores(size, begin, dot, estimate_bonus, mass, total)

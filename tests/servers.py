@@ -1,0 +1,98 @@
+"""Start a real SGLang server for a test, talk to it, and stop it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+
+START_TIMEOUT_S = 300
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A running server; `log` is the file with what it printed."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+
+    def generate(self, prompt: str | list[int], tokens: int, **fields: Any) -> dict[str, Any]:
+        """Greedy completion of a prompt (text or ids); the server's JSON, with output_ids."""
+        key = "text" if isinstance(prompt, str) else "input_ids"
+        body = {
+            key: prompt,
+            "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+            **fields,
+        }
+        answer = requests.post(f"{self.url}/generate", json=body, timeout=600)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def counts(self) -> dict[str, Any]:
+        """Our counters, once the server has nothing in flight."""
+        return requests.get(f"{self.url}/server_info", timeout=60).json()["internal_states"][0]["clusterkv"]
+
+    def flush(self) -> None:
+        """Empty the radix cache."""
+        for _ in range(20):
+            if requests.post(f"{self.url}/flush_cache", timeout=60).status_code == 200:
+                return
+            time.sleep(0.5)
+        raise AssertionError("the cache was not flushed: something still runs")
+
+
+@contextmanager
+def serve(model: Path, log: Path, *arguments: str, config: dict[str, Any] | None = None) -> Iterator[Server]:
+    """`python -m sglang.launch_server` with clusterkv on the CPU, until the block ends."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), "--attention-backend", "clusterkv"]
+    if config is not None:
+        command += ["--clusterkv-config", json.dumps(config)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        server = Server(port, log)
+        _wait(server, process)
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
+    begin = time.monotonic()
+    while time.monotonic() - begin < START_TIMEOUT_S:
+        if process.poll() is not None:
+            break
+        try:
+            if requests.get(f"{server.url}/health_generate", timeout=20).status_code == 200:
+                return
+        except requests.RequestException:
+            pass
+        time.sleep(1)
+    raise AssertionError(f"the server did not start:\n{server.log.read_text()[-3000:]}")

@@ -1,0 +1,221 @@
+"""A real SGLang server and SmolLM2: what a user sees, at contexts that a CPU can prefill in a test.
+
+Red when: the dense way differs from torch_native, a shared prefix is clustered again, a needle is lost that the dense way
+finds, a batch changes a request's tokens, a page shows its old clusters after a flush, an abort or a retraction, or
+anything is left over when all is done.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from servers import Server, serve
+
+from sglang_clusterkv.demo_model import default_out
+
+pytestmark = pytest.mark.server
+
+CONFIG = {"budget_tokens": 128, "candidate_tokens": 512, "segment_tokens": 256, "recluster_every": 64}
+CHUNK = 512
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    path = default_out()
+    assert (path / "config.json").exists(), f"{path} has no model: run `make demo-model`"
+    return path
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    """Ids of some thousand tokens of English text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(default_out())
+    return tokenizer((Path(__file__).parents[1] / "LICENSE").read_text()).input_ids
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", "12000", "--max-running-requests", "8"]
+    with serve(model, log, *arguments, config=CONFIG) as running:
+        yield running
+
+
+def grew(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
+    return after[name] - before[name]
+
+
+def test_the_start_says_what_it_costs(server: Server) -> None:
+    lines = [line for line in server.log.read_text().splitlines() if "the index takes" in line]
+    assert len(lines) == 1 and '"budget_tokens":128' in lines[0] and "% of the KV" in lines[0], lines
+
+
+def test_a_shared_prefix_is_clustered_once(server: Server, text: list[int]) -> None:
+    server.flush()
+    start = server.counts()
+    server.generate(text[:1600] + text[3000:3040], 4)
+    first = server.counts()
+    assert grew(start, first, "tokens_clustered") >= 1504
+    # Shares 1,504 tokens: at most the segment that the match cuts is clustered again, and what follows it.
+    server.generate(text[:1504] + text[3100:3260], 4)
+    second = server.counts()
+    assert grew(first, second, "tokens_clustered") <= 256 + 160
+    assert grew(first, second, "tokens_reused") >= 1504 - 16 - 256
+    # The same match again: nothing of the prefix is clustered again.
+    server.generate(text[:1504] + text[3300:3340], 4)
+    third = server.counts()
+    assert grew(second, third, "tokens_clustered") == 0, "a third request clusters nothing"
+    assert grew(second, third, "splits") == 0
+    assert grew(second, third, "sparse_steps") >= 2
+
+
+def test_the_next_turn_of_a_chat_clusters_nothing_again(server: Server, text: list[int]) -> None:
+    server.flush()
+    prompt = text[500:1500]
+    answer = server.generate(prompt, 40)
+    before = server.counts()
+    longer = prompt + answer["output_ids"] + text[2000:2050]
+    server.generate(longer, 8)
+    after = server.counts()
+    assert grew(before, after, "splits") == 0
+    assert grew(before, after, "tokens_reused") >= 900
+    # New: the first turn's window, its answer, and the new question up to the new window.
+    assert grew(before, after, "tokens_clustered") <= 64 + 16 + 40 + 50
+
+
+def test_a_branch_from_the_middle_cuts_one_segment(server: Server, text: list[int]) -> None:
+    server.flush()
+    server.generate(text[:1200], 4)
+    before = server.counts()
+    server.generate(text[:704] + text[4000:4080], 4)
+    after = server.counts()
+    assert grew(before, after, "splits") <= 1
+    assert grew(before, after, "tokens_clustered") <= 256 + 80
+
+
+def test_a_batch_gives_the_tokens_of_single_requests(server: Server, text: list[int]) -> None:
+    prompts = [text[100 * i : 100 * i + 700 + 90 * i] for i in range(5)]
+    server.flush()
+    alone = [server.generate(prompt, 24)["output_ids"] for prompt in prompts]
+    server.flush()
+    together: list[list[int]] = [[] for _ in prompts]
+
+    def ask(i: int) -> None:
+        together[i] = server.generate(prompts[i], 24)["output_ids"]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_identical_concurrent_prompts_agree(server: Server, text: list[int]) -> None:
+    server.flush()
+    alone = server.generate(text[:900], 24)["output_ids"]
+    server.flush()
+    answers: list[list[int]] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(server.generate(text[:900], 24)["output_ids"])) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # Copies are rewritten to the tree's pages and may see borders of their own: the text stays, its tail may vary.
+    assert [answer[:8] for answer in answers] == [alone[:8]] * 3
+
+
+def test_decoded_tokens_become_segments(server: Server, text: list[int]) -> None:
+    server.flush()
+    before = server.counts()
+    server.generate(text[:600], 200)
+    after = server.counts()
+    prefill = 600 // 16 * 16 - 64 - 16
+    assert grew(before, after, "tokens_clustered") == prefill + 2 * 64
+    assert grew(before, after, "sparse_steps") > 190
+
+
+def test_a_needle_is_found_at_a_small_budget(server: Server, model: Path, text: list[int]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    document = (
+        tokenizer.decode(text[:900]) + " The secret passcode of the vault is 48213. " + tokenizer.decode(text[900:1900])
+    )
+    question = document + "\n\nWhat is the secret passcode of the vault?"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    before = server.counts()
+    assert "48213" in server.generate(prompt, 24)["text"]
+    assert grew(before, server.counts(), "sparse_steps") >= 20
+
+
+def test_aborts_leave_nothing(server: Server, text: list[int]) -> None:
+    server.flush()
+    for i, wait_s in enumerate((0.3, 1.5, 3.0)):
+        try:
+            requests.post(
+                f"{server.url}/generate",
+                json={
+                    "input_ids": text[50 * i :][:1500],
+                    "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
+                },
+                timeout=wait_s,
+            )
+        except requests.Timeout:
+            pass
+        requests.post(f"{server.url}/abort_request", json={"abort_all": True, "rid": ""}, timeout=30)
+    server.flush()
+    assert server.counts()["running"] == 0
+    assert server.generate(text[:900], 8)["output_ids"]
+
+
+def test_a_full_pool_evicts_and_answers_stay(server: Server, text: list[int]) -> None:
+    server.flush()
+    first = server.generate(text[:1000], 16)["output_ids"]
+    for i in range(1, 12):  # 12 x 1,000 tokens pass through a pool of 12,000, which evicts the first prompt's pages
+        server.generate(text[37 * i :][:1000] + text[i : i + 30], 2)
+    assert server.generate(text[:1000], 16)["output_ids"] == first
+
+
+def test_the_server_is_still_well(server: Server) -> None:
+    log = server.log.read_text()
+    assert "Traceback" not in log and "was not built" not in log
+    assert server.counts()["build_conflicts"] == 0
+
+
+def test_budget_over_context_equals_the_dense_path_of_sglang(model: Path, text: list[int]) -> None:
+    """sgl.Engine, configured through the environment, against torch_native: the same greedy tokens."""
+    import sglang as sgl
+
+    prompts = [text[:700], text[300:420], text[1000:2100]]
+    outputs = {}
+    os.environ["SGLANG_CLUSTERKV_CONFIG"] = '{"budget_tokens": 8192, "candidate_tokens": 8192}'
+    try:
+        for backend in ("clusterkv", "torch_native"):
+            engine = sgl.Engine(
+                model_path=str(model), device="cpu", dtype="float32", attention_backend=backend, max_total_tokens=6000
+            )
+            try:
+                sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+                outputs[backend] = [
+                    engine.generate(input_ids=prompt, sampling_params=sampling)["output_ids"] for prompt in prompts
+                ]
+            finally:
+                engine.shutdown()
+                time.sleep(2)
+    finally:
+        del os.environ["SGLANG_CLUSTERKV_CONFIG"]
+    assert outputs["clusterkv"] == outputs["torch_native"]

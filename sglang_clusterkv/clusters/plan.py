@@ -143,52 +143,51 @@ class Planner:
         # Shorter matches first: what they leave of a run or of a cut segment, the longer ones close.
         dirty = sorted((s for s in current if s.row.dirty), key=lambda s: s.row.found_end)
         for snapshot in dirty:
-            self._cut_what_it_sees_in_part(snapshot, view, plan)
+            self._cut_segments(snapshot, view, plan)
         for snapshot in dirty:
             self._close_what_it_found(snapshot, view, plan)
         for snapshot in current:
             self._walk(snapshot, view, plan)
         return plan
 
-    def _cut_what_it_sees_in_part(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
-        """Cut the segments that end outside this row."""
+    def _cut_segments(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
+        """Cut the segments that this row sees in part, and the one that needs a border before the match's end."""
+        match_end = snapshot.row.found_end // self.page_size
         for run in view.runs(snapshot):
-            if run.id != UNCLUSTERED and not run.whole and run.id not in view.forgotten:
+            if run.id == UNCLUSTERED or run.id in view.forgotten:
+                continue
+            if not run.whole or (run.end <= match_end and self._needs_border(run.begin, run.end, match_end)):
                 self._cut(snapshot, run, view, plan)
 
     def _close_what_it_found(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
-        """Cluster the unclustered runs that the row found, and put a border before its match's end."""
+        """Cluster the unclustered runs that the row found."""
         record = snapshot.row
         match_end = record.found_end // self.page_size
-        limit = self._prompt_limit(record)
-        last = None
         for run in view.runs(snapshot):
             if run.id == UNCLUSTERED and run.begin < match_end:
-                self._make_run(record, run.begin, min(run.end, match_end), limit, view, plan, match_end)
-            elif run.id != UNCLUSTERED and run.end == match_end:
-                last = run
-        if last is not None and last.count > self.recluster_pages:
-            self._cut(snapshot, last, view, plan)
+                for b, e in self._pieces(run.begin, min(run.end, match_end), self._prompt_limit(record), match_end):
+                    view.claim(snapshot, b, e, self._make(record.row, b, e - b, record, plan))
 
     def _cut(self, snapshot: Snapshot, run: _Run, view: _View, plan: Plan) -> None:
         """Split a segment at the part that this row sees. The rest is rebuilt only if a running row sees it."""
         record = snapshot.row
-        plan.splits += 1
-        plan.operations.append(Forget(run.id))
-        pieces: list[tuple[int, int, int]] = []  # index begin, index end, new id
         first = run.begin - run.index  # the page of the row at which the segment would begin
         match_end = record.found_end // self.page_size
-        pieces += [
-            (begin - first, end - first, self._make(record.row, begin, end - begin, record, plan))
-            for begin, end in self._pieces(run.begin, run.end, self._prompt_limit(record), match_end)
-        ]
+        own = self._pieces(run.begin, run.end, self._prompt_limit(record), match_end)
         viewers = [row for row in self._seen_by.get(run.id, []) if row is not record]
         owner = next((row for row in viewers if not row.dirty), None)
+        if owner is not None and not own:
+            return  # it stays whole for the others; this row attends to its part
+        plan.splits += 1
+        plan.operations.append(Forget(run.id))
+        # Index begin, index end, new id.
+        pieces = [(b - first, e - first, self._make(record.row, b, e - b, record, plan)) for b, e in own]
         if owner is not None:
-            for begin, end in ((0, run.index), (run.index + run.end - run.begin, run.count)):
+            borders = [first, *(page for piece in own for page in piece), first + run.count]
+            for begin, end in zip(borders[::2], borders[1::2], strict=True):
                 pieces += [
                     (b - first, e - first, self._make(owner.row, b, e - b, owner, plan))
-                    for b, e in self._pieces(first + begin, first + end, first + end, None)
+                    for b, e in self._pieces(begin, end, end, None)
                 ]
         pieces.sort()
         view.replace(run.id, pieces)
@@ -252,25 +251,24 @@ class Planner:
             begin = e
         return begin
 
-    def _make_run(
-        self, record: Row, begin: int, end: int, limit: int, view: _View, plan: Plan, match_end: int
-    ) -> None:
-        """Cluster an unclustered run that the row found."""
-        snapshot = view.snapshot_of(record)
-        for b, e in self._pieces(begin, end, limit, match_end):
-            view.claim(snapshot, b, e, self._make(record.row, b, e - b, record, plan))
-
     def _pieces(self, begin: int, end: int, limit: int, match_end: int | None) -> list[tuple[int, int]]:
         """Segments to make of pages [begin, end): cut every segment_pages from the begin, none beyond `limit`, none
-        shorter than four pages; a border window_pages before `match_end` where the last one is long and ends there."""
+        shorter than four pages; a border window_pages before `match_end` where a long one would reach beyond that."""
         end = min(end, limit)
-        starts = range(begin, end, self.segment_pages)
-        pieces = [(start, min(start + self.segment_pages, end)) for start in starts]
-        if match_end is not None and pieces and pieces[-1][1] == match_end:
-            b, e = pieces[-1]
-            if e - b > self.recluster_pages:
-                pieces[-1:] = [(b, e - self.window_pages), (e - self.window_pages, e)]
+        pieces = self._every_segment(begin, end)
+        if match_end is not None and any(self._needs_border(b, e, match_end) for b, e in pieces):
+            border = match_end - self.window_pages
+            pieces = self._every_segment(begin, border) + self._every_segment(border, end)
         return [(b, e) for b, e in pieces if e - b >= SEGMENT_VECTOR_PAGES]
+
+    def _every_segment(self, begin: int, end: int) -> list[tuple[int, int]]:
+        starts = range(begin, end, self.segment_pages)
+        return [(start, min(start + self.segment_pages, end)) for start in starts]
+
+    def _needs_border(self, begin: int, end: int, match_end: int) -> bool:
+        """Whether a segment would make the window of a short question after the match a long one."""
+        border = match_end - self.window_pages
+        return end - begin > self.recluster_pages and begin + SEGMENT_VECTOR_PAGES <= border < end
 
     def _make(self, row: int, first_page: int, pages: int, record: Row, plan: Plan) -> int:
         self._next_id += 1
@@ -302,10 +300,6 @@ class _View:
         self._snapshots = {id(s.row): s for s in snapshots}
         self.new_ids: set[int] = set()
         self.forgotten: set[int] = set()
-
-    def snapshot_of(self, record: Row) -> Snapshot:
-        """The snapshot of a row."""
-        return self._snapshots[id(record)]
 
     def runs(self, snapshot: Snapshot) -> list[_Run]:
         """The row's full pages, as maximal runs of one segment or of unclustered pages."""

@@ -42,7 +42,7 @@ class DenseReason(enum.IntEnum):
     UNPLANNED = 9  # a batch that did not come from the scheduler (warm-up, capture, unit kits)
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One running request.
 

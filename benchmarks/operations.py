@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.engine import ClusterEngine, Extend, HandedOut
 from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.rotation import rotation_matrix
@@ -104,18 +103,27 @@ def measure(args: argparse.Namespace, batch: int, bandwidth: float) -> None:
     clusters = int(step.page_count.sum()) * engine.index.clusters_per_page * kv_heads
     base = int(step.base_count.sum()) * kv_heads
     recalled, candidates = batch * kv_heads * args.budget, batch * kv_heads * args.candidates
+
+    def select(layer: int) -> None:
+        decoder.select()
+
+    def refine(layer: int) -> None:
+        decoder.select()  # recall overwrites what select left
+        decoder.refine(rotated, layer, scale)
+
+    def recall(layer: int) -> None:
+        refine(layer)
+        decoder.recall()
+
     operations: dict[str, tuple[Callable[[int], object], float]] = {
         "rotate": (lambda layer: grouped @ rotation_matrix(head_dim).T, 0),
         "score": (
             lambda layer: decoder.score(grouped.numpy(), keys[layer], layer, scale),
             clusters * (row_bytes + 4) + base * kv_bytes,
         ),
-        "select": (lambda layer: decoder.select(), clusters * 8),
-        "refine": (
-            lambda layer: (decoder.select(), decoder.refine(rotated, layer, scale)),
-            candidates * code_bytes,
-        ),
-        "recall": (lambda layer: (decoder.select(), decoder.refine(rotated, layer, scale), decoder.recall()), 0),
+        "select": (select, clusters * 8),
+        "refine": (refine, candidates * code_bytes),
+        "recall": (recall, 0),
         "attend": (
             lambda layer: decoder.attend(grouped.numpy(), keys[layer], values[layer], scale, out),
             recalled * 2 * kv_bytes + base * kv_bytes,
@@ -123,9 +131,17 @@ def measure(args: argparse.Namespace, batch: int, bandwidth: float) -> None:
         "estimate": (lambda layer: decoder.estimate(layer), min(clusters, 512 * batch * kv_heads) * row_bytes),
         "merge": (lambda layer: decoder.merge(out), 0),
     }
+
+    def on_every_layer(call: Callable[[int], object]) -> float:
+        def layers_in_turn() -> None:
+            for layer in every:
+                call(layer)
+
+        return best_ms(layers_in_turn, args.repeats) * all_layers / layers
+
     times: dict[str, float] = {}
     for name, (call, _) in tqdm(operations.items(), leave=False):
-        times[name] = best_ms(lambda call=call: [call(layer) for layer in every], args.repeats) * all_layers / layers
+        times[name] = on_every_layer(call)
     times["recall"] -= times["refine"]
     times["refine"] -= times["select"]
     whole = best_ms(

@@ -7,6 +7,7 @@ anything is left over when all is done.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -16,8 +17,8 @@ from typing import Any
 
 import pytest
 import requests
-from servers import Server, serve
 
+from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
 pytestmark = pytest.mark.server
@@ -166,17 +167,9 @@ def test_a_needle_is_found_at_a_small_budget(server: Server, model: Path, text: 
 def test_aborts_leave_nothing(server: Server, text: list[int]) -> None:
     server.flush()
     for i, wait_s in enumerate((0.3, 1.5, 3.0)):
-        try:
-            requests.post(
-                f"{server.url}/generate",
-                json={
-                    "input_ids": text[50 * i :][:1500],
-                    "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
-                },
-                timeout=wait_s,
-            )
-        except requests.Timeout:
-            pass
+        body = {"input_ids": text[50 * i :][:1500], "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
+        with contextlib.suppress(requests.Timeout):
+            requests.post(f"{server.url}/generate", json=body, timeout=wait_s)
         requests.post(f"{server.url}/abort_request", json={"abort_all": True, "rid": ""}, timeout=30)
     server.flush()
     assert server.counts()["running"] == 0

@@ -565,7 +565,7 @@ def assert_sparse_list(world: World, request: Request, step: DecodeStep, i: int)
 def assert_tail_is_short(world: World, request: Request) -> None:
     """Decoded tokens become segments: own tokens at the end wait for `recluster_every` and one step at most."""
     record = world.engine.planner.rows[request.row]
-    clustered = max([world.config.sink_tokens, record.found_end, *(s.end for s in record.segments)])
-    waiting = request.length - clustered
+    clustered = (world.index.page_state[world.pages(request), 0] >= 0).nonzero()
+    begin = max(world.config.sink_tokens, record.found_end, PAGE * (int(clustered[-1]) + 1) if len(clustered) else 0)
     most = world.config.recluster_every + world.config.window_tokens + PAGE
-    assert waiting <= most, f"{request.rid}: {waiting} tokens wait, {most} may: {record}"
+    assert request.length - begin <= most, f"{request.rid}: tokens wait since {begin}, {most} may: {record}"

@@ -112,9 +112,7 @@ def _heads_first(buffers: list[torch.Tensor], slots: torch.Tensor) -> torch.Tens
     return rows.float().transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _write(
-    index: ClusterIndex, layers: range, pages: torch.Tensor, slots: torch.Tensor, tables: SegmentTables
-) -> None:
+def _write(index: ClusterIndex, layers: range, pages: torch.Tensor, slots: torch.Tensor, tables: SegmentTables) -> None:
     """Write one segment's tables at the rows of its pages and slots, for a range of layers."""
     arrays = index.arrays
     span = slice(layers.start, layers.stop)

@@ -282,9 +282,7 @@ class ClusterEngine:
                     make.id, make.row, make.first_page, make.first_page + make.pages, sorted(set(owners.tolist())),
                 )  # fmt: skip
                 return False
-        build.build_segment(
-            self.index, make.id, slots, self.key_buffers, self.value_buffers, self._layers_per_call
-        )
+        build.build_segment(self.index, make.id, slots, self.key_buffers, self.value_buffers, self._layers_per_call)
         self.counters.segments += 1
         self.counters.tokens_clustered += make.pages * self.page_size
         return True

@@ -63,12 +63,12 @@ class _Run(NamedTuple):
     begin: int
     end: int
     id: int  # UNCLUSTERED, or a segment
-    index: int  # index in the segment of the first page
-    count: int  # pages of the segment
+    offset: int  # index in the segment of the first page
+    pages: int  # pages of the segment
 
     @property
     def whole(self) -> bool:
-        return self.index == 0 and self.end - self.begin == self.count
+        return self.offset == 0 and self.end - self.begin == self.pages
 
 
 class Planner:
@@ -171,7 +171,7 @@ class Planner:
     def _cut(self, snapshot: Snapshot, run: _Run, view: _View, plan: Plan) -> None:
         """Split a segment at the part that this row sees. The rest is rebuilt only if a running row sees it."""
         record = snapshot.row
-        first = run.begin - run.index  # the page of the row at which the segment would begin
+        first = run.begin - run.offset  # the page of the row at which the segment would begin
         match_end = record.found_end // self.page_size
         own = self._pieces(run.begin, run.end, self._prompt_limit(record), match_end)
         viewers = [row for row in self._seen_by.get(run.id, []) if row is not record]
@@ -183,7 +183,7 @@ class Planner:
         # Index begin, index end, new id.
         pieces = [(b - first, e - first, self._make(record.row, b, e - b, record, plan)) for b, e in own]
         if owner is not None:
-            borders = [first, *(page for piece in own for page in piece), first + run.count]
+            borders = [first, *(page for piece in own for page in piece), first + run.pages]
             for begin, end in zip(borders[::2], borders[1::2], strict=True):
                 pieces += [
                     (b - first, e - first, self._make(owner.row, b, e - b, owner, plan))

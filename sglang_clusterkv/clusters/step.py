@@ -39,7 +39,7 @@ class RowBorders(NamedTuple):
 
     rows: np.ndarray  # [B]
     seq_lens: np.ndarray  # [B]
-    count: np.ndarray  # [B], recallable segments
+    recallable: np.ndarray  # [B], recallable segments
     begin: np.ndarray  # [B, S], token positions
     end: np.ndarray  # [B, S]
     covered: np.ndarray  # [B, S + 1], tokens of the first i segments
@@ -61,9 +61,9 @@ def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int)
         page_size: tokens per page.
     """
     device = req_to_token.device.type
-    most = int(borders.count.max())
-    inside = np.arange(most) < borders.count[:, None]
-    covered = borders.covered[np.arange(len(borders.rows)), borders.count]
+    most = int(borders.recallable.max())
+    inside = np.arange(most) < borders.recallable[:, None]
+    covered = borders.covered[np.arange(len(borders.rows)), borders.recallable]
     never = np.iinfo(np.int32).max
     begin = np.where(inside, borders.begin[:, :most], never)
     before = np.where(inside, borders.covered[:, :most], never)
@@ -87,7 +87,7 @@ def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int)
     base_count = _to_device(base, device)
     tokens = torch.arange(int(base.max()), device=req_to_token.device).expand(len(borders.rows), -1)
     passed = torch.searchsorted(_to_device(base_before, device), tokens.contiguous(), right=True)
-    passed = torch.minimum(passed, _to_device(borders.count, device).unsqueeze(1))
+    passed = torch.minimum(passed, _to_device(borders.recallable, device).unsqueeze(1))
     base_position = tokens + totals.gather(1, passed)
     base_real = tokens < base_count.unsqueeze(1)
     base_slots = req_to_token[rows, torch.where(base_real, base_position, 0)].long()
@@ -97,7 +97,7 @@ def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int)
         page_count=page_count,
         segment_of_page=torch.where(real, ordinal, 0),
         segment_begin=page_before,
-        segment_count=_to_device(borders.count, device),
+        segment_count=_to_device(borders.recallable, device),
         base_slots=torch.where(base_real, base_slots, 0),
         base_count=base_count,
         recallable_tokens=int(covered.max()),

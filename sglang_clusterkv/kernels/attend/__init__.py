@@ -25,6 +25,4 @@ def dense_decode(
         chosen = cpu.dense_decode
     else:
         chosen = reference.dense_decode
-    return chosen(
-        q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap
-    )
+    return chosen(q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap)

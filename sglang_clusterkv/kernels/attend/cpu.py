@@ -108,7 +108,9 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
     row_bytes = channels * (2 if is_bf16 else 4)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
-    def kernel(q: Any, keys: Any, values: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any) -> None:
+    def kernel(
+        q: Any, keys: Any, values: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any
+    ) -> None:
         row = np.empty(channels, np.float32)
         rows = np.empty((ROWS_AT_ONCE, channels), np.float32)
         dots = np.empty(group, np.float32)

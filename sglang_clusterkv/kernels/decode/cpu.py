@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sglang_clusterkv.clusters.codec import channels_per_scale
 from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.kernels.attend.cpu import attend_kernel
 from sglang_clusterkv.kernels.cpu_math import bits
@@ -18,7 +19,6 @@ from sglang_clusterkv.kernels.refine.cpu import recall_all_kernel, recall_kernel
 from sglang_clusterkv.kernels.row_cpu import ROW_FORMATS, row_views
 from sglang_clusterkv.kernels.score.cpu import score_kernel
 from sglang_clusterkv.kernels.select.cpu import select_kernel
-from sglang_clusterkv.clusters.codec import channels_per_scale
 
 if TYPE_CHECKING:
     from sglang_clusterkv.clusters.index import ClusterIndex
@@ -157,9 +157,7 @@ class CpuDecoder:
     def select(self) -> None:
         """Members of each cluster that are candidates."""
         u = self.buffers
-        select_kernel(
-            u.mass, u.size, self.page_count, self.index.clusters_per_page, self.limit, u.taken, u.candidates
-        )
+        select_kernel(u.mass, u.size, self.page_count, self.index.clusters_per_page, self.limit, u.taken, u.candidates)
 
     def refine(self, rotated: np.ndarray, layer: int, scale: float) -> None:
         """Candidates' scores from their codes."""

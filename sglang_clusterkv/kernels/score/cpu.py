@@ -19,9 +19,7 @@ from sglang_clusterkv.kernels.row_cpu import decode_row
 
 
 @functools.cache
-def score_kernel(
-    channels: int, group: int, row_format: int, per_scale: int, is_bf16: bool
-) -> Callable[..., None]:
+def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_bf16: bool) -> Callable[..., None]:
     """Compile the kernel for one head_dim, group size, row format and pool dtype.
 
     Its outputs, for request b, kv head h, query head g, cluster c: size [B, H, C], begin [B, H, C] (in the request's list

@@ -54,7 +54,9 @@ def gather_heads(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 def segment_vectors(index: ClusterIndex, layer: int, step: SparseStep) -> torch.Tensor:
     """Mean key, mean value and variance of each request's segments, float32 [B, S, H, 3, D]."""
     quarters = index.layer(layer).segment_vectors
-    first = step.segment_begin.clamp(max=step.pages.shape[1] - 4).unsqueeze(-1) + torch.arange(4, device=quarters.device)
+    first = step.segment_begin.clamp(max=step.pages.shape[1] - 4).unsqueeze(-1) + torch.arange(
+        4, device=quarters.device
+    )
     pages = step.pages.gather(1, first.flatten(1)).view(first.shape)
     return quarters[pages].permute(0, 1, 3, 4, 2, 5).flatten(-2).float()
 

@@ -1,4 +1,4 @@
-"""Start a real SGLang server for a test, talk to it, and stop it."""
+"""Start a real SGLang server for a benchmark or a test, talk to it, and stop it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Server:
     def generate(self, prompt: str | list[int], tokens: int, **fields: Any) -> dict[str, Any]:
         """Greedy completion of a prompt (text or ids); the server's JSON, with output_ids."""
         key = "text" if isinstance(prompt, str) else "input_ids"
-        body = {
+        body: dict[str, Any] = {
             key: prompt,
             "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
             **fields,
@@ -44,6 +44,17 @@ class Server:
         answer = requests.post(f"{self.url}/generate", json=body, timeout=600)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def stream(self, prompt: list[int], tokens: int) -> list[float]:
+        """Greedy completion; the time (time.perf_counter) of the request, then of each token's arrival."""
+        times = [time.perf_counter()]
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
+        with requests.post(f"{self.url}/generate", json=body, stream=True, timeout=1800) as answer:
+            for line in answer.iter_lines():
+                if line.startswith(b"data:") and b"[DONE]" not in line:
+                    times.append(time.perf_counter())
+        return times
 
     def counts(self) -> dict[str, Any]:
         """Our counters, once the server has nothing in flight."""
@@ -59,11 +70,21 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path, log: Path, *arguments: str, config: dict[str, Any] | None = None) -> Iterator[Server]:
-    """`python -m sglang.launch_server` with clusterkv on the CPU, until the block ends."""
+def serve(
+    model: Path, log: Path, *arguments: str, config: dict[str, Any] | None = None, backend: str = "clusterkv"
+) -> Iterator[Server]:
+    """`python -m sglang.launch_server` on the CPU in float32, until the block ends.
+
+    Args:
+        model: its folder.
+        log: file for what the server prints.
+        arguments: more of the command line.
+        config: for --clusterkv-config.
+        backend: of attention.
+    """
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), "--attention-backend", "clusterkv"]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), "--attention-backend", backend]
     if config is not None:
         command += ["--clusterkv-config", json.dumps(config)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

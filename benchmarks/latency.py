@@ -1,0 +1,152 @@
+"""Time per token, first token and clustering share on the CPU: torch_native, our dense path and clusterkv, in one run.
+
+    python -m benchmarks.latency [--tokens 7700] [--batch 8] [--budget 256] [--candidates 1024]
+
+Starts one server after the other with the same flags (SmolLM2-135M-Instruct, float32), so run it alone: about 25 minutes, most
+of it torch_native's prefill. Prints a table and writes it to benchmarks/results/, never over an older one.
+
+One document of `--tokens` tokens is asked for at batch 1 and, with a different last token each, at batch `--batch`: the
+requests share the prefix in the radix cache, and each reads all of it at every step. Times per token at a batch are medians
+between the moment when all requests decode and the end of the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from benchmarks.servers import Server, serve
+from examples.agent import FACTS, make_document
+from sglang_clusterkv.demo_model import default_out
+
+RESULTS = Path(__file__).parent / "results"
+SHORT_TOKENS = 1000
+
+
+def decode_ms(streams: list[list[float]]) -> float:
+    """Median milliseconds between tokens while every stream decodes."""
+    begin, end = max(times[1] for times in streams), min(times[-1] for times in streams)
+    gaps = [b - a for times in streams for a, b in zip(times[1:], times[2:], strict=False) if a >= begin and b <= end]
+    return 1000 * statistics.median(gaps)
+
+
+def together(server: Server, prompts: list[list[int]], tokens: int) -> list[list[float]]:
+    """Stream all prompts at once."""
+    streams: list[list[float]] = [[] for _ in prompts]
+
+    def one(i: int) -> None:
+        streams[i] = server.stream(prompts[i], tokens)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return streams
+
+
+def measure(server: Server, document: list[int], args: argparse.Namespace, clusters: bool) -> dict[str, Any]:
+    """All figures of one server."""
+    found: dict[str, Any] = {}
+    with tqdm(total=5, leave=False, unit="part") as bar:
+        server.generate(document[-200:], 8)  # loads and compiles what the first request would wait for
+        bar.update()
+        found["short_ms"] = decode_ms([server.stream(document[:SHORT_TOKENS], args.new_tokens)])
+        bar.update()
+        before = server.counts()["build_ms"] if clusters else 0
+        cold = server.stream(document[1:], args.new_tokens)
+        found["prefill_s"] = cold[1] - cold[0]
+        found["long_ms"] = decode_ms([cold])
+        if clusters:
+            found["clustering_share"] = (server.counts()["build_ms"] - before) / 1000 / found["prefill_s"]
+        bar.update()
+        hit = server.stream(document[1:], 4)
+        found["hit_s"] = hit[1] - hit[0]
+        bar.update()
+        streams = together(server, [document[1:-1] + [100 + i] for i in range(args.batch)], 2 * args.new_tokens)
+        found["batch_ms"] = decode_ms(streams)
+        bar.update()
+    return found
+
+
+def table(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
+    """The results as Markdown."""
+    base = rows["torch_native"] if "torch_native" in rows else next(iter(rows.values()))
+    lines = [
+        f"| | ms/token at {SHORT_TOKENS} | at {args.tokens}, batch 1 | ratio | batch {args.batch} | ratio | prefill s "
+        "| clustering | first token after a full hit s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        share = f"{100 * row['clustering_share']:.1f} %" if "clustering_share" in row else "-"
+        lines.append(
+            f"| {name} | {row['short_ms']:.0f} | {row['long_ms']:.0f} | {row['long_ms'] / base['long_ms']:.2f} "
+            f"| {row['batch_ms']:.0f} | {row['batch_ms'] / base['batch_ms']:.2f} | {row['prefill_s']:.1f} | {share} "
+            f"| {row['hit_s']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every server in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=7700)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--candidates", type=int, default=1024)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--only", nargs="+", choices=["clusterkv", "dense", "torch_native"])
+    args = parser.parse_args()
+    model = default_out()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    document = tokenizer(make_document(args.tokens + 1500, FACTS)).input_ids[: args.tokens + 1]
+    assert len(document) == args.tokens + 1, "the document came out too short"
+    configs: dict[str, dict[str, Any] | None] = {
+        "clusterkv": {"budget_tokens": args.budget, "candidate_tokens": args.candidates},
+        "dense": {"budget_tokens": 8192, "candidate_tokens": 8192},
+        "torch_native": None,
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name in args.only or configs:
+        config = configs[name]
+        print(f"{name}: starting a server", flush=True)
+        log = Path(tempfile.mkdtemp()) / "server.log"
+        backend = "torch_native" if config is None else "clusterkv"
+        pool = ["--page-size", "16", "--max-total-tokens", "20000"]
+        with serve(model, log, *pool, config=config, backend=backend) as server:
+            rows[name] = measure(server, document, args, clusters=name == "clusterkv")
+            if config is not None:
+                rows[name]["counts"] = server.counts()
+        print(json.dumps({name: rows[name]}), flush=True)
+    text = table(rows, args)
+    processor = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    header = (
+        f"SmolLM2-135M-Instruct, float32, {args.tokens} tokens, budget {args.budget}, candidates {args.candidates}; "
+        f"{processor}, one thread; SGLang {version('sglang')}, torch {version('torch')}\n\n"
+        f"    python -m benchmarks.latency {' '.join(sys.argv[1:])}\n"
+    )
+    print(f"\n{header}\n{text}")
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"latency-{args.tokens}-b{args.batch}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(f"{header}\n{text}\n")
+    print(f"\nwritten: {stem.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -114,7 +114,7 @@ class Placed:
             self.step = self._step_by_engine()
         else:
             self._build_by_hand()
-            self.step = self.step_over(self.segments)
+            self.step = self.step_over(list(range(len(requests))))
 
     def _place(self, row: int, request: Request, tokens: slice) -> None:
         slots = self.scene.slots(row, request.keys.shape[1])[tokens]
@@ -130,16 +130,17 @@ class Placed:
                 slots = self.scene.slots(row, length)[first:last]
                 build.build_segment(self.index, 100 * row + s, slots, self.scene.keys, self.scene.values, 1 + row % 2)
 
-    def step_over(self, segments: list[list[tuple[int, int]]]) -> SparseStep:
-        """The lists of a step in which each request sees these of its segments."""
-        most = max(len(s) for s in segments)
-        begin, end = np.full((2, len(segments), most), np.iinfo(np.int32).max, np.int32)
-        covered = np.zeros((len(segments), most + 1), np.int32)
-        for row, borders in enumerate(segments):
-            begin[row, : len(borders)], end[row, : len(borders)] = np.transpose(borders)
-            covered[row, 1 : len(borders) + 1] = np.cumsum([last - first for first, last in borders])
-        count = np.array([len(s) for s in segments])
-        borders = RowBorders(np.arange(len(segments)), np.array(self.lengths), count, begin, end, covered)
+    def step_over(self, rows: list[int]) -> SparseStep:
+        """The lists of a step of these requests."""
+        most = max(len(self.segments[row]) for row in rows)
+        begin, end = np.full((2, len(rows), most), np.iinfo(np.int32).max, np.int32)
+        covered = np.zeros((len(rows), most + 1), np.int32)
+        for i, row in enumerate(rows):
+            count = len(self.segments[row])
+            begin[i, :count], end[i, :count] = np.transpose(self.segments[row])
+            covered[i, 1 : count + 1] = np.cumsum(end[i, :count] - begin[i, :count])
+        counts, lengths = np.array([len(self.segments[row]) for row in rows]), np.array(self.lengths)[rows]
+        borders = RowBorders(np.array(rows), lengths, counts, begin, end, covered)
         return sparse_step(borders, self.scene.req_to_token, PAGE)
 
     def _step_by_engine(self) -> SparseStep:
@@ -650,14 +651,13 @@ def test_a_step_is_exact_from_the_keys_on() -> None:
         check_from_keys(placed, queries(placed, GROUP))
 
 
-def test_a_longer_step_after_a_shorter_one_is_exact() -> None:
-    """The kernels' buffers are kept between steps."""
-    placed = Placed(config_of(candidate_tokens=2048, budget_tokens=300), some_requests(HEAD_DIM)[:1])
-    segments = placed.segments[0]
-    for count in (1, 3):
-        placed.segments[0] = segments[:count]
-        placed.step = placed.step_over(placed.segments)
-        check_decode(placed, queries(placed, GROUP), BOTH)
+def test_a_longer_request_after_a_shorter_one_finds_room() -> None:
+    """The CPU's buffers are kept between steps."""
+    placed = Placed(config_of(candidate_tokens=2048), some_requests(HEAD_DIM))
+    q, pool = queries(placed, GROUP)[0], (placed.scene.keys[0], placed.scene.values[0])
+    for row in (1, 0):
+        arguments = (q[row : row + 1], *pool, placed.index, 0, placed.step_over([row]), placed.scale)
+        torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments))
 
 
 # ---- degenerate keys, values and queries

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -137,7 +138,7 @@ def main() -> None:
     )
     header = (
         f"SmolLM2-135M-Instruct, float32, {args.tokens} tokens, budget {args.budget}, candidates {args.candidates}; "
-        f"{processor}, one thread; SGLang {version('sglang')}, torch {version('torch')}\n\n"
+        f"{processor}, {os.cpu_count()} cores; SGLang {version('sglang')}, torch {version('torch')}\n\n"
         f"    python -m benchmarks.latency {' '.join(sys.argv[1:])}\n"
     )
     print(f"\n{header}\n{text}")

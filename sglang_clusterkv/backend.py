@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
+from sglang_clusterkv.platform import prefill_threads
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
+
+_MANY_TOKENS = 64  # new tokens of a batch from which its products gain from more threads
 
 
 def create_backend(runner: ModelRunner) -> AttentionBackend:
@@ -55,6 +59,10 @@ class ClusterKVAttnBackend(AttentionBackend):
         self.engine = runtime.attach_engine(runner)
         self.first_layer = getattr(self.token_to_kv_pool, "start_layer", 0) or 0
         self.prefill = None if torch.device(runner.device).type == "cpu" else _platform_backend(runner)
+        self._threads = torch.get_num_threads()
+        arguments = runner.server_args
+        ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
+        self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks, self._threads)
         self._step: DecodeStep | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._all_dense: DenseStep | None = None
@@ -70,6 +78,9 @@ class ClusterKVAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Take the lists of the step, or those of the prefill."""
         self._all_dense = None
+        if self.prefill is None and self._prefill_threads != self._threads:
+            many = forward_batch.forward_mode.is_extend() and sum(forward_batch.extend_seq_lens_cpu) >= _MANY_TOKENS
+            torch.set_num_threads(self._prefill_threads if many else self._threads)
         if forward_batch.forward_mode.is_decode_or_idle():
             self._rows = (forward_batch.req_pool_indices, forward_batch.seq_lens)
             self._step = runtime.take_step()

@@ -68,3 +68,14 @@ def apply_thread_count(rank: int) -> None:
     threads = thread_count(os.environ.get(OMP_BINDING, ""), rank)
     if threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
+
+
+def prefill_threads(cores: int, ranks: int, decode_threads: int) -> int:
+    """Torch threads for a prefill of many tokens: this rank's share of the cores, where a decode step has one thread.
+
+    Large products gain from every core; a decode step's small ones lose more to barriers than they gain. OMP_NUM_THREADS,
+    or a binding to more than one core, stands for both.
+    """
+    if "OMP_NUM_THREADS" in os.environ or decode_threads > 1:
+        return decode_threads
+    return max(1, cores // ranks)

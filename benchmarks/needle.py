@@ -1,0 +1,107 @@
+"""Needles in one long document: which of them the dense path finds, and which clusterkv finds at a small budget.
+
+    python -m benchmarks.needle [--tokens 7700] [--budget 256] [--candidates 1024]
+
+Ten sentences with magic numbers lie at ten depths of one document, and each is asked for by itself (SmolLM2-135M-Instruct,
+float32, greedy). The document is prefilled once per server; whole answers go through the path that is measured. About four
+minutes on two cores. Prints a table and writes it to benchmarks/results/, never over an older one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from benchmarks.servers import Server, serve
+from examples.agent import make_document
+from sglang_clusterkv.demo_model import default_out
+
+RESULTS = Path(__file__).parent / "results"
+CITIES = ["Oslo", "Lima", "Cairo", "Quebec", "Hanoi", "Dublin", "Nairobi", "Warsaw", "Sydney", "Havana"]
+
+
+def prompts(tokens: int) -> list[tuple[str, str]]:
+    """(prompt, number) for each needle; the prompts share everything but the question."""
+    tokenizer = AutoTokenizer.from_pretrained(default_out())
+    numbers = random.Random(7).sample(range(10000, 99999), len(CITIES))
+    needles = [f" The magic number of {city} is {number}." for city, number in zip(CITIES, numbers, strict=True)]
+    # The needles and the template are part of the length.
+    body = tokenizer(make_document(tokens + 1500, [])).input_ids[: tokens - 16 * len(needles) - 60]
+    text = tokenizer.decode(body)
+    pieces = []
+    for i, needle in enumerate(needles):
+        begin, end = len(text) * i // len(needles), len(text) * (i + 1) // len(needles)
+        middle = text.index("\n", (begin + end) // 2) if "\n" in text[(begin + end) // 2 : end] else (begin + end) // 2
+        pieces += [text[begin:middle], needle, text[middle:end]]
+    document = "".join(pieces)
+    return [
+        (
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"{document}\n\nWhat is the magic number of {city}?"}],
+                tokenize=False,
+                add_generation_prompt=True,
+            ),
+            str(number),
+        )
+        for city, number in zip(CITIES, numbers, strict=True)
+    ]
+
+
+def answers(server: Server, asked: list[tuple[str, str]]) -> tuple[list[str], int]:
+    """The server's answers, and the prompt's tokens."""
+    found = [server.generate(prompt, 16) for prompt, _ in tqdm(asked, leave=False, unit="needle")]
+    return [answer["text"] for answer in found], found[0]["meta_info"]["prompt_tokens"]
+
+
+def main() -> None:
+    """Ask both servers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=7700)
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--candidates", type=int, default=1024)
+    args = parser.parse_args()
+    asked = prompts(args.tokens)
+    configs = {
+        "dense": {"budget_tokens": 8192, "candidate_tokens": 8192},
+        "clusterkv": {"budget_tokens": args.budget, "candidate_tokens": args.candidates},
+    }
+    texts: dict[str, list[str]] = {}
+    length = 0
+    for name, config in configs.items():
+        print(f"{name}: starting a server", flush=True)
+        log = Path(tempfile.mkdtemp()) / "server.log"
+        with serve(default_out(), log, "--max-total-tokens", "12000", config=config) as server:
+            texts[name], length = answers(server, asked)
+    lines = ["| depth | needle | dense | clusterkv |", "|---|---|---|---|"]
+    right = dict.fromkeys(texts, 0)
+    for i, (_, number) in enumerate(asked):
+        marks = []
+        for name in texts:
+            right[name] += number in texts[name][i]
+            marks.append("found" if number in texts[name][i] else texts[name][i].strip()[:40].replace("|", " "))
+        lines.append(f"| {100 * (2 * i + 1) // (2 * len(asked))} % | {CITIES[i]} {number} | {' | '.join(marks)} |")
+    lines.append(f"| all | | {right['dense']} of {len(asked)} | {right['clusterkv']} of {len(asked)} |")
+    header = (
+        f"SmolLM2-135M-Instruct, float32, {length} tokens, budget {args.budget}, candidates {args.candidates}; "
+        f"SGLang {version('sglang')}\n\n    python -m benchmarks.needle {' '.join(sys.argv[1:])}\n"
+    )
+    text = "\n".join([header, *lines])
+    print(f"\n{text}")
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"needle-{args.tokens}-budget{args.budget}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem.with_suffix(".md").write_text(text + "\n")
+    stem.with_suffix(".json").write_text(json.dumps({"numbers": [n for _, n in asked], "answers": texts}, indent=1) + "\n")
+    print(f"\nwritten: {stem.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()

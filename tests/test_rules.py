@@ -113,6 +113,20 @@ def test_identical_prompts_of_one_batch_are_clustered_once_they_share_pages() ->
     assert world.pages(copies[0], 0, 640).tolist() == world.pages(copies[2], 0, 640).tolist()
 
 
+def test_copies_that_age_together_cluster_what_they_share_once() -> None:
+    """Two find the prompt's end unclustered, in their window; it ages for both in the same step."""
+    world = World()
+    world.finish(started(world, stream(1, 700)))
+    copies = [world.submit(stream(1, 700)) for _ in range(2)]
+    world.extend(*copies)
+    for number in range(2 * EVERY):
+        world.decode(*copies, tokens=[number])
+    assert world.segments(copies[0]) == world.segments(copies[1])
+    shared = [i for i, (_, end) in enumerate(world.segments(copies[0])) if end <= 688]
+    assert world.segments(copies[0])[shared[-1]] == (624, 688), "what they found is a segment of its own"
+    assert [world.ids(copies[0])[i] for i in shared] == [world.ids(copies[1])[i] for i in shared]
+
+
 def test_a_row_rewritten_in_the_middle_of_a_segment_is_walked_before_its_next_sparse_step() -> None:
     """SGLANG.md 4.5, the second inversion: the tree's pages of a shorter copy replace the head of a segment."""
     world = World()

@@ -99,7 +99,9 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"needle-{args.tokens}-budget{args.budget}-{time.strftime('%Y%m%d-%H%M%S')}"
     stem.with_suffix(".md").write_text(text + "\n")
-    stem.with_suffix(".json").write_text(json.dumps({"numbers": [n for _, n in asked], "answers": texts}, indent=1) + "\n")
+    stem.with_suffix(".json").write_text(
+        json.dumps({"numbers": [n for _, n in asked], "answers": texts}, indent=1) + "\n"
+    )
     print(f"\nwritten: {stem.with_suffix('.md')}")
 
 

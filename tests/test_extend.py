@@ -43,14 +43,19 @@ def test_the_definition_is_softmax_over_earlier_tokens() -> None:
         torch.testing.assert_close(outputs[i, 4].double(), weights @ v, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"sliding_window": 17}, {"logit_cap": 1.5}, {"sliding_window": 3, "logit_cap": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{"sliding_window": 17}, {"logit_cap": 1.5}, {"sliding_window": 3, "logit_cap": 2.0}]
+)
 def test_windows_and_caps_hold_in_decode_as_in_prefill(options: dict[str, float]) -> None:
     keys, values, slots = pool(torch.float32)
     q = torch.randn(2, HEADS, CHANNELS)
     lengths = torch.tensor([500, 37])
     listed = torch.stack([slots[:500], slots[:500]])
     expected = torch.cat(
-        [reference.extend(q[i : i + 1], keys, values, slots[:length], 0.125, **options) for i, length in enumerate(lengths)]
+        [
+            reference.extend(q[i : i + 1], keys, values, slots[:length], 0.125, **options)
+            for i, length in enumerate(lengths)
+        ]
     )
     for decode in (attend_cpu.dense_decode, attend_reference.dense_decode):
         actual = decode(q, keys, values, listed, lengths, 0.125, **options)

@@ -87,7 +87,9 @@ def main() -> None:
         marks = []
         for name in texts:
             right[name] += number in texts[name][i]
-            marks.append("found" if number in texts[name][i] else texts[name][i].strip()[:40].replace("|", " "))
+            marks.append(
+                "found" if number in texts[name][i] else " ".join(texts[name][i].split())[:40].replace("|", " ")
+            )
         lines.append(f"| {100 * (2 * i + 1) // (2 * len(asked))} % | {CITIES[i]} {number} | {' | '.join(marks)} |")
     lines.append(f"| all | | {right['dense']} of {len(asked)} | {right['clusterkv']} of {len(asked)} |")
     header = (

@@ -12,9 +12,10 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_clusterkv import runtime
-from sglang_clusterkv.clusters.engine import DecodeStep
+from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.clusters.step import DenseStep, dense_step
+from sglang_clusterkv.clusters.warmup import compile_cpu_kernels
 from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.decode import sparse_decode
@@ -63,6 +64,8 @@ class ClusterKVAttnBackend(AttentionBackend):
         arguments = runner.server_args
         ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
         self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks, self._threads)
+        if self.prefill is None and self.engine is not None:
+            _warm_up(runner, self.engine)
         self._step: DecodeStep | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._all_dense: DenseStep | None = None
@@ -220,6 +223,19 @@ class ClusterKVAttnBackend(AttentionBackend):
     ) -> None:
         if save_kv_cache and k is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+
+
+def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:
+    """Compile what the model's layers will run on the CPU."""
+    geometry, model = engine.index.geometry, runner.model_config
+    compile_cpu_kernels(
+        engine.config,
+        page_size=geometry.page_size,
+        kv_heads=geometry.kv_heads,
+        group=model.num_attention_heads // model.get_total_num_kv_heads(),
+        head_dim=geometry.head_dim,
+        dtype=engine.key_buffers[0].dtype,
+    )
 
 
 def _platform_backend(runner: ModelRunner) -> AttentionBackend:

@@ -81,7 +81,7 @@ class _Pending(NamedTuple):
 
 @dataclass
 class Counters:
-    """What the engine did since it was made; all rise, but `clusters_bytes`."""
+    """What the engine did since it was made; all rise."""
 
     segments: int = 0
     tokens_clustered: int = 0
@@ -339,10 +339,9 @@ class ClusterEngine:
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers and one dictionary."""
         counters = self.counters
-        per_segment_token = self.index.geometry.layers * self.index.geometry.kv_heads
         return {
             "segments": counters.segments,
-            "clusters": counters.tokens_clustered // self.config.tokens_per_cluster * per_segment_token,
+            "clusters": self.index.clusters,
             "tokens_clustered": counters.tokens_clustered,
             "tokens_reused": counters.tokens_reused,
             "tokens_recalled": counters.tokens_recalled,

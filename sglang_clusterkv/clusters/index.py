@@ -8,7 +8,7 @@ Page state is read and written on the forward stream only, in launch order; this
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -54,6 +54,7 @@ class ClusterIndex:
         self.arrays = device_tier.allocate(config, geometry, device)
         self.page_state = self.arrays["page_state"]  # int32 [pages, 3]: segment id, index in the segment, its pages
         self.page_state[:, 0] = UNCLUSTERED
+        self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
         self._layers = [self._view(layer) for layer in range(geometry.layers)]
 
     def _view(self, layer: int) -> LayerView:
@@ -67,6 +68,15 @@ class ClusterIndex:
     def bytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.numel() * array.element_size() for array in self.arrays.values())
+
+    @property
+    def clusters(self) -> int:
+        """Clusters stored now, over all layers and kv heads; pages that are free but not yet handed out again count.
+
+        Waits for the device: not for a decode step.
+        """
+        pages = int((self.page_state[:, 0] != UNCLUSTERED).sum())
+        return pages * self.clusters_per_page * self.geometry.layers * self.geometry.kv_heads
 
     def invalidate(self, pages: torch.Tensor) -> None:
         """Mark pages (int64 [n], any device order) unclustered: they were handed out again."""

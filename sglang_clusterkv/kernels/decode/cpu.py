@@ -208,16 +208,12 @@ class CpuDecoder:
         merge_kernel(output, u.lse, u.estimate, u.estimate_lse)
 
 
-_decoders: dict[tuple[int, int, bool], CpuDecoder] = {}
-
-
 def decoder_of(index: ClusterIndex, group: int, is_bf16: bool) -> CpuDecoder:
     """The decoder of an index; made once."""
-    key = (id(index), group, is_bf16)
-    decoder = _decoders.get(key)
-    if decoder is None or decoder.index is not index:
-        decoder = _decoders[key] = CpuDecoder(index, group, is_bf16)
-    return decoder
+    key = (group, is_bf16)
+    if key not in index.scratch:
+        index.scratch[key] = CpuDecoder(index, group, is_bf16)
+    return index.scratch[key]
 
 
 def sparse_decode(

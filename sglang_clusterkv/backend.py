@@ -67,7 +67,6 @@ class ClusterKVAttnBackend(AttentionBackend):
         if self.prefill is None and self.engine is not None:
             _warm_up(runner, self.engine)
         self._step: DecodeStep | None = None
-        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._all_dense: DenseStep | None = None
         self._extend_slots: list[torch.Tensor] = []
         self._said: set[DenseReason] = set()
@@ -85,11 +84,12 @@ class ClusterKVAttnBackend(AttentionBackend):
             many = forward_batch.forward_mode.is_extend() and sum(forward_batch.extend_seq_lens_cpu) >= _MANY_TOKENS
             torch.set_num_threads(self._prefill_threads if many else self._threads)
         if forward_batch.forward_mode.is_decode_or_idle():
-            self._rows = (forward_batch.req_pool_indices, forward_batch.seq_lens)
             self._step = runtime.take_step()
             if self._step is None and forward_batch.batch_size:
-                # Warm-up and unit kits: no plan, so dense.
-                self._step = DecodeStep(None, None, None, self._dense_of_all())
+                # Warm-up and unit kits: no plan, so dense, and lengths that only the device knows.
+                rows, seq_lens = forward_batch.req_pool_indices.cpu().numpy(), forward_batch.seq_lens.cpu().numpy()
+                dense = dense_step(rows, seq_lens, self.req_to_token_pool.req_to_token)
+                self._step = DecodeStep(None, None, None, dense, rows, seq_lens)
         elif self.prefill is not None:
             self.prefill.init_forward_metadata(forward_batch)
         else:
@@ -100,12 +100,10 @@ class ClusterKVAttnBackend(AttentionBackend):
                 for row, length in zip(forward_batch.req_pool_indices.tolist(), lengths.tolist(), strict=True)
             ]
 
-    def _dense_of_all(self) -> DenseStep:
-        """Every token of every request of the batch, made once per step."""
+    def _dense_of_all(self, step: DecodeStep) -> DenseStep:
+        """Every token of every request of the batch, for layers that go the dense way; made once per step."""
         if self._all_dense is None:
-            assert self._rows is not None
-            rows, seq_lens = (tensor.cpu().numpy() for tensor in self._rows)
-            self._all_dense = dense_step(rows, seq_lens, self.req_to_token_pool.req_to_token)
+            self._all_dense = dense_step(step.rows, step.seq_lens, self.req_to_token_pool.req_to_token)
         return self._all_dense
 
     # -- per layer ------------------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ class ClusterKVAttnBackend(AttentionBackend):
         reason = self._dense_layer(layer, k)
         if reason is not None and step.sparse is not None:
             self._count(reason, step)
-            return self._dense(rows, keys, values, layer, self._dense_of_all()).flatten(1)
+            return self._dense(rows, keys, values, layer, self._dense_of_all(step)).flatten(1)
         if step.sparse is None:
             assert step.dense is not None
             return self._dense(rows, keys, values, layer, step.dense).flatten(1)

@@ -23,7 +23,14 @@ from sglang_clusterkv.demo_model import default_out
 
 pytestmark = pytest.mark.server
 
-CONFIG = {"budget_tokens": 128, "candidate_tokens": 512, "segment_tokens": 256, "recluster_every": 64}
+# One dense layer, so that a step has layers of both kinds.
+CONFIG = {
+    "budget_tokens": 128,
+    "candidate_tokens": 512,
+    "segment_tokens": 256,
+    "recluster_every": 64,
+    "dense_layers": 1,
+}
 CHUNK = 512
 
 
@@ -146,6 +153,8 @@ def test_decoded_tokens_become_segments(server: Server, text: list[int]) -> None
     aged = (600 + 199) // 16 * 16 - 64 - (prefilled + 16)
     assert grew(before, after, "tokens_clustered") == prefilled + aged // 64 * 64
     assert grew(before, after, "sparse_steps") > 190
+    first = after["dense_layer_calls"]["first_layers"] - before["dense_layer_calls"].get("first_layers", 0)
+    assert first == grew(before, after, "sparse_steps"), "one of the layers goes the dense way in each step"
 
 
 def test_a_needle_is_found_at_a_small_budget(server: Server, model: Path, text: list[int]) -> None:

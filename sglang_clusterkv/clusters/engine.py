@@ -103,6 +103,8 @@ class DecodeStep(NamedTuple):
     sparse: SparseStep | None
     dense_at: torch.Tensor | None
     dense: DenseStep | None
+    rows: np.ndarray  # int64 [B], lines of req_to_token
+    seq_lens: np.ndarray  # int64 [B]
 
 
 class ClusterEngine:
@@ -329,6 +331,8 @@ class ClusterEngine:
             sparse=self._sparse_step(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
             dense_at=at[1] if len(sparse) else None,
             dense=dense_step(rows[dense], seq_lens[dense], self.req_to_token) if len(dense) else None,
+            rows=rows,
+            seq_lens=seq_lens,
         )
 
     def _sparse_step(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:

@@ -31,10 +31,10 @@ class Fact(NamedTuple):
 
 
 FACTS = [
-    Fact("The code of the north gate is 4719.", "What is the code of the north gate?", "4719"),
+    Fact("The secret passcode of the vault is 48213.", "What is the secret passcode of the vault?", "48213"),
+    Fact("The magic number of Lima is 29772.", "What is the magic number of Lima?", "29772"),
     Fact("The name of the station's cat is Biscuit.", "What is the name of the station's cat?", "Biscuit"),
-    Fact("The old anchor was sold to a man from Lisbon.", "Where is the man from who bought the old anchor?", "Lisbon"),
-    Fact("The spare key hangs behind the barometer.", "Where does the spare key hang?", "barometer"),
+    Fact("The magic number of Warsaw is 62337.", "What is the magic number of Warsaw?", "62337"),
 ]
 OPEN_QUESTIONS = [
     "What is this document about? Answer in one sentence.",
@@ -227,23 +227,21 @@ def run(args: argparse.Namespace) -> None:
         document = read_document(args.document, tokens)
         questions = [(question, None) for question in OPEN_QUESTIONS]
     print(f"A document of {len(document):,} characters. The first answer waits for its prefill: minutes on a CPU.")
-    system = {"role": "system", "content": "Answer from this document, in a few words.\n\n" + document}
-
     turns: list[tuple[str, int, str, str | None]] = []
     agent_a, agent_b = questions[:-1], questions[-1:] + questions[1:2]
     turns += [("A", number, *question) for number, question in enumerate(agent_a, 1)]
     turns += [("B", number, *question) for number, question in enumerate(agent_b, 2)]
 
     rows: list[list[str]] = []
-    histories: dict[str, list[Message]] = {"A": [system]}
+    histories: dict[str, list[Message]] = {"A": []}
     found = asked = 0
     before = first_counts
     try:
         model = args.model or client.models.list().data[0].id
         for agent, number, question, expected in turns:
             # B: the document and A's first turn, shared up to there.
-            history = histories.setdefault(agent, histories["A"][:3])
-            history.append({"role": "user", "content": question})
+            history = histories.setdefault(agent, histories["A"][:2])
+            history.append({"role": "user", "content": question if history else f"{document}\n\n{question}"})
             print(f"\n[{agent}{number}] {question}\n  ", end="", flush=True)
             turn = ask(client, model, history, max_tokens)
             history.append({"role": "assistant", "content": turn.answer})

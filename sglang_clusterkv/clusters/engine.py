@@ -295,10 +295,11 @@ class ClusterEngine:
             return
         record.announced = True
         self.counters.tokens_reused += record.reused_tokens
-        logger.info(
-            "clusterkv: request %s: %d prompt tokens, %d cached, %d clustered, %d reused",
-            record.rid, record.prompt_len, record.cached_tokens, record.clustered_tokens, record.reused_tokens,
-        )  # fmt: skip
+        if record.clustered_tokens or record.reused_tokens:  # a short prompt has nothing to say
+            logger.info(
+                "clusterkv: request %s: %d prompt tokens, %d cached, %d clustered, %d reused",
+                record.rid, record.prompt_len, record.cached_tokens, record.clustered_tokens, record.reused_tokens,
+            )  # fmt: skip
 
     def _decode_step(self, rows: np.ndarray, seq_lens: np.ndarray) -> DecodeStep:
         """Sort the batch into sparse and dense requests, and make the lists of both."""

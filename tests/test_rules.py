@@ -119,8 +119,7 @@ def test_copies_that_age_together_cluster_what_they_share_once() -> None:
     world.finish(started(world, stream(1, 700)))
     copies = [world.submit(stream(1, 700)) for _ in range(2)]
     world.extend(*copies)
-    for number in range(2 * EVERY):
-        world.decode(*copies, tokens=[number])
+    world.decode(*copies, steps=2 * EVERY)
     assert world.segments(copies[0]) == world.segments(copies[1])
     shared = [i for i, (_, end) in enumerate(world.segments(copies[0])) if end <= 688]
     assert world.segments(copies[0])[shared[-1]] == (624, 688), "what they found is a segment of its own"
@@ -184,7 +183,7 @@ def test_pages_of_a_request_retracted_while_it_clusters_are_the_next_owners() ->
     """The first inversion: step N clusters aged tokens; scheduling N + 1 retracts the request and hands its pages out."""
     world = World(pages=80)
     request = started(world, stream(1, 400), steps=EVERY - 40)
-    while not world.plan.operations:
+    while not world.made:
         world.decode(request)
     world.retract(request)
     world.evict(80)

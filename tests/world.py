@@ -13,12 +13,13 @@ from a page too early or too late never equal the right ones. After every launch
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import rules
 import torch
 from scenes import PAGE, Scene
 
@@ -64,6 +65,11 @@ class Request:
     def running(self) -> bool:
         """Holds a row."""
         return self.row > 0
+
+    @property
+    def left(self) -> int:
+        """Tokens to prefill."""
+        return (self.prompt_len if self.running else len(self.tokens)) - self.length
 
     @property
     def prefilling(self) -> bool:
@@ -123,14 +129,15 @@ class World:
         self.config, self.overlap = config, overlap
         self.scene = Scene(config, pages=pages, **sizes)
         self.engine, self.index = self.scene.engine, self.scene.index
-        self.contents = Contents(config, sizes["layers"], sizes["kv_heads"], sizes["head_dim"])
+        self.contents = contents_of(config, sizes["layers"], sizes["kv_heads"], sizes["head_dim"])
         self.free_pages = list(range(pages - 1, 0, -1))  # the page freed last is handed out next
         self.free_rows = list(range(sizes["rows"] - 1, 0, -1))
         self.tree: dict[int, _Node] = {}
         self.running: list[Request] = []
         self.launches = 0
         self.handed_out: list[torch.Tensor] = []  # slots, since the last launch
-        self.plan, self.made = Plan(), []  # of the last launch
+        self.made: list[Made] = []  # of the last launch's plan
+        self.history: list[Made] = []  # of all plans
         self.walked: list[Request] = []  # rows that were dirty before the last launch and are not any more
         self.checked: set[tuple[int, int]] = set()  # since the last launch: segment id, what tells its tokens
         self._middle: list[Request] = []  # to checkpoint before the next launch
@@ -138,8 +145,7 @@ class World:
         self._planned = self.engine.planner.plan
         self.engine.planner.plan = self._watch_plan  # type: ignore[method-assign]
         self._rids = 0
-        for page in range(1, pages):
-            self._poison(page)
+        self._poison(slice(PAGE, None))
 
     # -- what users and the scheduler do --------------------------------------------------------------------------
 
@@ -163,28 +169,25 @@ class World:
             last = not request.prefilling
             extends.append(Extend(request.row, request.rid, begin, request.length, request.prompt_len, last))
         self._begin(lambda: self.engine.begin_extend(extends))
-        assert_rules(self)
         requests = [chunk[0] if isinstance(chunk, tuple) else chunk for chunk in chunks]
         for request, extend in zip(requests, extends, strict=True):
             self._write_kv(request, extend.prefix_tokens)
         self._middle = [request for request in requests if request.prefilling]
         self._results([request for request in requests if not request.prefilling])
 
-    def decode(self, *requests: Request, steps: int = 1, tokens: Sequence[int] = ()) -> DecodeStep:
-        """Launch decode steps of a batch; equal texts go on equally, or with the given tokens."""
-        for step_number in range(len(tokens) or steps):
+    def decode(self, *requests: Request, steps: int = 1) -> DecodeStep:
+        """Launch decode steps of a batch; equal texts go on equally. Returns the last one."""
+        for _ in range(steps):
             self._stash()
             for request in requests:
                 assert request.running and not request.prefilling
-                new = tokens[step_number] if len(tokens) else hash((request.path[-1], 1))
-                request.tokens.append(new)
+                request.tokens.append(hash((request.path[-1], 1)))
                 request.extend_path()
                 request.length += 1
                 self._allocate(request, request.length - 1, request.length)
             rows, lengths = np.array([r.row for r in requests]), np.array([r.length for r in requests])
             step = self._begin(lambda rows=rows, lengths=lengths: self.engine.begin_decode(rows, lengths))
-            assert_rules(self)
-            assert_lists(self, requests, step)
+            rules.assert_lists(self, requests, step)
             for request in requests:
                 self._write_kv(request, request.length - 1)
             self._results([])
@@ -226,8 +229,7 @@ class World:
         self.handed_out = []
         pages = self.index.geometry.pages
         self.free_pages = list(range(pages - 1, 0, -1))
-        for page in range(1, pages):
-            self._poison(page)
+        self._poison(slice(PAGE, None))
 
     # -- what tests ask -------------------------------------------------------------------------------------------
 
@@ -238,6 +240,11 @@ class World:
     def ids(self, request: Request) -> list[int]:
         """Ids of what the last walk of a request's row saw."""
         return [s.id for s in self.engine.planner.rows[request.row].segments]
+
+    def attended(self, request: Request, length: int) -> int:
+        """Tokens that a decode step of this length attends besides what it recalls."""
+        end = length - self.config.window_tokens
+        return length - sum(e - b for b, e in self.segments(request) if e <= end)
 
     def is_dirty(self, request: Request) -> bool:
         """Decodes densely for now."""
@@ -261,12 +268,12 @@ class World:
 
     # -- allocator and tree ---------------------------------------------------------------------------------------
 
-    def _poison(self, page: int) -> None:
+    def _poison(self, slots: slice) -> None:
         for buffer in (*self.scene.keys, *self.scene.values):
-            buffer[page * PAGE : (page + 1) * PAGE] = torch.nan
+            buffer[slots] = torch.nan
 
     def _free(self, page: int) -> None:
-        self._poison(page)
+        self._poison(slice(page * PAGE, (page + 1) * PAGE))
         self.free_pages.append(page)
 
     def _allocate(self, request: Request, begin: int, end: int) -> None:
@@ -276,9 +283,12 @@ class World:
         if new > len(self.free_pages):
             self.evict(new - len(self.free_pages))
         assert new <= len(self.free_pages), "the pool is too small for this test"
-        for position in range(begin, end):
-            first = int(self.free_pages.pop()) * PAGE if position % PAGE == 0 else int(table[position - 1]) + 1
-            table[position] = first
+        position = begin
+        while position < end:
+            stop = min(end, (position // PAGE + 1) * PAGE)
+            slot = self.free_pages.pop() * PAGE if position % PAGE == 0 else int(table[position - 1]) + 1
+            table[position:stop] = torch.arange(slot, slot + stop - position)
+            position = stop
         slots = table[begin:end].long()
         self.scene.handed_out.add(slots)
         self.handed_out.append(slots)
@@ -347,19 +357,18 @@ class World:
     def _begin(self, begin) -> DecodeStep | None:
         """The head of a forward."""
         self.launches += 1
-        self.plan, self.made, self.walked = Plan(), [], []
+        self.made, self.walked = [], []
         self.checked.clear()
         result = begin()
-        new_pages = torch.cat(self.handed_out).div(PAGE, rounding_mode="floor").unique()
-        self.handed_out = []
-        assert_handed_out_pages_are_unclustered(self, new_pages)
+        handed_out, self.handed_out = torch.cat(self.handed_out), []
+        rules.assert_handed_out_pages_are_unclustered(self, handed_out)
+        rules.assert_rules(self)
         return result
 
     def _watch_plan(self, snapshots: list[Snapshot]) -> Plan:
         """Note what is planned, with the makers as they are now."""
         dirty = [request for request in self.running if self._record_is_dirty(request)]
         plan = self._planned(snapshots)
-        self.plan = plan
         self.walked = [request for request in dirty if not self._record_is_dirty(request)]
         clustered = self.index.page_state[:, 0] >= 0
         for operation in plan.operations:
@@ -370,6 +379,7 @@ class World:
                 maker = copy.copy(self.engine.planner.rows[operation.row])
                 self.made.append(Made(operation, maker, bool(clustered[pages].any())))
                 clustered[pages] = True
+        self.history += self.made
         return plan
 
     def _record_is_dirty(self, request: Request) -> bool:
@@ -384,9 +394,7 @@ class World:
 
 
 class Contents:
-    """What tokens' keys and values are, and what the tables of a segment of them should be."""
-
-    _known: dict[tuple, dict[str, torch.Tensor]] = {}  # shared by all worlds: the same tokens, the same tables
+    """What tokens' keys and values are, and what the tables of a segment of them should be, in every world."""
 
     def __init__(self, config: ClusterKVConfig, layers: int, kv_heads: int, head_dim: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -396,6 +404,7 @@ class Contents:
         self.keys = centres[:, which] + 0.7 * torch.randn(shape, generator=generator)
         self.values = torch.randn(shape, generator=generator)
         self._config, self._sizes = config, {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
+        self._known: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def of(self, path: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens, [layers, n, kv_heads, head_dim]."""
@@ -404,7 +413,7 @@ class Contents:
 
     def tables(self, path: Sequence[int]) -> dict[str, torch.Tensor]:
         """The tables of one segment of these tokens, built alone in a pool of its own."""
-        name = (repr(self._config), tuple(self._sizes.values()), len(path), path[-1])
+        name = (len(path), path[-1])
         if name not in self._known:
             scene = Scene(self._config, pages=len(path) // PAGE + 1, rows=1, context=PAGE, **self._sizes)
             slots = torch.arange(PAGE, PAGE + len(path))
@@ -416,6 +425,9 @@ class Contents:
         return self._known[name]
 
 
+contents_of = functools.cache(Contents)
+
+
 def stored_tables(index, pages: torch.Tensor, slots: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the index holds of a segment, by array."""
     rows = index.cluster_rows(pages).flatten()
@@ -423,149 +435,3 @@ def stored_tables(index, pages: torch.Tensor, slots: torch.Tensor) -> dict[str, 
     return {
         name: array[:, where.get(name, rows)].clone() for name, array in index.arrays.items() if name != "page_state"
     }
-
-
-# -- the rules ----------------------------------------------------------------------------------------------------
-
-
-def assert_handed_out_pages_are_unclustered(world: World, pages: torch.Tensor) -> None:
-    """Rule 1, at the head of the forward that follows."""
-    clustered = pages[world.index.page_state[pages, 0] >= 0]
-    assert not len(clustered), f"rule 1: pages {clustered.tolist()} were handed out and are clustered"
-
-
-def assert_rules(world: World) -> None:
-    """Rules 1 to 6 as far as they speak of rows, records and tables; call after the head of a forward."""
-    assert world.engine.counters.build_conflicts == 0, "a plan met another segment's pages"
-    for made in world.made:
-        assert_segment_may_be_made(world, made)
-    for request in world.walked:
-        assert_what_was_found_is_clustered(world, request)
-    for request in world.running:
-        record = world.engine.planner.rows[request.row]
-        if not record.dirty:
-            assert_record_is_true(world, request, record)
-
-
-def assert_segment_may_be_made(world: World, made: Made) -> None:
-    """Rule 2, for a segment of the last plan."""
-    maker, begin, end = made.maker, made.begin, made.end
-    said = f"rule 2: {maker.rid} made [{begin}, {end}) with {maker}"
-    assert SEGMENT_VECTOR_PAGES * PAGE <= end - begin <= world.config.segment_tokens, said
-    assert begin >= world.config.sink_tokens and end <= maker.length, said
-    if made.rebuilt:
-        return
-    found_end = maker.found_end // PAGE * PAGE
-    assert end <= found_end or begin >= found_end, f"{said}: found and own"
-    limit = (maker.prompt_len - world.config.window_tokens) // PAGE * PAGE
-    aged = (maker.length - world.config.window_tokens) // PAGE * PAGE
-    assert end <= (limit if maker.prefilling else max(limit, aged)), f"{said}: reaches into the window"
-    if not maker.prefilling and end > limit:
-        assert begin >= limit or begin >= found_end or end <= found_end, f"{said}: decoded and prompt"
-    if maker.prefilling and begin >= found_end and end - begin < world.config.segment_tokens:
-        page = int(world.scene.req_to_token[maker.row, end]) // PAGE
-        assert end < maker.length and world.index.page_state[page, 0] >= 0, f"{said}: did not wait"
-
-
-def assert_what_was_found_is_clustered(world: World, request: Request) -> None:
-    """Rule 2: what a row found is clustered once it was walked, but for what is too short or lies in the window."""
-    record = world.engine.planner.rows[request.row]
-    limit = max(0, min(record.found_end, record.prompt_len - world.config.window_tokens))
-    ids = world.index.page_state[world.pages(request, 0, limit), 0].tolist()[world.config.sink_tokens // PAGE :]
-    for segment_id, run in itertools.groupby(ids):
-        pages = len(list(run))
-        unseen = segment_id not in {s.id for s in record.segments}  # unclustered, or others see all of it
-        assert not unseen or pages < SEGMENT_VECTOR_PAGES, f"rule 2: {request.rid} found {ids}, {record}"
-
-
-def assert_record_is_true(world: World, request: Request, record: Row) -> None:
-    """Rules 3 to 5, for what a row may decode by: ascending, whole in the row, and clustered from its own keys."""
-    tables, row = world.engine.tables, request.row
-    borders = [(s.begin, s.end) for s in record.segments]
-    assert tables.known[row] and not tables.dirty[row], f"the tables do not know {record}"
-    count = len(borders)
-    published = list(zip(tables.begin[row, :count].tolist(), tables.end[row, :count].tolist(), strict=True))
-    assert published == borders and (tables.begin[row, count:] > 2**30).all(), f"{published} published of {record}"
-    assert tables.covered[row, : count + 1].tolist() == [sum(e - b for b, e in borders[:i]) for i in range(count + 1)]
-    last = world.config.sink_tokens
-    for segment in record.segments:
-        assert segment.begin >= last and segment.end <= request.length, f"no partition: {record}"
-        last = segment.end
-        assert_whole(world, request, segment.begin, segment.end, segment.id)
-
-
-def assert_whole(world: World, request: Request, begin: int, end: int, segment_id: int | None = None) -> None:
-    """Rules 3, 4 and 5: tokens [begin, end) of a row are one whole segment, and its tables are those of its keys."""
-    state = world.index.page_state[world.pages(request, begin, end)]
-    expected_id = int(state[0, 0]) if segment_id is None else segment_id
-    pages = (end - begin) // PAGE
-    whole = torch.stack((torch.full((pages,), expected_id), torch.arange(pages), torch.full((pages,), pages)), 1)
-    said = f"{request.rid} sees [{begin}, {end}) as segment {expected_id}"
-    assert expected_id >= 0 and torch.equal(state.long(), whole), f"rule 3: {said}, the device has {state.tolist()}"
-    if (expected_id, request.path[end - 1]) in world.checked:
-        return
-    world.checked.add((expected_id, request.path[end - 1]))
-    slots = world.scene.req_to_token[request.row, begin:end].long()
-    keys, _ = world.contents.of(request.path[begin:end])
-    for layer, buffer in enumerate(world.scene.keys):
-        assert torch.equal(buffer[slots], keys[layer]), f"the pool does not hold {request.rid}'s [{begin}, {end})"
-    stored = world.tables(request, begin, end)
-    for name, expected in world.contents.tables(request.path[begin:end]).items():
-        assert torch.equal(stored[name], expected), f"rules 4, 5: {said}, its {name} are not those of its keys"
-
-
-def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) -> None:
-    """Rules 3 and 6: each request of a step attends each of its tokens once, as its row and the device's states say."""
-    batch = list(range(len(requests)))
-    sparse_at = ([] if step.sparse is None else batch) if step.sparse_at is None else step.sparse_at.tolist()
-    dense_at = ([] if step.dense is None else batch) if step.dense_at is None else step.dense_at.tolist()
-    assert sorted(sparse_at + dense_at) == batch, f"sparse {sparse_at}, dense {dense_at} of {len(batch)} requests"
-    for i, place in enumerate(dense_at):
-        request = requests[place]
-        assert int(step.dense.seq_lens[i]) == request.length
-        slots = world.scene.req_to_token[request.row, : request.length].long()
-        assert torch.equal(step.dense.slots[i, : request.length], slots), f"{request.rid}'s dense list"
-    for i, place in enumerate(sparse_at):
-        assert_sparse_list(world, requests[place], step, i)
-    for request in requests:
-        dirty = world.is_dirty(request)
-        request.dense_since_news += dirty
-        assert request.dense_since_news < 2, f"{request.rid} decodes densely for a second time since its row was new"
-        if not dirty:
-            assert_tail_is_short(world, request)
-
-
-def assert_sparse_list(world: World, request: Request, step: DecodeStep, i: int) -> None:
-    """The i-th sparse request: recallable pages are whole segments of its row, everything else is attended."""
-    lists, length, config = step.sparse, request.length, world.config
-    row_slots = world.scene.req_to_token[request.row, :length].long()
-    listed = lists.pages[i, : int(lists.page_count[i])]
-    position = {page: PAGE * j for j, page in enumerate(world.pages(request).tolist())}
-    assert set(listed.tolist()) <= set(position), f"rule 4: {request.rid} would recall pages that it does not own"
-    at = [position[page] for page in listed.tolist()]
-    assert at == sorted(set(at)), f"rule 6: {request.rid}'s pages {at}"
-    assert not world.is_dirty(request), f"rule 3: {request.rid} is dirty and decodes sparsely"
-    assert lists.segment_count[i] > 0
-    ordinals = lists.segment_of_page[i, : len(listed)]
-    for segment in range(int(lists.segment_count[i])):
-        inside = (ordinals == segment).nonzero().flatten().tolist()
-        assert inside and inside[0] == lists.segment_begin[i, segment]
-        begin, end = at[inside[0]], at[inside[-1]] + PAGE
-        assert [at[j] for j in inside] == list(range(begin, end, PAGE)), f"{request.rid}'s segment {segment}"
-        assert_whole(world, request, begin, end)
-        assert config.sink_tokens <= begin and end <= length - config.window_tokens, f"rule 6: [{begin}, {end})"
-    recallable = torch.zeros(length, dtype=torch.bool)
-    for begin in at:
-        recallable[begin : begin + PAGE] = True
-    base = lists.base_slots[i, : int(lists.base_count[i])]
-    assert torch.equal(base, row_slots[~recallable]), f"rule 6: {request.rid}'s always-attended list"
-    assert config.sink_tokens <= length - int(recallable.sum()) and lists.recallable_tokens >= int(recallable.sum())
-
-
-def assert_tail_is_short(world: World, request: Request) -> None:
-    """Decoded tokens become segments: own tokens at the end wait for `recluster_every` and one step at most."""
-    record = world.engine.planner.rows[request.row]
-    clustered = (world.index.page_state[world.pages(request), 0] >= 0).nonzero()
-    begin = max(world.config.sink_tokens, record.found_end, PAGE * (int(clustered[-1]) + 1) if len(clustered) else 0)
-    most = world.config.recluster_every + world.config.window_tokens + PAGE
-    assert request.length - begin <= most, f"{request.rid}: tokens wait since {begin}, {most} may: {record}"

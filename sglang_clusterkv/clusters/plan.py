@@ -174,10 +174,10 @@ class Planner:
         first = run.begin - run.offset  # the page of the row at which the segment would begin
         match_end = record.found_end // self.page_size
         own = self._pieces(run.begin, run.end, self._prompt_limit(record), match_end)
+        if not own:
+            return  # it stays whole for others; this row attends to its part
         viewers = [row for row in self._seen_by.get(run.id, []) if row is not record]
         owner = next((row for row in viewers if not row.dirty), None)
-        if owner is not None and not own:
-            return  # it stays whole for the others; this row attends to its part
         plan.splits += 1
         plan.operations.append(Forget(run.id))
         # Index begin, index end, new id.

@@ -1,0 +1,168 @@
+"""DESIGN.md's rules 1 to 6 as assertions over a world (world.py), called after every launch.
+
+They trust the device's page states, the pool and the world's rows; what the engine's records say is checked against those.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from scenes import PAGE
+
+from sglang_clusterkv.clusters.engine import DecodeStep
+from sglang_clusterkv.clusters.rows import Row
+from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
+
+if TYPE_CHECKING:
+    from world import Made, Request, World
+
+
+def assert_handed_out_pages_are_unclustered(world: World, slots: torch.Tensor) -> None:
+    """Rule 1, for slots handed out before a launch, after the head of its forward."""
+    pages = slots // PAGE
+    clustered = pages[world.index.page_state[pages, 0] >= 0]
+    assert not len(clustered), f"rule 1: pages {clustered.unique().tolist()} were handed out and are clustered"
+
+
+def assert_rules(world: World) -> None:
+    """Rules 1 to 6 as far as they speak of rows, records and tables; call after the head of a forward."""
+    assert world.engine.counters.build_conflicts == 0, "a plan met another segment's pages"
+    for made in world.made:
+        assert_segment_may_be_made(world, made)
+    for request in world.walked:
+        assert_what_was_found_is_clustered(world, request)
+    for request in world.running:
+        record = world.engine.planner.rows[request.row]
+        if not record.dirty:
+            assert_record_is_true(world, request, record)
+
+
+def assert_segment_may_be_made(world: World, made: Made) -> None:
+    """Rule 2, for a segment of the last plan."""
+    maker, begin, end = made.maker, made.begin, made.end
+    said = f"rule 2: {maker.rid} made [{begin}, {end}) with {maker}"
+    assert SEGMENT_VECTOR_PAGES * PAGE <= end - begin <= world.config.segment_tokens, said
+    assert begin >= world.config.sink_tokens and end <= maker.length, said
+    limit = (maker.prompt_len - world.config.window_tokens) // PAGE * PAGE
+    aged = (maker.length - world.config.window_tokens) // PAGE * PAGE
+    if not made.rebuilt or any(request.row == maker.row for request in world.walked):  # else for another's cut
+        assert end <= (limit if maker.prefilling else max(limit, aged)), f"{said}: reaches into the window"
+    if made.rebuilt:
+        return
+    found_end = maker.found_end // PAGE * PAGE
+    assert end <= found_end or begin >= found_end, f"{said}: found and own"
+    if maker.prefilling and begin >= found_end and end - begin < world.config.segment_tokens:
+        page = int(world.scene.req_to_token[maker.row, end]) // PAGE
+        assert end < maker.length and world.index.page_state[page, 0] >= 0, f"{said}: did not wait"
+
+
+def assert_what_was_found_is_clustered(world: World, request: Request) -> None:
+    """Rule 2: what a row found is clustered once it was walked, but for what is too short or lies in the window."""
+    record = world.engine.planner.rows[request.row]
+    limit = max(0, min(record.found_end, record.prompt_len - world.config.window_tokens))
+    ids = world.index.page_state[world.pages(request, 0, limit), 0].tolist()[world.config.sink_tokens // PAGE :]
+    for segment_id, run in itertools.groupby(ids):
+        pages = len(list(run))
+        seen = segment_id in {s.id for s in record.segments}
+        # One that was made at the same time, of pages beyond those that both rows have, is seen in part.
+        new = segment_id in {made.make.id for made in world.made}
+        assert seen or new or pages < SEGMENT_VECTOR_PAGES, f"rule 2: {request.rid} found {ids}, {record}"
+
+
+def assert_record_is_true(world: World, request: Request, record: Row) -> None:
+    """Rules 3 to 5, for what a row may decode by: ascending, whole in the row, and clustered from its own keys."""
+    tables, row = world.engine.tables, request.row
+    borders = [(s.begin, s.end) for s in record.segments]
+    assert tables.known[row] and not tables.dirty[row], f"the tables do not know {record}"
+    count = len(borders)
+    published = list(zip(tables.begin[row, :count].tolist(), tables.end[row, :count].tolist(), strict=True))
+    assert published == borders and (tables.begin[row, count:] > 2**30).all(), f"{published} published of {record}"
+    assert tables.covered[row, : count + 1].tolist() == [sum(e - b for b, e in borders[:i]) for i in range(count + 1)]
+    last = world.config.sink_tokens
+    for segment in record.segments:
+        assert segment.begin >= last and segment.end <= request.length, f"no partition: {record}"
+        last = segment.end
+        assert_whole(world, request, segment.begin, segment.end, segment.id)
+
+
+def assert_whole(world: World, request: Request, begin: int, end: int, segment_id: int | None = None) -> None:
+    """Rules 3, 4 and 5: tokens [begin, end) of a row are one whole segment, and its tables are those of its keys."""
+    state = world.index.page_state[world.pages(request, begin, end)]
+    expected_id = int(state[0, 0]) if segment_id is None else segment_id
+    pages = (end - begin) // PAGE
+    whole = torch.stack((torch.full((pages,), expected_id), torch.arange(pages), torch.full((pages,), pages)), 1)
+    said = f"{request.rid} sees [{begin}, {end}) as segment {expected_id}"
+    assert expected_id >= 0 and torch.equal(state.long(), whole), f"rule 3: {said}, the device has {state.tolist()}"
+    if (expected_id, request.path[end - 1]) in world.checked:
+        return
+    world.checked.add((expected_id, request.path[end - 1]))
+    slots = world.scene.req_to_token[request.row, begin:end].long()
+    keys, _ = world.contents.of(request.path[begin:end])
+    for layer, buffer in enumerate(world.scene.keys):
+        assert torch.equal(buffer[slots], keys[layer]), f"the pool does not hold {request.rid}'s [{begin}, {end})"
+    stored = world.tables(request, begin, end)
+    for name, expected in world.contents.tables(request.path[begin:end]).items():
+        assert torch.equal(stored[name], expected), f"rules 4, 5: {said}, its {name} are not those of its keys"
+
+
+def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) -> None:
+    """Rules 3 and 6: each request of a step attends each of its tokens once, as its row and the device's states say."""
+    batch = list(range(len(requests)))
+    sparse_at = ([] if step.sparse is None else batch) if step.sparse_at is None else step.sparse_at.tolist()
+    dense_at = ([] if step.dense is None else batch) if step.dense_at is None else step.dense_at.tolist()
+    assert sorted(sparse_at + dense_at) == batch, f"sparse {sparse_at}, dense {dense_at} of {len(batch)} requests"
+    for i, place in enumerate(dense_at):
+        request = requests[place]
+        assert int(step.dense.seq_lens[i]) == request.length
+        slots = world.scene.req_to_token[request.row, : request.length].long()
+        assert torch.equal(step.dense.slots[i, : request.length], slots), f"{request.rid}'s dense list"
+        if not world.is_dirty(request):
+            recallable = request.length - world.attended(request, request.length)
+            assert recallable <= world.config.budget_tokens, f"{request.rid} decodes densely, {recallable} recallable"
+    for i, place in enumerate(sparse_at):
+        assert_sparse_list(world, requests[place], step, i)
+    for request in requests:
+        dirty = world.is_dirty(request)
+        request.dense_since_news += dirty
+        assert request.dense_since_news < 2, f"{request.rid} decodes densely for a second time since its row was new"
+        if not dirty:
+            assert_tail_is_short(world, request)
+
+
+def assert_sparse_list(world: World, request: Request, step: DecodeStep, i: int) -> None:
+    """The i-th sparse request: recallable pages are whole segments of its row, everything else is attended."""
+    lists, length, config = step.sparse, request.length, world.config
+    row_slots = world.scene.req_to_token[request.row, :length].long()
+    listed = lists.pages[i, : int(lists.page_count[i])]
+    position = {page: PAGE * j for j, page in enumerate(world.pages(request).tolist())}
+    assert set(listed.tolist()) <= set(position), f"rule 4: {request.rid} would recall pages that it does not own"
+    at = [position[page] for page in listed.tolist()]
+    assert at == sorted(set(at)), f"rule 6: {request.rid}'s pages {at}"
+    assert not world.is_dirty(request), f"rule 3: {request.rid} is dirty and decodes sparsely"
+    assert lists.segment_count[i] > 0
+    ordinals = lists.segment_of_page[i, : len(listed)]
+    for segment in range(int(lists.segment_count[i])):
+        inside = (ordinals == segment).nonzero().flatten().tolist()
+        assert inside and inside[0] == lists.segment_begin[i, segment]
+        begin, end = at[inside[0]], at[inside[-1]] + PAGE
+        assert [at[j] for j in inside] == list(range(begin, end, PAGE)), f"{request.rid}'s segment {segment}"
+        assert_whole(world, request, begin, end)
+        assert config.sink_tokens <= begin and end <= length - config.window_tokens, f"rule 6: [{begin}, {end})"
+    recallable = torch.zeros(length, dtype=torch.bool)
+    for begin in at:
+        recallable[begin : begin + PAGE] = True
+    base = lists.base_slots[i, : int(lists.base_count[i])]
+    assert torch.equal(base, row_slots[~recallable]), f"rule 6: {request.rid}'s always-attended list"
+    assert config.sink_tokens <= length - int(recallable.sum()) and lists.recallable_tokens >= int(recallable.sum())
+
+
+def assert_tail_is_short(world: World, request: Request) -> None:
+    """Decoded tokens become segments: own tokens at the end wait for `recluster_every` and one step at most."""
+    record = world.engine.planner.rows[request.row]
+    clustered = (world.index.page_state[world.pages(request), 0] >= 0).nonzero()
+    begin = max(world.config.sink_tokens, record.found_end, PAGE * (int(clustered[-1]) + 1) if len(clustered) else 0)
+    most = world.config.recluster_every + world.config.window_tokens + PAGE
+    assert request.length - begin <= most, f"{request.rid}: tokens wait since {begin}, {most} may: {record}"

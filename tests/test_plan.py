@@ -80,7 +80,7 @@ def test_decoded_tokens_become_segments_as_they_age() -> None:
         for segment in world.segments(request):
             made_at.setdefault(segment, request.length)
     # (224, 352) has left the window when 416 tokens are there: looked at by that step, made by the next.
-    assert made_at == {(16, 224): 302} | {(e - 128, e): e + WINDOW + 1 for e in range(352, 600, 128)}
+    assert made_at == {(16, 224): 302} | {(e - 128, e): e + WINDOW + 1 for e in range(352, 620, 128)}
 
 
 def test_what_a_prompt_leaves_is_clustered_with_what_follows() -> None:

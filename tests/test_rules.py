@@ -364,8 +364,8 @@ def _most_pages(request: Request) -> int:
 def test_the_rules_hold_whatever_happens(seed: int, changes: dict[str, int]) -> None:
     world = World(msgspec.structs.replace(SMALL, **changes), pages=(250, 330, 500)[seed % 3], overlap=seed != 1)
     walk = Walk(seed, world)
-    while world.launches < 250:
+    while world.launches < 200:
         walk.step()
     counters = world.engine.counters
     assert min(walk.done[name] for name in ("extend", "decode", "finish", "retract", "abort", "evict")) > 0, walk.done
-    assert counters.sparse_steps > 300 and counters.splits > 0 and counters.tokens_reused > 0, counters
+    assert counters.sparse_steps > 200 and counters.splits > 0 and counters.tokens_reused > 0, counters

@@ -46,6 +46,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dense_layers: int = 0
     dense_below_tokens: int = 0
     recluster_every: int = 256
+    merge_segments: bool = True
 
 
 FIELD_DOCS: dict[str, str] = {
@@ -67,6 +68,8 @@ FIELD_DOCS: dict[str, str] = {
     "dense_below_tokens": "Sequences shorter than this, in tokens, attend to everything.",
     "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
     "pages, four or more, at most segment_tokens.",
+    "merge_segments": "Cluster neighbouring segments that one running request alone sees again as one, when that at least "
+    "doubles the largest of them; false takes away one reason for borders to depend on other requests.",
 }
 
 # Whole pages each, and at least so many.

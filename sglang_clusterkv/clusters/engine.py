@@ -90,10 +90,12 @@ class Counters:
     tokens_available: int = 0
     sparse_steps: int = 0
     splits: int = 0
+    merges: int = 0
     build_conflicts: int = 0
     build_s: float = 0.0
     dense_steps: Counter[str] = field(default_factory=Counter)  # requests of a step, by reason
     dense_layer_calls: Counter[str] = field(default_factory=Counter)  # requests of one layer of a step, by reason
+    faults: Counter[str] = field(default_factory=Counter)  # exceptions of our own code that were survived, by operation
 
 
 class DecodeStep(NamedTuple):
@@ -146,6 +148,10 @@ class ClusterEngine:
 
     def row_freed(self, row: int) -> None:
         """The row's request ended."""
+        record = self.planner.rows.get(row)
+        if record is not None:
+            borders = [(segment.begin, segment.end) for segment in record.segments]
+            logger.debug("clusterkv: request %s: %d tokens, segments %s", record.rid, record.length, borders)
         self.planner.free(row)
         self.tables.drop(row)
 
@@ -355,6 +361,8 @@ class ClusterEngine:
             "dense_steps": dict(counters.dense_steps),
             "dense_layer_calls": dict(counters.dense_layer_calls),
             "splits": counters.splits,
+            "merges": counters.merges,
+            "faults": dict(counters.faults),
             "build_conflicts": counters.build_conflicts,
             "build_ms": round(1000 * counters.build_s),
             "bytes": self.index.bytes,

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sglang_clusterkv.clusters.engine import ClusterEngine, Extend, HandedOut
+from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
+from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.clusters.step import dense_step

@@ -13,7 +13,8 @@ import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_clusterkv.clusters.engine import ClusterEngine, HandedOut
+from sglang_clusterkv.clusters.engine import ClusterEngine
+from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.memory.device import Geometry
 

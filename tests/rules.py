@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from scenes import PAGE
 
 from sglang_clusterkv.clusters.engine import DecodeStep
+from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 
@@ -28,14 +29,19 @@ def assert_handed_out_pages_are_unclustered(world: World, slots: torch.Tensor) -
 
 
 def assert_rules(world: World) -> None:
-    """Rules 1 to 6 as far as they speak of rows, records and tables; call after the head of a forward."""
+    """Rules 2 to 5 as far as they speak of rows, records and tables; call after the head of a forward."""
     assert world.engine.counters.build_conflicts == 0, "a plan met another segment's pages"
     for made in world.made:
         assert_segment_may_be_made(world, made)
     for request in world.walked:
         assert_what_was_found_is_clustered(world, request)
+    assert_records(world)
+
+
+def assert_records(world: World) -> None:
+    """Rules 3 to 5 for every record that is not dirty; call whenever the device has caught up."""
     for request in world.running:
-        record = world.engine.planner.rows[request.row]
+        record = record_of(world, request)
         if not record.dirty:
             assert_record_is_true(world, request, record)
 
@@ -50,7 +56,17 @@ def assert_segment_may_be_made(world: World, made: Made) -> None:
     aged = (maker.length - world.config.window_tokens) // PAGE * PAGE
     if not made.rebuilt or any(request.row == maker.row for request in world.walked):  # else for another's cut
         assert end <= (limit if maker.prefilling else max(limit, aged)), f"{said}: reaches into the window"
-    if made.rebuilt:
+    if made.merged:
+        assert not maker.prefilling, f"{said}: merged while its chunks come"
+        for request in world.running:
+            record = record_of(world, request)
+            if request.row != maker.row and not record.dirty:
+                ours = world.pages_of(maker.row, begin, end)
+                shared = int(torch.isin(world.pages(request), ours).sum())  # so few are no segment of the other
+                assert shared < SEGMENT_VECTOR_PAGES, (
+                    f"rule 2: {maker.rid} merged [{begin}, {end}), of which {request.rid} has pages"
+                )
+    if made.rebuilt or made.merged:
         return
     found_end = maker.found_end // PAGE * PAGE
     assert end <= found_end or begin >= found_end, f"{said}: found and own"
@@ -61,7 +77,7 @@ def assert_segment_may_be_made(world: World, made: Made) -> None:
 
 def assert_what_was_found_is_clustered(world: World, request: Request) -> None:
     """Rule 2: what a row found is clustered once it was walked, but for what is too short or lies in the window."""
-    record = world.engine.planner.rows[request.row]
+    record = record_of(world, request)
     limit = max(0, min(record.found_end, record.prompt_len - world.config.window_tokens))
     ids = world.index.page_state[world.pages(request, 0, limit), 0].tolist()[world.config.sink_tokens // PAGE :]
     for segment_id, run in itertools.groupby(ids):
@@ -90,22 +106,75 @@ def assert_record_is_true(world: World, request: Request, record: Row) -> None:
 
 def assert_whole(world: World, request: Request, begin: int, end: int, segment_id: int | None = None) -> None:
     """Rules 3, 4 and 5: tokens [begin, end) of a row are one whole segment, and its tables are those of its keys."""
-    state = world.index.page_state[world.pages(request, begin, end)]
-    expected_id = int(state[0, 0]) if segment_id is None else segment_id
-    pages = (end - begin) // PAGE
-    whole = torch.stack((torch.full((pages,), expected_id), torch.arange(pages), torch.full((pages,), pages)), 1)
-    said = f"{request.rid} sees [{begin}, {end}) as segment {expected_id}"
-    assert expected_id >= 0 and torch.equal(state.long(), whole), f"rule 3: {said}, the device has {state.tolist()}"
-    if (expected_id, request.path[end - 1]) in world.checked:
-        return
-    world.checked.add((expected_id, request.path[end - 1]))
+    assert_seen(world, sighting(world, request, begin, end, segment_id))
+
+
+class Sighting(NamedTuple):
+    """What a request takes tokens [begin, end) of its row for, as of a launch."""
+
+    rid: str
+    begin: int
+    end: int
+    segment_id: int | None
+    slots: torch.Tensor  # int64 [end - begin]
+    path: list[int]
+    launch: int
+
+
+def sighting(world: World, request: Request, begin: int, end: int, segment_id: int | None = None) -> Sighting:
+    """Note what a row holds, to compare it with the device when that has come as far."""
     slots = world.scene.req_to_token[request.row, begin:end].long()
-    keys, _ = world.contents.of(request.path[begin:end])
+    return Sighting(request.rid, begin, end, segment_id, slots, request.path[begin:end], world.launches)
+
+
+def assert_seen(world: World, seen: Sighting) -> None:
+    """The device has these tokens as one whole segment, with the tables of their keys."""
+    at = seen.slots[::PAGE] // PAGE
+    state, pages = world.index.page_state[at], len(at)
+    expected_id = int(state[0, 0]) if seen.segment_id is None else seen.segment_id
+    whole = torch.stack((torch.full((pages,), expected_id), torch.arange(pages), torch.full((pages,), pages)), 1)
+    said = f"{seen.rid} sees [{seen.begin}, {seen.end}) as segment {expected_id}"
+    assert expected_id >= 0 and torch.equal(state.long(), whole), f"rule 3: {said}, the device has {state.tolist()}"
+    if (seen.launch, expected_id, seen.path[-1]) in world.checked:
+        return
+    world.checked.add((seen.launch, expected_id, seen.path[-1]))
+    keys, _ = world.contents.of(seen.path)
     for layer, buffer in enumerate(world.scene.keys):
-        assert torch.equal(buffer[slots], keys[layer]), f"the pool does not hold {request.rid}'s [{begin}, {end})"
-    stored = world.tables(request, begin, end)
-    for name, expected in world.contents.tables(request.path[begin:end]).items():
+        assert torch.equal(buffer[seen.slots], keys[layer]), f"the pool does not hold what {said}"
+    stored = stored_tables(world.index, at, seen.slots)
+    for name, expected in world.contents.tables(seen.path).items():
         assert torch.equal(stored[name], expected), f"rules 4, 5: {said}, its {name} are not those of its keys"
+
+
+def stored_tables(index: ClusterIndex, pages: torch.Tensor, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the index holds of a segment, by array."""
+    rows = index.cluster_rows(pages).flatten()
+    where = {"members": slots, "codes": slots, "code_scales": slots, "segment_vectors": pages[:SEGMENT_VECTOR_PAGES]}
+    return {
+        name: array[:, where.get(name, rows)].clone() for name, array in index.arrays.items() if name != "page_state"
+    }
+
+
+def record_of(world: World, request: Request) -> Row:
+    """What the last walk of a request's row saw."""
+    return world.engine.planner.rows[request.row]
+
+
+def assert_partition(world: World) -> None:
+    """Every page is free, the tree's, or one request's own; a request's row names the tree's pages first, then its own."""
+    free, tree = list(world.free_pages), [node.page for node in world.tree.values()]
+    own = []
+    for request in world.running:
+        pages = world.pages(request, 0, -(-request.length // PAGE) * PAGE).tolist()
+        found = [world.tree[key].page for key in request.page_keys(request.protected)]
+        assert pages[: request.protected] == found, (
+            f"{request.rid}'s row {pages} does not begin with the tree's {found}"
+        )
+        own += pages[request.protected :]
+    everything = sorted(free + tree + own)
+    assert everything == list(range(1, world.index.geometry.pages)), (
+        f"{len(free)} free + {len(tree)} in the tree + {len(own)} own are not {world.index.geometry.pages - 1} pages"
+    )
 
 
 def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) -> None:
@@ -121,14 +190,18 @@ def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) ->
         assert torch.equal(step.dense.slots[i, : request.length], slots), f"{request.rid}'s dense list"
         if not world.is_dirty(request):
             recallable = request.length - world.attended(request, request.length)
-            assert recallable <= world.config.budget_tokens, f"{request.rid} decodes densely, {recallable} recallable"
+            base, config = request.length - recallable, world.config
+            most = config.sink_tokens + 2 * config.recluster_every + config.window_tokens + PAGE + recallable // 4
+            assert recallable <= config.budget_tokens or base > most, (
+                f"{request.rid} decodes densely, {recallable} of {request.length} recallable: {record_of(world, request)}"
+            )
     for i, place in enumerate(sparse_at):
         assert_sparse_list(world, requests[place], step, i)
     for request in requests:
         dirty = world.is_dirty(request)
         request.dense_since_news += dirty
         assert request.dense_since_news < 2, f"{request.rid} decodes densely for a second time since its row was new"
-        if not dirty:
+        if not dirty and world.settled and not world.splits:  # a piece that a cut left is looked at in the next step
             assert_tail_is_short(world, request)
 
 
@@ -149,7 +222,7 @@ def assert_sparse_list(world: World, request: Request, step: DecodeStep, i: int)
         assert inside and inside[0] == lists.segment_begin[i, segment]
         begin, end = at[inside[0]], at[inside[-1]] + PAGE
         assert [at[j] for j in inside] == list(range(begin, end, PAGE)), f"{request.rid}'s segment {segment}"
-        assert_whole(world, request, begin, end)
+        world.stream.run(assert_seen, world, sighting(world, request, begin, end))
         assert config.sink_tokens <= begin and end <= length - config.window_tokens, f"rule 6: [{begin}, {end})"
     recallable = torch.zeros(length, dtype=torch.bool)
     for begin in at:
@@ -161,7 +234,7 @@ def assert_sparse_list(world: World, request: Request, step: DecodeStep, i: int)
 
 def assert_tail_is_short(world: World, request: Request) -> None:
     """Decoded tokens become segments: own tokens at the end wait for `recluster_every` and one step at most."""
-    record = world.engine.planner.rows[request.row]
+    record = record_of(world, request)
     clustered = (world.index.page_state[world.pages(request), 0] >= 0).nonzero()
     begin = max(world.config.sink_tokens, record.found_end, PAGE * (int(clustered[-1]) + 1) if len(clustered) else 0)
     most = world.config.recluster_every + world.config.window_tokens + PAGE

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend, HandedOut
+from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend
+from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.index import ClusterIndex
+from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import Geometry
 
@@ -24,6 +26,7 @@ class Scene:
         context: tokens per line.
         dtype: of keys and values.
         seed: of everything random.
+        stream: that the engine's device work goes to.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Scene:
         context: int = 2048,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        stream: ForwardStream | None = None,
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         geometry = Geometry(layers, kv_heads, head_dim, PAGE, pages)
@@ -46,7 +50,7 @@ class Scene:
         self.req_to_token = torch.zeros((rows, context), dtype=torch.int32)
         self.handed_out = HandedOut()
         self.index = ClusterIndex(config, geometry, "cpu")
-        self.engine = ClusterEngine(self.index, self.keys, self.values, self.req_to_token, self.handed_out)
+        self.engine = ClusterEngine(self.index, self.keys, self.values, self.req_to_token, self.handed_out, stream)
         self.free_pages = list(torch.randperm(pages - 1, generator=self.generator).add(1).numpy())
 
     def clustered(self, geometry: Geometry) -> torch.Tensor:

@@ -3,8 +3,12 @@
 One launch, as under overlap (SGLANG.md 4.2, 4.5):
 
     middle chunks of the last launch are checkpointed | admissions match the tree, slots are handed out
-    head: the engine's begin_extend or begin_decode   | the forward writes its KV
+    head: the engine's begin_extend or begin_decode   | the forward attends and writes its KV
     last chunks of the *previous* launch are checkpointed: their rows may be rewritten (without overlap: of this launch)
+
+With `lags`, the forward's stream works behind the scheduler's: what the engine and the forward gave it waits until the
+test drains it, the host waits for a snapshot, or the scheduler writes a row (SGLang's barrier). What the scheduler does
+without writing rows (a request ends, pages are freed and handed out) comes before.
 
 What a token's KV is depends on the tokens up to it alone, as in a model. Pages that nobody owns hold NaN, so clusters built
 from a page too early or too late never equal the right ones. After every launch `assert_rules` checks DESIGN.md's rules.
@@ -14,9 +18,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import rules
@@ -27,8 +31,8 @@ from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.engine import DecodeStep, Extend
 from sglang_clusterkv.clusters.plan import Make, Plan, Snapshot
 from sglang_clusterkv.clusters.rows import Row
+from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 
 SMALL = ClusterKVConfig(
     budget_tokens=32,
@@ -37,6 +41,7 @@ SMALL = ClusterKVConfig(
     window_tokens=64,
     recluster_every=128,
     estimate_clusters=8,
+    merge_segments=False,
 )
 CONTENTS = 1 << 14  # different tokens' keys and values
 Pieces = list[tuple[int, int]]  # token positions [begin, end)
@@ -102,6 +107,7 @@ class Made(NamedTuple):
     make: Make
     maker: Row
     rebuilt: bool  # from pages that were clustered
+    merged: bool  # from neighbours
 
     @property
     def begin(self) -> int:
@@ -112,6 +118,44 @@ class Made(NamedTuple):
         return self.begin + self.make.pages * PAGE
 
 
+class LaggingStream(ForwardStream):
+    """Device work that waits until somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self._waiting: list[Callable[[], None]] = []
+        self._done = 0
+
+    def run(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Queue work."""
+        self._waiting.append(functools.partial(work, *arguments))
+
+    def event(self) -> _Reached:
+        """Its synchronize() works off what waits now."""
+        return _Reached(self, self._done + len(self._waiting))
+
+    def drain(self, upto: int | None = None) -> None:
+        """Work off what waits, or the first of it until `upto` pieces of work were done since the beginning."""
+        while self._waiting and (upto is None or self._done < upto):
+            self._done += 1
+            self._waiting.pop(0)()
+
+    @property
+    def settled(self) -> bool:
+        """Nothing waits."""
+        return not self._waiting
+
+
+class _Reached(NamedTuple):
+    """A point in a lagging stream."""
+
+    stream: LaggingStream
+    upto: int
+
+    def synchronize(self) -> None:
+        self.stream.drain(self.upto)
+
+
 class World:
     """Requests of one engine.
 
@@ -119,15 +163,23 @@ class World:
         config: of the engine.
         pages: of the pool.
         overlap: whether last chunks are checkpointed after the next launch.
+        lags: whether the forward's stream works behind the scheduler's.
         sizes: layers, kv_heads, head_dim, rows, context of the scene.
     """
 
     def __init__(
-        self, config: ClusterKVConfig = SMALL, *, pages: int = 400, overlap: bool = True, **sizes: int
+        self,
+        config: ClusterKVConfig = SMALL,
+        *,
+        pages: int = 400,
+        overlap: bool = True,
+        lags: bool = False,
+        **sizes: int,
     ) -> None:
         sizes = {"layers": 1, "kv_heads": 1, "head_dim": 16, "rows": 12, "context": 2048} | sizes
         self.config, self.overlap = config, overlap
-        self.scene = Scene(config, pages=pages, **sizes)
+        self.stream = LaggingStream() if lags else ForwardStream("cpu")
+        self.scene = Scene(config, pages=pages, stream=self.stream, **sizes)
         self.engine, self.index = self.scene.engine, self.scene.index
         self.contents = contents_of(config, sizes["layers"], sizes["kv_heads"], sizes["head_dim"])
         self.free_pages = list(range(pages - 1, 0, -1))  # the page freed last is handed out next
@@ -135,11 +187,13 @@ class World:
         self.tree: dict[int, _Node] = {}
         self.running: list[Request] = []
         self.launches = 0
+        self.catches_up = False  # with `lags`: a launch's head is done before the scheduler goes on
         self.handed_out: list[torch.Tensor] = []  # slots, since the last launch
         self.made: list[Made] = []  # of the last launch's plan
+        self.splits = 0  # likewise
         self.history: list[Made] = []  # of all plans
         self.walked: list[Request] = []  # rows that were dirty before the last launch and are not any more
-        self.checked: set[tuple[int, int]] = set()  # since the last launch: segment id, what tells its tokens
+        self.checked: set[tuple[int, int, int]] = set()  # launch, segment id, what tells its tokens
         self._middle: list[Request] = []  # to checkpoint before the next launch
         self._last: list[Request] = []  # to checkpoint after the next launch
         self._planned = self.engine.planner.plan
@@ -229,7 +283,7 @@ class World:
         self.handed_out = []
         pages = self.index.geometry.pages
         self.free_pages = list(range(pages - 1, 0, -1))
-        self._poison(slice(PAGE, None))
+        self.stream.run(self._poison, slice(PAGE, None))
 
     # -- what tests ask -------------------------------------------------------------------------------------------
 
@@ -258,13 +312,16 @@ class World:
 
     def pages(self, request: Request, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Pages of token positions [begin, end) of a row, whole ones, int64 [n]."""
-        end = request.length if end is None else end
-        return self.scene.req_to_token[request.row, begin : end // PAGE * PAGE : PAGE].long() // PAGE
+        return self.pages_of(request.row, begin, request.length if end is None else end)
+
+    def pages_of(self, row: int, begin: int, end: int) -> torch.Tensor:
+        """The same, of a line of req_to_token."""
+        return self.scene.req_to_token[row, begin : end // PAGE * PAGE : PAGE].long() // PAGE
 
     def tables(self, request: Request, begin: int, end: int) -> dict[str, torch.Tensor]:
         """The index's rows of tokens [begin, end)."""
         slots = self.scene.req_to_token[request.row, begin:end].long()
-        return stored_tables(self.index, self.pages(request, begin, end), slots)
+        return rules.stored_tables(self.index, self.pages(request, begin, end), slots)
 
     # -- allocator and tree ---------------------------------------------------------------------------------------
 
@@ -273,7 +330,7 @@ class World:
             buffer[slots] = torch.nan
 
     def _free(self, page: int) -> None:
-        self._poison(slice(page * PAGE, (page + 1) * PAGE))
+        self.stream.run(self._poison, slice(page * PAGE, (page + 1) * PAGE))
         self.free_pages.append(page)
 
     def _allocate(self, request: Request, begin: int, end: int) -> None:
@@ -283,15 +340,15 @@ class World:
         if new > len(self.free_pages):
             self.evict(new - len(self.free_pages))
         assert new <= len(self.free_pages), "the pool is too small for this test"
-        position = begin
-        while position < end:
-            stop = min(end, (position // PAGE + 1) * PAGE)
-            slot = self.free_pages.pop() * PAGE if position % PAGE == 0 else int(table[position - 1]) + 1
-            table[position:stop] = torch.arange(slot, slot + stop - position)
-            position = stop
-        slots = table[begin:end].long()
-        self.scene.handed_out.add(slots)
-        self.handed_out.append(slots)
+        fresh = [self.free_pages.pop() for _ in range(new)]
+        slots = [slot for page in fresh for slot in range(page * PAGE, (page + 1) * PAGE)]
+        if begin % PAGE:
+            slots = list(range(int(table[begin - 1]) + 1, int(table[begin - 1]) + 1 + -begin % PAGE)) + slots
+        given = torch.tensor(slots[: end - begin], dtype=torch.int64)
+        self.scene.handed_out.add(given)
+        self.handed_out.append(given)
+        self.settle()
+        table[begin:end] = given.int()
 
     def _lock(self, request: Request, pages: int) -> None:
         for key in request.page_keys(pages)[request.protected :]:
@@ -302,6 +359,7 @@ class World:
         found = self.found(request)
         request.prompt_len, request.length = len(request.tokens), found
         request.row, request.news_at, request.dense_since_news = self.free_rows.pop(), self.launches, 0
+        self.settle()
         table = self.scene.req_to_token[request.row]
         for i, key in enumerate(request.page_keys(found // PAGE)):
             table[i * PAGE : (i + 1) * PAGE] = self.tree[key].page * PAGE + torch.arange(PAGE, dtype=torch.int32)
@@ -313,6 +371,8 @@ class World:
         table, keys = self.scene.req_to_token[request.row], request.page_keys(tokens // PAGE)
         known = next((i for i, key in enumerate(keys) if key not in self.tree), len(keys))
         protected = request.protected
+        if known > protected:
+            self.settle()
         for i in range(protected, known):
             self._free(int(table[i * PAGE]) // PAGE)
             table[i * PAGE : (i + 1) * PAGE] = self.tree[keys[i]].page * PAGE + torch.arange(PAGE, dtype=torch.int32)
@@ -357,13 +417,26 @@ class World:
     def _begin(self, begin) -> DecodeStep | None:
         """The head of a forward."""
         self.launches += 1
-        self.made, self.walked = [], []
+        self.made, self.walked, self.splits = [], [], 0
         self.checked.clear()
         result = begin()
+        if self.catches_up:
+            self.settle()
         handed_out, self.handed_out = torch.cat(self.handed_out), []
-        rules.assert_handed_out_pages_are_unclustered(self, handed_out)
-        rules.assert_rules(self)
+        self.stream.run(rules.assert_handed_out_pages_are_unclustered, self, handed_out)
+        if self.settled:
+            rules.assert_rules(self)
         return result
+
+    @property
+    def settled(self) -> bool:
+        """The device has done all that it was given, so what the host believes can be compared with it."""
+        return not isinstance(self.stream, LaggingStream) or self.stream.settled
+
+    def settle(self) -> None:
+        """Let the forward's stream catch up; what the scheduler writes to rows waits for this as well."""
+        if isinstance(self.stream, LaggingStream):
+            self.stream.drain()
 
     def _watch_plan(self, snapshots: list[Snapshot]) -> Plan:
         """Note what is planned, with the makers as they are now."""
@@ -377,9 +450,11 @@ class World:
                 slots = self.scene.req_to_token[operation.row, begin : begin + operation.pages * PAGE : PAGE]
                 pages = slots.long() // PAGE
                 maker = copy.copy(self.engine.planner.rows[operation.row])
-                self.made.append(Made(operation, maker, bool(clustered[pages].any())))
+                merged = operation.id in plan.merged
+                self.made.append(Made(operation, maker, bool(clustered[pages].any()), merged))
                 clustered[pages] = True
         self.history += self.made
+        self.splits = plan.splits
         return plan
 
     def _record_is_dirty(self, request: Request) -> bool:
@@ -388,7 +463,10 @@ class World:
 
     def _write_kv(self, request: Request, begin: int) -> None:
         slots = self.scene.req_to_token[request.row, begin : request.length].long()
-        keys, values = self.contents.of(request.path[begin : request.length])
+        self.stream.run(self._put, slots, request.path[begin : request.length])
+
+    def _put(self, slots: torch.Tensor, path: Sequence[int]) -> None:
+        keys, values = self.contents.of(path)
         for layer, (key_buffer, value_buffer) in enumerate(zip(self.scene.keys, self.scene.values, strict=True)):
             key_buffer[slots], value_buffer[slots] = keys[layer], values[layer]
 
@@ -421,17 +499,8 @@ class Contents:
                 for buffer, layer_rows in zip(buffers, rows, strict=True):
                     buffer[slots] = layer_rows
             build.build_segment(scene.index, 1, slots, scene.keys, scene.values, 1)
-            self._known[name] = stored_tables(scene.index, slots[::PAGE] // PAGE, slots)
+            self._known[name] = rules.stored_tables(scene.index, slots[::PAGE] // PAGE, slots)
         return self._known[name]
 
 
 contents_of = functools.cache(Contents)
-
-
-def stored_tables(index, pages: torch.Tensor, slots: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the index holds of a segment, by array."""
-    rows = index.cluster_rows(pages).flatten()
-    where = {"members": slots, "codes": slots, "code_scales": slots, "segment_vectors": pages[:SEGMENT_VECTOR_PAGES]}
-    return {
-        name: array[:, where.get(name, rows)].clone() for name, array in index.arrays.items() if name != "page_state"
-    }

@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from sglang_clusterkv.clusters import build
+from sglang_clusterkv.clusters.counters import Counters, Faults
+from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.index import UNCLUSTERED, ClusterIndex
-from sglang_clusterkv.clusters.plan import Forget, Make, Plan, Planner, Snapshot
+from sglang_clusterkv.clusters.plan import Make, Plan, Planner
 from sglang_clusterkv.clusters.rows import DenseReason, Row, RowTables
+from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step
+from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 
 logger = logging.getLogger(__name__)
+
+_MOST_FAILURES = 8  # in a row, that make the wait for another try longer: 256 launches
 
 
 class Extend(NamedTuple):
@@ -37,65 +41,6 @@ class Extend(NamedTuple):
     end_tokens: int  # tokens whose KV exists after it
     prompt_len: int
     last_chunk: bool
-
-
-class HandedOut:
-    """What the allocator gave out since the last forward was launched: the index forgets it at the next one's head.
-
-    Filled on the scheduler's side, applied on the forward stream: the pages may still be read by a forward in flight.
-    """
-
-    def __init__(self) -> None:
-        self._slots: list[torch.Tensor] = []
-        self._all = False
-
-    def add(self, slots: torch.Tensor) -> None:
-        """Note slots (int64 [n]). A page that is merely continued may be among them: it is unclustered, for no
-        clustered page is partial."""
-        self._slots.append(slots)
-
-    def clear(self) -> None:
-        """All pages are free again."""
-        self._slots.clear()
-        self._all = True
-
-    def apply(self, index: ClusterIndex) -> None:
-        """Mark the pages unclustered. Call on the forward stream."""
-        if self._all:
-            index.invalidate_all()
-            self._all = False
-        if self._slots:
-            index.invalidate(torch.cat(self._slots) // index.geometry.page_size)
-            self._slots.clear()
-
-
-class _Pending(NamedTuple):
-    """A snapshot under way: where each row's pages lie in the flat host copy."""
-
-    rows: list[tuple[Row, int, int, int]]  # record, record.changed, first page, length
-    counts: list[int]
-    pages: torch.Tensor  # int64 [total], host
-    state: torch.Tensor  # int32 [total, 3], host
-    ready: object | None  # torch.cuda.Event, None on the CPU
-
-
-@dataclass
-class Counters:
-    """What the engine did since it was made; all rise."""
-
-    segments: int = 0
-    tokens_clustered: int = 0
-    tokens_reused: int = 0
-    tokens_recalled: int = 0
-    tokens_available: int = 0
-    sparse_steps: int = 0
-    splits: int = 0
-    merges: int = 0
-    build_conflicts: int = 0
-    build_s: float = 0.0
-    dense_steps: Counter[str] = field(default_factory=Counter)  # requests of a step, by reason
-    dense_layer_calls: Counter[str] = field(default_factory=Counter)  # requests of one layer of a step, by reason
-    faults: Counter[str] = field(default_factory=Counter)  # exceptions of our own code that were survived, by operation
 
 
 class DecodeStep(NamedTuple):
@@ -118,6 +63,7 @@ class ClusterEngine:
         value_buffers: likewise.
         req_to_token: int32 [rows, max_context], SGLang's table.
         handed_out: the allocator's notes.
+        stream: takes the device's work; by default the device's own.
     """
 
     def __init__(
@@ -127,6 +73,7 @@ class ClusterEngine:
         value_buffers: list[torch.Tensor],
         req_to_token: torch.Tensor,
         handed_out: HandedOut,
+        stream: ForwardStream | None = None,
     ) -> None:
         self.index = index
         self.handed_out = handed_out
@@ -140,7 +87,12 @@ class ClusterEngine:
         most_segments = context // (SEGMENT_VECTOR_PAGES * self.page_size) + 1
         self.tables = RowTables(rows, most_segments, self.config.window_tokens)
         self.counters = Counters()
-        self._pending: _Pending | None = None
+        self.faults = Faults(self.counters.faults)
+        self.stream = stream or ForwardStream(index.device)
+        self.snapshots = Snapshots(index, req_to_token, self.stream)
+        self._launch = 0
+        self._look_from = 0  # launch, after a fault
+        self._plans_failed = 0  # in a row
         # On a GPU one call takes all layers' heads; on a CPU a few stay in its cache.
         self._layers_per_call = len(key_buffers) if index.device != "cpu" else 1
 
@@ -152,8 +104,12 @@ class ClusterEngine:
         if record is not None:
             borders = [(segment.begin, segment.end) for segment in record.segments]
             logger.debug("clusterkv: request %s: %d tokens, segments %s", record.rid, record.length, borders)
-        self.planner.free(row)
         self.tables.drop(row)
+        try:
+            self.planner.free(row)
+        except Exception as error:
+            self.planner.rows.pop(row, None)
+            self._start_over("free", error)
 
     def rows_cleared(self) -> None:
         """All rows were freed."""
@@ -162,16 +118,24 @@ class ClusterEngine:
 
     def row_rewritten(self, row: int, begin: int, end: int) -> None:
         """The row's slots for positions [begin, end) were replaced by the tree's."""
-        if self.planner.rewritten(row, begin, end):
-            self.tables.dirty[row] = True
+        try:
+            if self.planner.rewritten(row, begin, end):
+                self.tables.dirty[row] = True
+        except Exception as error:
+            self._start_over("rewrite", error)
 
     # -- a forward is launched ------------------------------------------------------------------------------------
 
     def begin_extend(self, extends: list[Extend]) -> None:
         """A prefill batch is launched. Call on the forward stream, before its kernels."""
-        self._begin()
-        look_at: list[Row] = []
-        for extend in extends:
+        ready = self._begin()
+        look_at = [record for record in map(self._admit, extends) if record is not None]
+        if ready:
+            self._look(look_at)
+
+    def _admit(self, extend: Extend) -> Row | None:
+        """Note a request's chunk; None where that failed, and the request will decode densely."""
+        try:
             record = self.planner.rows.get(extend.row)
             if record is None or record.rid != extend.rid:
                 record = self.planner.admit(
@@ -180,11 +144,12 @@ class ClusterEngine:
             record.length = extend.end_tokens
             record.prefilling = not extend.last_chunk
             self.tables.write(record)
-            look_at.append(record)
-        if any(record.dirty for record in look_at):
-            # Another request's open pages may be among what a new one found: look at those too.
-            look_at += [record for record in self.planner.rows.values() if record not in look_at]
-        self._snapshot(look_at)
+            return record
+        except Exception as error:
+            self.planner.rows.pop(extend.row, None)
+            self.tables.drop(extend.row)
+            self._start_over("admit", error)
+            return None
 
     def begin_decode(self, rows: np.ndarray, seq_lens: np.ndarray) -> DecodeStep:
         """A decode batch is launched. Call on the forward stream, before its kernels.
@@ -196,104 +161,135 @@ class ClusterEngine:
         Returns:
             The lists that the layers attend to.
         """
-        self._begin()
-        known = self.tables.known[rows]
+        ready = self._begin()
+        tables = self.tables
         aged = seq_lens // self.page_size * self.page_size - self.config.window_tokens
-        waits = known & (aged - self.tables.waits_from[rows] >= self.config.recluster_every)
-        look_at = np.flatnonzero(waits | known & self.tables.dirty[rows])
-        if len(look_at):
-            self._look_at_decoding(rows[look_at], seq_lens[look_at])
-        return self._decode_step(rows, seq_lens)
+        waits = aged - tables.waits_from[rows] >= self.config.recluster_every
+        look = np.flatnonzero(
+            tables.known[rows] & (waits | tables.dirty[rows]) & (tables.look_from[rows] <= self._launch)
+        )
+        if ready and len(look):
+            self._look_at_decoding(rows[look], seq_lens[look])
+        try:
+            return self._decode_step(rows, seq_lens)
+        except Exception as error:
+            self.faults.note("lists", error)
+            self.counters.dense_steps["fault"] += len(rows)
+            return DecodeStep(None, None, None, dense_step(rows, seq_lens, self.req_to_token), rows, seq_lens)
 
     def _look_at_decoding(self, rows: np.ndarray, seq_lens: np.ndarray) -> None:
-        """Snapshot rows of a decode batch that were rewritten or have aged tokens: rare, so a loop is fine."""
-        records = []
-        for row, length in zip(rows.tolist(), seq_lens.tolist(), strict=True):
-            record = self.planner.rows[row]
+        """Rows of a decode batch that were rewritten or have aged tokens: rare, so a loop is fine."""
+        records = [self.planner.rows[row] for row in rows.tolist()]
+        for record, length in zip(records, seq_lens.tolist(), strict=True):
             record.length = length
-            records.append(record)
+        self._look(records)
+
+    def _look(self, records: list[Row]) -> None:
+        """Take a snapshot of these rows; the next launch plans from it."""
         if any(record.dirty for record in records):
-            records += [record for record in self.planner.rows.values() if record not in records]
-        self._snapshot(records)
+            # Another request's open pages may be among what a new one found: look at those too.
+            records = records + [record for record in self.planner.rows.values() if record not in records]
+        try:
+            self.snapshots.take([(record, self.planner.first_page_to_look_at(record)) for record in records])
+        except Exception as error:
+            self.snapshots.drop()
+            self._wait("copy", error)
 
-    def _begin(self) -> None:
-        self.handed_out.apply(self.index)
-        if self._pending is not None:
-            snapshots = self._read(self._pending)
-            self._pending = None
-            self._run(self.planner.plan(snapshots))
-
-    def _snapshot(self, records: list[Row]) -> None:
-        """Start copying the rows' pages and page states to the host, as of now on the forward stream."""
-        rows, counts = [], []
-        for record in records:
-            first = self.planner.first_page_to_look_at(record)
-            rows.append((record, record.changed, first, record.length))
-            counts.append(max(0, record.length // self.page_size - first))
-        row_of = np.repeat([record.row for record, *_ in rows], counts)
-        starts = np.cumsum(counts) - counts
-        page_of = np.arange(sum(counts)) - np.repeat(starts, counts) + np.repeat([r[2] for r in rows], counts)
-        device = self.req_to_token.device
-        places = torch.from_numpy(np.stack((row_of, page_of * self.page_size)).astype(np.int64))
-        if device.type != "cpu":
-            places = places.pin_memory().to(device, non_blocking=True)
-        pages = self.req_to_token[places[0], places[1]].long() // self.page_size
-        state = self.index.page_state[pages]
-        ready = None
-        if device.type != "cpu":
-            pages, state = _to_pinned(pages), _to_pinned(state)
-            ready = torch.cuda.Event()
-            ready.record()
-        self._pending = _Pending(rows, counts, pages, state, ready)
-
-    def _read(self, pending: _Pending) -> list[Snapshot]:
-        """Wait for the copy (it was queued a forward ago) and cut it into rows. Never polls: ranks must agree."""
-        if pending.ready is not None:
-            pending.ready.synchronize()  # type: ignore[attr-defined]
-        ends = np.cumsum(pending.counts)
-        pages, state = pending.pages.numpy(), pending.state.numpy()
-        return [
-            Snapshot(record, changed, first, length, pages[end - count : end], state[end - count : end])
-            for (record, changed, first, length), count, end in zip(pending.rows, pending.counts, ends, strict=True)
-        ]
+    def _begin(self) -> bool:
+        """Invalidate, plan and build; false where nothing should be looked at in this launch."""
+        self._launch += 1
+        doing = "invalidate"
+        try:
+            self.handed_out.apply(self.index, self.stream)
+            doing = "copy"
+            snapshots = self.snapshots.read()
+        except Exception as error:
+            # Nothing is lost: rows that wait to be looked at still do.
+            self.snapshots.drop()
+            self._wait(doing, error)
+            return False
+        try:
+            if snapshots:
+                self._run(self.planner.plan(snapshots))
+                self._plans_failed = 0
+        except Exception as error:
+            self._start_over("plan", error)
+        return self._launch >= self._look_from
 
     def _run(self, plan: Plan) -> None:
-        """Carry out a plan on the device and publish the rows it touched."""
-        started = time.perf_counter()
-        conflicts: set[int] = set()
-        for operation in plan.operations:
-            if isinstance(operation, Forget):
-                self.index.forget([operation.id])
-            elif not self._make(operation):
-                conflicts.add(operation.row)
+        """Queue a plan's device work and publish the rows it touched."""
+        operations = iter(plan.operations)
+        for operation in operations:
+            if isinstance(operation, Make):
+                self.stream.run(self._make, operation)
+                continue
+            try:
+                self.stream.run(self.index.forget, [operation.id])
+            except Exception as error:
+                # The pages that were to be clustered anew may still be the old segment's.
+                self.faults.note("cut", error)
+                for rest in operations:
+                    self._lost(rest.id)
         for record in plan.touched:
-            if record.row in conflicts:
-                self.planner.rewritten(record.row, 0, 1)
+            if not record.dirty:
+                record.failures = 0
             self.tables.write(record)
-        self.counters.splits += plan.splits
-        if plan.operations and self.index.device == "cpu":
-            self.counters.build_s += time.perf_counter() - started
-        for record in plan.touched:
             self._announce(record)
+        self.counters.splits += plan.splits
+        self.counters.merges += len(plan.merged)
 
-    def _make(self, make: Make) -> bool:
-        """Build one segment; false if a page turned out to be another segment's (checked where it costs nothing)."""
-        begin = make.first_page * self.page_size
-        slots = self.req_to_token[make.row, begin : begin + make.pages * self.page_size].long()
-        if self.index.device == "cpu":
-            owners = self.index.page_state[slots[:: self.page_size] // self.page_size, 0]
-            if bool((owners != UNCLUSTERED).any()):
-                self.counters.build_conflicts += 1
-                logger.warning(
-                    "clusterkv: segment %d of row %d was not built: pages %d to %d belong to segments %s. "
-                    "The request decodes densely until looked at again; please report this.",
-                    make.id, make.row, make.first_page, make.first_page + make.pages, sorted(set(owners.tolist())),
-                )  # fmt: skip
-                return False
-        build.build_segment(self.index, make.id, slots, self.key_buffers, self.value_buffers, self._layers_per_call)
-        self.counters.segments += 1
-        self.counters.tokens_clustered += make.pages * self.page_size
-        return True
+    def _make(self, make: Make) -> None:
+        """Device work: build one segment."""
+        try:
+            started = time.perf_counter()
+            begin = make.first_page * self.page_size
+            slots = self.req_to_token[make.row, begin : begin + make.pages * self.page_size].long()
+            if self.index.device == "cpu" and not self._unclustered(slots, make):
+                self._lost(make.id)
+                return
+            build.build_segment(self.index, make.id, slots, self.key_buffers, self.value_buffers, self._layers_per_call)
+            if self.index.device == "cpu":
+                self.counters.build_s += time.perf_counter() - started
+            self.counters.segments += 1
+            self.counters.tokens_clustered += make.pages * self.page_size
+        except Exception as error:
+            self.faults.note("build", error)
+            self._lost(make.id)
+
+    def _unclustered(self, slots: torch.Tensor, make: Make) -> bool:
+        """Whether no page is another segment's; asked where it costs nothing."""
+        owners = self.index.page_state[slots[:: self.page_size] // self.page_size, 0]
+        if not bool((owners != UNCLUSTERED).any()):
+            return True
+        self.counters.build_conflicts += 1
+        logger.warning(
+            "clusterkv: segment %d of row %d was not built: pages %d to %d belong to segments %s. "
+            "The request decodes densely until looked at again; please report this.",
+            make.id, make.row, make.first_page, make.first_page + make.pages, sorted(set(owners.tolist())),
+        )  # fmt: skip
+        return False
+
+    # -- what went wrong ------------------------------------------------------------------------------------------
+
+    def _lost(self, segment_id: int) -> None:
+        """A segment was not made: rows that were to see it decode densely, and are looked at again a little later."""
+        for record in self.planner.lost(segment_id):
+            record.failures = min(record.failures + 1, _MOST_FAILURES)
+            self.tables.dirty[record.row] = True
+            self.tables.look_from[record.row] = self._launch + 2**record.failures
+
+    def _start_over(self, operation: str, error: Exception) -> None:
+        """The records of rows may be wrong: all are dropped, and looked at again."""
+        self.planner.forget_what_rows_see()
+        self.tables.dirty[:] = True
+        self.snapshots.drop()
+        self._wait(operation, error)
+
+    def _wait(self, operation: str, error: Exception) -> None:
+        """Count a fault, and look at no row for a while: longer each time in a row."""
+        self.faults.note(operation, error)
+        self._plans_failed = min(self._plans_failed + 1, _MOST_FAILURES)
+        self._look_from = self._launch + 2**self._plans_failed
 
     def _announce(self, record: Row) -> None:
         """Say once per request, when its prefill is planned, what was clustered and what was reused."""
@@ -313,16 +309,19 @@ class ClusterEngine:
         count = tables.recallable(rows, seq_lens)
         covered = tables.covered[rows, count]
         base = seq_lens - covered
-        longest = config.sink_tokens + 2 * config.recluster_every + config.window_tokens + self.page_size
+        # Gaps between short segments are attended as the window is: many turns leave many, and that is no reason to read all.
+        longest = config.sink_tokens + 2 * config.recluster_every + config.window_tokens + self.page_size + covered // 4
+        dirty = tables.dirty[rows]
+        waits = np.maximum(tables.look_from[rows], self._look_from) > self._launch
         reasons = np.select(
             [
-                ~tables.known[rows],
-                tables.dirty[rows],
+                ~tables.known[rows] | dirty & waits,
+                dirty,
                 seq_lens < config.dense_below_tokens,
                 covered <= config.budget_tokens,
                 base > longest,
             ],
-            [DenseReason.UNPLANNED, DenseReason.DIRTY, DenseReason.SHORT, DenseReason.BUDGET, DenseReason.WINDOW],
+            [DenseReason.FAULT, DenseReason.DIRTY, DenseReason.SHORT, DenseReason.BUDGET, DenseReason.WINDOW],
             0,
         )
         for reason, times in zip(*np.unique(reasons[reasons > 0], return_counts=True), strict=True):
@@ -368,9 +367,3 @@ class ClusterEngine:
             "bytes": self.index.bytes,
             "running": len(self.planner.rows),
         }
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Start a copy of a device tensor to pinned host memory."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

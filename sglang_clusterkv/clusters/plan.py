@@ -11,15 +11,19 @@ shared (5); borders are set so that the window stays short (6).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from sglang_clusterkv.clusters.index import UNCLUSTERED
+from sglang_clusterkv.clusters.merging import groups_to_merge
 from sglang_clusterkv.clusters.rows import Row, Segment
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
+
+_MOST_BRANCH_ENDS = 1 << 16
 
 
 class Snapshot(NamedTuple):
@@ -55,6 +59,14 @@ class Plan:
     operations: list[Make | Forget] = field(default_factory=list)
     touched: list[Row] = field(default_factory=list)  # rows whose record changed
     splits: int = 0
+    merged: set[int] = field(default_factory=set)  # ids of segments made of neighbours
+
+    def withdraw(self, segment_id: int) -> bool:
+        """Take back a segment that this plan was to make; false if it is not of this plan."""
+        kept = [o for o in self.operations if not (isinstance(o, Make) and o.id == segment_id)]
+        found = len(kept) < len(self.operations)
+        self.operations = kept
+        return found
 
 
 class _Run(NamedTuple):
@@ -86,7 +98,9 @@ class Planner:
         self.sink_pages = config.sink_tokens // page_size
         self.recluster_pages = config.recluster_every // page_size
         self.rows: dict[int, Row] = {}
+        self.merges = config.merge_segments
         self._next_id = 0
+        self._branch_ends: dict[int, None] = {}  # segments at whose end a branch ended, the oldest first
         self._seen_by: dict[int, list[Row]] = {}  # segment id -> running rows that see it
 
     # -- what happens to rows -------------------------------------------------------------------------------------
@@ -121,6 +135,21 @@ class Planner:
         for row in list(self.rows):
             self.free(row)
 
+    def lost(self, segment_id: int) -> list[Row]:
+        """A planned segment was not made: the rows that were to see it are dirty."""
+        rows = list(self._seen_by.get(segment_id, ()))
+        for record in rows:
+            record.dirty = True
+            record.changed += 1
+        return rows
+
+    def forget_what_rows_see(self) -> None:
+        """The records may be wrong: every row is dirty and sees nothing until it is walked."""
+        self._seen_by.clear()
+        for record in self.rows.values():
+            record.dirty, record.segments = True, []
+            record.changed += 1
+
     def watchers(self, segment_id: int) -> int:
         """How many running requests see a segment."""
         return len(self._seen_by.get(segment_id, ()))
@@ -148,6 +177,9 @@ class Planner:
             self._close_what_it_found(snapshot, view, plan)
         for snapshot in current:
             self._walk(snapshot, view, plan)
+        if self.merges:
+            for snapshot in current:
+                self._merge(snapshot, view, plan)
         return plan
 
     def _cut_segments(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
@@ -182,6 +214,8 @@ class Planner:
         plan.operations.append(Forget(run.id))
         # Index begin, index end, new id.
         pieces = [(b - first, e - first, self._make(record.row, b, e - b, record, plan)) for b, e in own]
+        if run.end - first < run.pages:  # beyond it this row goes another way
+            self._end_of_branch(pieces[-1][2])
         if owner is not None:
             borders = [first, *(page for piece in own for page in piece), first + run.pages]
             for begin, end in zip(borders[::2], borders[1::2], strict=True):
@@ -198,6 +232,8 @@ class Planner:
             if not row.dirty:
                 kept = [s for s in row.segments if s.id != run.id]
                 self._see(row, sorted(kept + replacement, key=lambda s: s.begin))
+                if row.segments:  # a piece too short at the end waits with what follows
+                    row.waits_from = min(row.waits_from, row.segments[-1].end)
                 plan.touched.append(row)
 
     def _walk(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
@@ -238,6 +274,9 @@ class Planner:
             begin = self._own_pieces(snapshot, begin, end, prompt_limit, view, plan)
             while not record.prefilling and aged - begin >= self.recluster_pages:
                 begin = self._own_pieces(snapshot, begin, begin + self.recluster_pages, aged, view, plan)
+        if record.segments and record.segments[-1].end // self.page_size < snapshot.first_page:
+            # Its last segment was cut by this plan, and the snapshot begins behind what is left of it.
+            begin = max(match_end, record.segments[-1].end // self.page_size)
         record.waits_from = begin * self.page_size
 
     def _own_pieces(self, snapshot: Snapshot, begin: int, end: int, limit: int, view: _View, plan: Plan) -> int:
@@ -250,6 +289,39 @@ class Planner:
             self._see(record, sorted([*record.segments, segment], key=lambda s: s.begin))
             begin = e
         return begin
+
+    def _merge(self, snapshot: Snapshot, view: _View, plan: Plan) -> None:
+        """Make one segment of neighbours that no other running request sees, up to the window."""
+        record, page = snapshot.row, self.page_size
+        if record.prefilling or record.dirty:
+            return
+        limit = (snapshot.length // page - self.window_pages) * page
+        segments = [s for s in record.segments if s.end <= limit]
+        alone = [self._seen_by[s.id] == [record] for s in segments]
+        joins = [
+            alone[i] and alone[i + 1] and left.id not in self._branch_ends
+            and view.is_unclustered(snapshot, left.end // page, right.begin // page)
+            for i, (left, right) in enumerate(itertools.pairwise(segments))
+        ]  # fmt: skip
+        for first, last in groups_to_merge(segments, joins, self.segment_pages * page):
+            begin, end = segments[first].begin // page, segments[last].end // page
+            for segment in segments[first : last + 1]:
+                if plan.withdraw(segment.id):
+                    record.clustered_tokens -= segment.tokens
+                else:
+                    plan.operations.append(Forget(segment.id))
+            merged = Segment(self._make(record.row, begin, end - begin, record, plan), begin * page, end * page)
+            if segments[last].id in self._branch_ends:
+                self._end_of_branch(merged.id)
+            kept = [s for s in record.segments if s.end <= merged.begin or s.begin >= merged.end]
+            self._see(record, sorted([*kept, merged], key=lambda s: s.begin))
+            plan.merged.add(merged.id)
+
+    def _end_of_branch(self, segment_id: int) -> None:
+        """Remember that a branch ends with this segment, so that no merge undoes what the next branch would cut again."""
+        self._branch_ends[segment_id] = None
+        if len(self._branch_ends) > _MOST_BRANCH_ENDS:
+            del self._branch_ends[next(iter(self._branch_ends))]
 
     def _pieces(self, begin: int, end: int, limit: int, match_end: int | None) -> list[tuple[int, int]]:
         """Segments to make of pages [begin, end): cut every segment_pages from the begin, none beyond `limit`, none
@@ -314,6 +386,12 @@ class _View:
             _Run(int(first + b), int(first + e), int(state[b, 0]), int(state[b, 1]), int(state[b, 2]))
             for b, e in zip(starts[:-1], starts[1:], strict=True)
         ]
+
+    def is_unclustered(self, snapshot: Snapshot, begin: int, end: int) -> bool:
+        """Whether pages [begin, end) of a row are known to be unclustered, or none."""
+        state = self._state[id(snapshot.row)]
+        inside = state[max(0, begin - snapshot.first_page) : max(0, end - snapshot.first_page), 0]
+        return begin == end or begin >= snapshot.first_page and bool((inside == UNCLUSTERED).all())
 
     def claim(self, snapshot: Snapshot, begin: int, end: int, new_id: int) -> None:
         """Pages [begin, end) of a snapshotted row become segment `new_id`, in every row that has these pages."""

@@ -34,12 +34,12 @@ class DenseReason(enum.IntEnum):
     SHORT = 1  # seq_len < dense_below_tokens
     BUDGET = 2  # the budget covers all clustered tokens
     DIRTY = 3  # the row was rewritten or never walked
-    WINDOW = 4  # sinks, gaps and window exceed the list's capacity
+    WINDOW = 4  # sinks, gaps and window are too many beside what is clustered
     SLIDING = 5  # the layer has a sliding window
     LOGIT_CAP = 6  # the layer caps its logits
     SHARED_KV = 7  # the layer reads another layer's KV
     FIRST_LAYERS = 8  # below dense_layers
-    UNPLANNED = 9  # a batch that did not come from the scheduler (warm-up, capture, unit kits)
+    FAULT = 9  # our own code failed for it: counted in `faults`, looked at again later
 
 
 @dataclass(eq=False)
@@ -56,6 +56,7 @@ class Row:
         changed: counts rewrites; a snapshot from before a change is void.
         segments: what the last walk saw whole, ascending.
         walked: was walked at least once.
+        failures: times in a row that a segment of its last plan was not made.
         waits_from: token position from which own tokens wait to become a segment.
         cached_tokens, clustered_tokens, reused_tokens: for the log and the counters.
     """
@@ -74,6 +75,7 @@ class Row:
     reused_tokens: int = 0
     walked: bool = False
     announced: bool = False
+    failures: int = 0
     waits_from: int = 0
 
 
@@ -94,6 +96,7 @@ class RowTables:
         self.end = np.full((rows, max_segments), _NEVER, np.int32)
         self.covered = np.zeros((rows, max_segments + 1), np.int32)  # tokens of the first i segments
         self.waits_from = np.zeros(rows, np.int32)
+        self.look_from = np.zeros(rows, np.int64)  # launch from which a row may be looked at, after a fault
 
     def write(self, row: Row) -> None:
         """Publish a row's record to the decode steps that are launched from now on."""
@@ -113,6 +116,7 @@ class RowTables:
     def drop(self, row: int) -> None:
         """The row was freed."""
         self.known[row] = False
+        self.look_from[row] = 0
 
     def recallable(self, rows: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
         """How many leading segments of each row end before the window, int64 [B]: the others are attended whole."""

@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.engine import ClusterEngine, Extend, HandedOut
+from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
+from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend import dense_decode

@@ -1,0 +1,47 @@
+"""The order in which the device works through what the engine gives it.
+
+The engine hands all of its device work to one of these and waits for the device only through an `Event`. So the tests can
+put in a stream that lags behind the host, as an accelerator's does, on a machine that has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in the stream."""
+
+    def synchronize(self) -> None:
+        """Return once the device has come here."""
+
+
+class _Reached:
+    def synchronize(self) -> None:
+        pass
+
+
+class ForwardStream:
+    """The current stream of an accelerator; on the CPU work is done at once.
+
+    Args:
+        device: its type, "cpu" or "cuda".
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def run(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Queue `work(*arguments)` behind everything that was queued before."""
+        work(*arguments)
+
+    def event(self) -> Event:
+        """A point behind everything that was queued so far."""
+        if self._device == "cpu":
+            return _Reached()
+        event = torch.cuda.Event()
+        event.record()
+        return event

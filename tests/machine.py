@@ -1,0 +1,191 @@
+"""Users and a scheduler that do at random whatever they may, as a hypothesis state machine over `world.py`.
+
+Every launch passes the rules' assertions (rules.py): at once where the forward's stream has caught up, else as soon as it
+does. `COUNTS` tells what a run went through, so that a test can ask whether it went through everything.
+
+The machine has one rule that draws the event: hypothesis would leave out whole rules in most worlds, and launches are what
+everything happens at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import msgspec
+import rules
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from scenes import PAGE
+from world import SMALL, Request, World, stream
+
+from sglang_clusterkv.config import ClusterKVConfig
+
+COUNTS: Counter[str] = Counter()
+
+CONFIGS = [
+    msgspec.structs.replace(SMALL, **changes)
+    for changes in (
+        {},
+        {"merge_segments": True},
+        {"merge_segments": True, "recluster_every": 64},
+        {"merge_segments": True, "window_tokens": 32, "segment_tokens": 512},
+        {"refine": False, "sink_tokens": 48, "recluster_every": 160},
+        {"segment_tokens": 128, "merge_segments": True, "recluster_every": 64},
+    )
+]
+WEIGHTS = {"arrive": 5, "chunk": 6, "decode": 7, "finish": 4, "retract": 1, "abort": 1, "make_room": 1, "settle": 1}
+EVENTS = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
+MOST_TOKENS = 1000
+MOST_RUNNING = 6
+ENDS = st.sampled_from([1, 5, 20, 70, 150, 300])
+PICK = st.integers(0, 1 << 10)
+
+
+def most_pages(request: Request) -> int:
+    """Pages that a request may come to hold."""
+    return -(-(len(request.tokens) + 110) // PAGE)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """One world, from its first request to its last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.texts: list[list[int]] = []
+        self.waiting: list[Request] = []
+        self._fresh = 10**6
+        self._latest = stream(9, 300)
+
+    @initialize(
+        config=st.sampled_from(CONFIGS),
+        pages=st.sampled_from([250, 330, 500]),
+        overlap=st.booleans(),
+        lags=st.booleans(),
+    )
+    def begin(self, config: ClusterKVConfig, pages: int, overlap: bool, lags: bool) -> None:
+        """A world of its own."""
+        COUNTS["worlds"] += 1
+        self.world = World(config, pages=pages, overlap=overlap, lags=lags)
+        self.texts = [stream(k, 900) for k in range(3)]
+
+    @rule(event=st.sampled_from(EVENTS), data=st.data())
+    def event(self, event: str, data: st.DataObject) -> None:
+        """Something happens."""
+        COUNTS["steps"] += 1
+        getattr(self, event)(data.draw)
+
+    # -- users
+
+    def _new(self, tokens: int) -> list[int]:
+        self._fresh += 1
+        return stream(self._fresh, tokens)
+
+    def arrive(self, draw) -> None:
+        """Requests come in: a new text, a branch from one seen before, a chat's next turn, or the last one again."""
+        for kind in draw(
+            st.lists(st.sampled_from(["admit", "branch", "turn", "turn", "duplicate"]), min_size=1, max_size=3)
+        ):
+            COUNTS[kind] += 1
+            text = self.texts[-1 - draw(PICK) % min(5, len(self.texts))]
+            if kind == "admit":
+                prompt = self._new(draw(st.sampled_from([40, 130, 333, 500, 700, 900])))
+            elif kind == "branch":
+                prompt = text[: draw(PICK) % len(text)] + self._new(draw(ENDS))
+            elif kind == "turn":
+                message = draw(ENDS)
+                prompt = text[: 900 - message] + self._new(message)
+            else:
+                prompt = self._latest
+            self._latest = prompt
+            self.waiting.insert(0, self.world.submit(prompt[:900]))
+
+    # -- the scheduler
+
+    def _decoding(self) -> list[Request]:
+        return [request for request in self.world.running if not request.prefilling]
+
+    def _paused(self) -> list[Request]:
+        return [request for request in self.world.running if request.prefilling]
+
+    def chunk(self, draw) -> None:
+        """Launch a prefill: paused requests go on, waiting ones begin, the last with so many tokens if it has more."""
+        chunks = self._paused() if draw(st.booleans()) else []
+        most, size = draw(st.integers(1, 4)), draw(st.sampled_from([None, None, 64, 128, 256, 272]))
+        room = self.world.index.geometry.pages - 1 - sum(map(most_pages, self.world.running))
+        while self.waiting and len(chunks) < most and len(self.world.running) + len(chunks) < MOST_RUNNING:
+            room -= most_pages(self.waiting[0])
+            if room < 0:
+                break
+            chunks.append(self.waiting.pop(0))
+        if chunks:
+            self.world.catches_up = draw(st.booleans())
+            self.world.extend(*chunks[:-1], (chunks[-1], size) if size is not None else chunks[-1])
+            self._launched("chunk")
+
+    def decode(self, draw) -> None:
+        """Launch decode steps of all that decode."""
+        steps, self.world.catches_up = draw(st.sampled_from([1, 1, 2, 5, 20])), draw(st.booleans())
+        for _ in range(steps):
+            batch = [request for request in self._decoding() if len(request.tokens) < MOST_TOKENS]
+            if not batch:
+                return
+            self.world.decode(*batch)
+            self._launched("decode")
+
+    def _launched(self, name: str) -> None:
+        rules.assert_partition(self.world)
+        COUNTS[name] += 1
+        COUNTS["rewrite"] += sum(request.news_at == self.world.launches for request in self.world.running)
+        COUNTS["merge"] += sum(made.merged for made in self.world.made)
+        COUNTS["lagging"] += not self.world.settled
+
+    def settle(self, draw) -> None:
+        """The forward's stream catches up, and what rows see is compared with it."""
+        COUNTS["settle"] += 1
+        self.world.settle()
+        rules.assert_records(self.world)
+
+    def finish(self, draw) -> None:
+        """A request ends."""
+        if batch := self._decoding():
+            COUNTS["finish"] += 1
+            request = batch[draw(PICK) % len(batch)]
+            self.texts.append(list(request.tokens))
+            self.world.finish(request, in_flight=0 if request.length == request.prompt_len else 1)
+
+    def retract(self, draw) -> None:
+        """A request gives its row back for a while."""
+        if batch := self._decoding():
+            COUNTS["retract"] += 1
+            request = batch[draw(PICK) % len(batch)]
+            self.world.retract(request)
+            self.waiting.append(request)
+
+    def abort(self, draw) -> None:
+        """A request is given up, between its chunks if there is one."""
+        if batch := self._paused() or self.world.running:
+            COUNTS["abort"] += 1
+            self.world.abort(batch[draw(PICK) % len(batch)])
+
+    def make_room(self, draw) -> None:
+        """Pages of the tree are freed; all of it where nothing runs."""
+        if self.world.running or draw(st.booleans()):
+            COUNTS["evict"] += 1
+            self.world.evict(draw(st.integers(1, 60)))
+        else:
+            COUNTS["flush"] += 1
+            self.world.flush()
+
+    def teardown(self) -> None:
+        """All requests end: nothing of them is left."""
+        for request in list(self.world.running):
+            self.world.abort(request)
+        self.world.settle()
+        rules.assert_partition(self.world)
+        planner, tables = self.world.engine.planner, self.world.engine.tables
+        assert not planner.rows and not tables.known.any(), "records of rows that ended"
+        assert not planner._seen_by, f"segments that nobody sees any more: {planner._seen_by}"
+        counters = self.world.engine.counters
+        COUNTS.update(splits=counters.splits, reused=counters.tokens_reused, sparse=counters.sparse_steps)
+        assert not counters.faults, counters.faults

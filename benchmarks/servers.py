@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ def free_port() -> int:
 
 
 class Server:
-    """A running server; `log` is the file with what it printed."""
+    """A running server; `log` is the file with what it printed, `process` its first process."""
 
-    def __init__(self, port: int, log: Path) -> None:
+    def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        self.process = process
 
     def generate(self, prompt: str | list[int], tokens: int, **fields: Any) -> dict[str, Any]:
         """Greedy completion of a prompt (text or ids); the server's JSON, with output_ids."""
@@ -71,7 +72,12 @@ class Server:
 
 @contextmanager
 def serve(
-    model: Path, log: Path, *arguments: str, config: dict[str, Any] | None = None, backend: str = "clusterkv"
+    model: Path,
+    log: Path,
+    *arguments: str,
+    config: dict[str, Any] | None = None,
+    backend: str = "clusterkv",
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """`python -m sglang.launch_server` on the CPU in float32, until the block ends.
 
@@ -81,28 +87,34 @@ def serve(
         arguments: more of the command line.
         config: for --clusterkv-config.
         backend: of attention.
+        environment: more variables than this process has.
     """
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), "--attention-backend", backend]
     if config is not None:
         command += ["--clusterkv-config", json.dumps(config)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *arguments], stdout=output, stderr=output, env=environment, start_new_session=True
+            [*command, *arguments], stdout=output, stderr=output, env=variables, start_new_session=True
         )
     try:
-        server = Server(port, log)
+        server = Server(port, log, process)
         _wait(server, process)
         yield server
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server's processes, where a test has not done so."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+            return
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:

@@ -29,7 +29,7 @@ from scenes import PAGE, Scene
 
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.engine import DecodeStep, Extend
-from sglang_clusterkv.clusters.plan import Make, Plan, Snapshot
+from sglang_clusterkv.clusters.plan import Make, Plan, Planner, Snapshot
 from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
@@ -187,6 +187,7 @@ class World:
         self.tree: dict[int, _Node] = {}
         self.running: list[Request] = []
         self.launches = 0
+        self.may_fault = False  # whether the engine may go the dense way longer than it should
         self.catches_up = False  # with `lags`: a launch's head is done before the scheduler goes on
         self.handed_out: list[torch.Tensor] = []  # slots, since the last launch
         self.made: list[Made] = []  # of the last launch's plan
@@ -196,7 +197,6 @@ class World:
         self.checked: set[tuple[int, int, int]] = set()  # launch, segment id, what tells its tokens
         self._middle: list[Request] = []  # to checkpoint before the next launch
         self._last: list[Request] = []  # to checkpoint after the next launch
-        self._planned = self.engine.planner.plan
         self.engine.planner.plan = self._watch_plan  # type: ignore[method-assign]
         self._rids = 0
         self._poison(slice(PAGE, None))
@@ -302,7 +302,8 @@ class World:
 
     def is_dirty(self, request: Request) -> bool:
         """Decodes densely for now."""
-        return self.engine.planner.rows[request.row].dirty
+        record = self.engine.planner.rows.get(request.row)
+        return record is None or record.dirty
 
     def found(self, request: Request) -> int:
         """Tokens that the tree has of a request now."""
@@ -441,7 +442,7 @@ class World:
     def _watch_plan(self, snapshots: list[Snapshot]) -> Plan:
         """Note what is planned, with the makers as they are now."""
         dirty = [request for request in self.running if self._record_is_dirty(request)]
-        plan = self._planned(snapshots)
+        plan = Planner.plan(self.engine.planner, snapshots)
         self.walked = [request for request in dirty if not self._record_is_dirty(request)]
         clustered = self.index.page_state[:, 0] >= 0
         for operation in plan.operations:

@@ -297,7 +297,7 @@ class Planner:
             return
         limit = (snapshot.length // page - self.window_pages) * page
         segments = [s for s in record.segments if s.end <= limit]
-        alone = [self._seen_by[s.id] == [record] for s in segments]
+        alone = [self.watchers(s.id) == 1 for s in segments]
         joins = [
             alone[i] and alone[i + 1] and left.id not in self._branch_ends
             and view.is_unclustered(snapshot, left.end // page, right.begin // page)

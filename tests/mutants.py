@@ -1,0 +1,181 @@
+"""Ways to break the engine, each against a rule, and the state machine's verdict on each: `make mutants`.
+
+A mutant patches one function of the engine. The state machine (machine.py) must turn red under it; the table says after how
+many worlds and launches it did, and by which assertion. Exit code 1 when a mutant survives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from scenes import PAGE, Scene
+
+from sglang_clusterkv.clusters import build, plan
+from sglang_clusterkv.clusters.engine import ClusterEngine
+from sglang_clusterkv.clusters.handed_out import HandedOut
+from sglang_clusterkv.clusters.index import ClusterIndex
+from sglang_clusterkv.clusters.plan import Planner
+from sglang_clusterkv.clusters.rows import RowTables
+
+
+class Mutant(NamedTuple):
+    """One broken engine."""
+
+    rules: str  # of DESIGN.md that it breaks
+    broken: Callable[[], AbstractContextManager[Any]]
+
+
+def _replaced(owner: Any, name: str, by: Any) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: patch.object(owner, name, by)
+
+
+@contextmanager
+def _invalidated_on_the_schedulers_stream() -> Iterator[None]:
+    init = Scene.__init__
+
+    def with_index(self: Scene, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.handed_out.index = self.index
+
+    with (
+        patch.object(Scene, "__init__", with_index),
+        patch.object(HandedOut, "add", lambda self, slots: self.index.invalidate(slots // PAGE)),
+        patch.object(HandedOut, "clear", lambda self: self.index.invalidate_all()),
+    ):
+        yield
+
+
+def _spoiled_mark() -> AbstractContextManager[Any]:
+    mark = ClusterIndex.mark
+
+    def mark_and_spoil(self: ClusterIndex, segment_id: int, pages: torch.Tensor) -> None:
+        mark(self, segment_id, pages)
+        self.arrays["members"][:, int(pages[-1]) * PAGE + 3] += 1
+
+    return patch.object(ClusterIndex, "mark", mark_and_spoil)
+
+
+def _built_differently_each_time() -> AbstractContextManager[Any]:
+    cluster, calls = build.cluster_segment, [0]
+
+    def with_noise(index: ClusterIndex, keys: torch.Tensor, values: torch.Tensor) -> build.SegmentTables:
+        calls[0] += 1
+        return cluster(index, keys * (1 + 0.01 * (calls[0] % 5 == 0)), values)
+
+    return patch.object(build, "cluster_segment", with_noise)
+
+
+def _void_snapshots_used() -> AbstractContextManager[Any]:
+    planned = Planner.plan
+    return patch.object(
+        Planner, "plan", lambda self, snapshots: planned(self, [s._replace(changed=s.row.changed) for s in snapshots])
+    )
+
+
+def _window_forgotten() -> AbstractContextManager[Any]:
+    recallable = RowTables.recallable
+    return patch.object(
+        RowTables, "recallable", lambda self, rows, lens: recallable(self, rows, lens + self.window_tokens)
+    )
+
+
+def _headless_is_whole() -> AbstractContextManager[Any]:
+    return patch.object(plan._Run, "whole", property(lambda run: run.end - run.begin + run.offset == run.pages))
+
+
+def _built_from_the_row_of_the_launch_before() -> AbstractContextManager[Any]:
+    make, rows = ClusterEngine._make, {}
+
+    def late(self: ClusterEngine, operation: plan.Make) -> None:
+        true, self.req_to_token = self.req_to_token, rows.get(id(self), self.req_to_token)
+        make(self, operation)
+        self.req_to_token = true
+        rows[id(self)] = true.clone()
+
+    return patch.object(ClusterEngine, "_make", late)
+
+
+MUTANTS = {
+    "handed-out pages keep their clusters": Mutant(
+        "1", _replaced(ClusterIndex, "invalidate", lambda self, pages: None)
+    ),
+    "invalidated on the scheduler's stream": Mutant("1", _invalidated_on_the_schedulers_stream),
+    "segments reach into the prompt's window": Mutant(
+        "2", _replaced(Planner, "_prompt_limit", lambda self, record: record.prompt_len // PAGE)
+    ),
+    "what was found is not clustered": Mutant(
+        "2", _replaced(Planner, "_close_what_it_found", lambda self, snapshot, view, plan: None)
+    ),
+    "rewritten rows go on as they were": Mutant(
+        "3", _replaced(Planner, "rewritten", lambda self, row, begin, end: False)
+    ),
+    "rewritten rows wait for an extend": Mutant(
+        "3", _replaced(ClusterEngine, "_look_at_decoding", lambda self, rows, lens: None)
+    ),
+    "a snapshot from before a rewrite is used": Mutant("3", _void_snapshots_used),
+    "a segment that lost its head is whole": Mutant("3", _headless_is_whole),
+    "only the one that cuts is told": Mutant(
+        "3", _replaced(Planner, "_see", lambda self, record, segments: setattr(record, "segments", segments))
+    ),
+    "merged although others see it": Mutant("2, 3", _replaced(Planner, "watchers", lambda self, segment_id: 1)),
+    "a row that ended stays known": Mutant("3, 4", _replaced(Planner, "free", lambda self, row: None)),
+    "built from an older row": Mutant("4", _built_from_the_row_of_the_launch_before),
+    "tables of other keys": Mutant("4, 5", _spoiled_mark),
+    "built differently each time": Mutant("5", _built_differently_each_time),
+    "clusters inside the window": Mutant("6", _window_forgotten),
+}
+
+
+def verdict(mutant: Mutant, worlds: int) -> str | None:
+    """The first line of the assertion under which the state machine turned red within so many worlds, or None."""
+    from hypothesis import HealthCheck, Phase, settings
+    from hypothesis.stateful import run_state_machine_as_test
+    from machine import COUNTS, SchedulerMachine
+
+    COUNTS.clear()
+    quiet = settings(
+        max_examples=worlds,
+        stateful_step_count=50,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    with mutant.broken(), contextlib.redirect_stdout(None):
+        try:
+            run_state_machine_as_test(SchedulerMachine, settings=quiet)
+        except (AssertionError, KeyError, ValueError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("AssertionError: ")
+    return None
+
+
+def main(worlds: int = 400) -> int:
+    """Print the table."""
+    from machine import COUNTS
+
+    survived = 0
+    print(f"{'rule':5} {'mutant':42} {'worlds':>6} {'launches':>8} {'s':>4}  turned red by")
+    for name, mutant in MUTANTS.items():
+        begin = time.monotonic()
+        red = verdict(mutant, worlds)
+        survived += red is None
+        launches = COUNTS["chunk"] + COUNTS["decode"]
+        took_s = time.monotonic() - begin
+        print(
+            f"{mutant.rules:5} {name:42} {COUNTS['worlds']:6} {launches:8} {took_s:4.0f}  {red or 'SURVIVED'}"[:150],
+            flush=True,
+        )
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

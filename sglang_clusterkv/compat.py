@@ -250,3 +250,56 @@ def refusal(arguments: Any, model: ModelFacts | None = None) -> str | None:
         if row.applies(arguments, facts):
             return f"--attention-backend {BACKEND} cannot serve this: {row.sentence}"
     return None
+
+
+def compatibility_markdown() -> str:
+    """The text of docs/compatibility.md, from the table."""
+    rows = "\n".join(f"| {row.name} | {row.sentence} |" for row in REFUSALS)
+    return f"""# Compatibility
+
+<!-- Written by `python -m sglang_clusterkv.compat > docs/compatibility.md`: change compat.py, not this. -->
+
+## SGLang
+
+0.5.23, unmodified. `sglang-clusterkv check` compares every symbol that the plugin relies on with the installed SGLang; the
+server does the same at start and ends with one sentence where something differs. Python 3.11 and 3.12, Linux.
+
+## Served
+
+- Decoder-only models with multi-head or grouped-query attention over one KV pool (Llama, Qwen 2 and 3, Mistral, SmolLM, Phi,
+  ...), key and value heads of one size that is a multiple of 16, KV in bf16, fp16 or fp32. Run here: SmolLM2-135M and a random
+  Llama, on the CPU.
+- The radix cache, chunked prefill, overlap scheduling, retraction, aborts, streaming, grammars (regex, JSON), `n` > 1,
+  tensor parallelism, `sgl.Engine`, SGLang frontend programs, `--enable-metrics`.
+- Page sizes from 2; 16 unless set.
+- CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton; decode runs the torch references, without CUDA graphs. CUDA
+  has not been run yet.
+
+## Served densely
+
+Exact, counted in `dense_steps` or `dense_layer_calls` (`/server_info`, `/metrics`) with the reason:
+
+| reason | which |
+|---|---|
+| `short` | requests shorter than `dense_below_tokens` |
+| `budget` | the budget covers all clustered tokens |
+| `dirty` | the row's pages have just been replaced by the radix tree's: a step or two |
+| `window` | sinks, gaps and window are too many beside what is clustered |
+| `fault` | our own code failed for the request: counted in `faults`, tried again later |
+| `sliding` | layers with a sliding window (Gemma 2 and 3) |
+| `logit_cap` | layers that cap their logits |
+| `shared_kv` | layers that read another layer's KV |
+| `first_layers` | layers below `dense_layers` |
+
+## Refused
+
+The start ends with `--attention-backend {BACKEND} cannot serve this:` and the sentence.
+
+| what | sentence |
+|---|---|
+{rows}
+"""
+
+
+if __name__ == "__main__":
+    print(compatibility_markdown(), end="")

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from sglang_clusterkv import compat, plugin
-from sglang_clusterkv.compat import REFUSALS, ModelFacts
+from sglang_clusterkv.clusters.rows import DenseReason
+from sglang_clusterkv.compat import REFUSALS, ModelFacts, compatibility_markdown
 from sglang_clusterkv.config import ClusterKVConfig
 
 SERVED = {
@@ -317,3 +319,13 @@ def test_the_server_exits_with_one_sentence_and_no_traceback(model_path):
     assert (
         done.stderr.strip().splitlines()[-1].startswith("sglang-clusterkv: --attention-backend clusterkv cannot serve")
     )
+
+
+def test_the_documentation_is_of_this_table() -> None:
+    written = (Path(__file__).parent.parent / "docs" / "compatibility.md").read_text()
+    assert written == compatibility_markdown(), "run python -m sglang_clusterkv.compat > docs/compatibility.md"
+
+
+def test_the_documentation_names_every_reason_to_decode_densely() -> None:
+    text = compatibility_markdown()
+    assert all(f"| `{reason.name.lower()}` |" in text for reason in DenseReason)

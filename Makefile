@@ -8,6 +8,7 @@ PORT ?= 30000
 MODEL ?=
 SERVE_ARGS ?=
 DEMO_ARGS ?=
+SOAK_ARGS ?=
 TESTS ?= tests
 PYTEST_ARGS ?=
 
@@ -21,7 +22,7 @@ CPU_ARGS := --device cpu --max-total-tokens 65536
 CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dtype float32)
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test bench mutants check lint style types clean
+.PHONY: help env dev-env demo-model serve demo test bench soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -31,6 +32,7 @@ help:
 	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word -m \"not server\"'"
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
 	@echo "make bench   time per token against torch_native, needles, each operation; alone on the machine: about 20 minutes"
+	@echo "make soak    30 minutes of mixed traffic: are memory and latency flat? (SOAK_ARGS='--minutes 5')"
 	@echo "make mutants breaks the engine, one rule at a time: the state machine of the tests must notice each"
 	@echo "make check   compares the installed SGLang with what this package relies on"
 	@echo "make lint    ruff check, ruff format --check, mypy"
@@ -83,6 +85,9 @@ bench: dev-env demo-model
 	$(PY) -m benchmarks.operations
 	$(PY) -m benchmarks.needle
 	$(PY) -m benchmarks.latency
+
+soak: dev-env demo-model
+	$(PY) -m benchmarks.soak $(SOAK_ARGS)
 
 mutants: dev-env
 	@echo "Breaking the engine, one rule at a time; the state machine must notice each. About two minutes."

@@ -22,18 +22,17 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.servers import Server, serve
-from examples.agent import make_document
 from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.haystack import CITIES, Fact, magic_number, make_document
 
 RESULTS = Path(__file__).parent / "results"
-CITIES = ["Oslo", "Lima", "Cairo", "Quebec", "Hanoi", "Dublin", "Nairobi", "Warsaw", "Sydney", "Havana"]
 
 
-def prompts(tokens: int) -> list[tuple[str, str]]:
-    """(prompt, number) for each needle; the prompts share everything but the question."""
+def prompts(tokens: int) -> list[tuple[str, Fact]]:
+    """(prompt, needle) for each needle; the prompts share everything but the question."""
     tokenizer = AutoTokenizer.from_pretrained(default_out())
     numbers = random.Random(7).sample(range(10000, 99999), len(CITIES))
-    needles = [f" The magic number of {city} is {number}." for city, number in zip(CITIES, numbers, strict=True)]
+    needles = [magic_number(city, number) for city, number in zip(CITIES, numbers, strict=True)]
     # The needles and the template are part of the length.
     body = tokenizer(make_document(tokens + 1500, [])).input_ids[: tokens - 16 * len(needles) - 60]
     text = tokenizer.decode(body)
@@ -41,22 +40,22 @@ def prompts(tokens: int) -> list[tuple[str, str]]:
     for i, needle in enumerate(needles):
         begin, end = len(text) * i // len(needles), len(text) * (i + 1) // len(needles)
         middle = text.index("\n", (begin + end) // 2) if "\n" in text[(begin + end) // 2 : end] else (begin + end) // 2
-        pieces += [text[begin:middle], needle, text[middle:end]]
+        pieces += [text[begin:middle], f" {needle.sentence}", text[middle:end]]
     document = "".join(pieces)
     return [
         (
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{document}\n\nWhat is the magic number of {city}?"}],
+                [{"role": "user", "content": f"{document}\n\n{needle.question}"}],
                 tokenize=False,
                 add_generation_prompt=True,
             ),
-            str(number),
+            needle,
         )
-        for city, number in zip(CITIES, numbers, strict=True)
+        for needle in needles
     ]
 
 
-def answers(server: Server, asked: list[tuple[str, str]]) -> tuple[list[str], int]:
+def answers(server: Server, asked: list[tuple[str, Fact]]) -> tuple[list[str], int]:
     """The server's answers, and the prompt's tokens."""
     found = [server.generate(prompt, 16) for prompt, _ in tqdm(asked, leave=False, unit="needle")]
     return [answer["text"] for answer in found], found[0]["meta_info"]["prompt_tokens"]
@@ -83,14 +82,16 @@ def main() -> None:
             texts[name], length = answers(server, asked)
     lines = ["| depth | needle | dense | clusterkv |", "|---|---|---|---|"]
     right = dict.fromkeys(texts, 0)
-    for i, (_, number) in enumerate(asked):
+    for i, (_, needle) in enumerate(asked):
         marks = []
         for name in texts:
-            right[name] += number in texts[name][i]
+            right[name] += needle.answer in texts[name][i]
             marks.append(
-                "found" if number in texts[name][i] else " ".join(texts[name][i].split())[:40].replace("|", " ")
+                "found" if needle.answer in texts[name][i] else " ".join(texts[name][i].split())[:40].replace("|", " ")
             )
-        lines.append(f"| {100 * (2 * i + 1) // (2 * len(asked))} % | {CITIES[i]} {number} | {' | '.join(marks)} |")
+        lines.append(
+            f"| {100 * (2 * i + 1) // (2 * len(asked))} % | {CITIES[i]} {needle.answer} | {' | '.join(marks)} |"
+        )
     lines.append(f"| all | | {right['dense']} of {len(asked)} | {right['clusterkv']} of {len(asked)} |")
     header = (
         f"SmolLM2-135M-Instruct, float32, {length} tokens, budget {args.budget}, candidates {args.candidates}; "
@@ -102,7 +103,7 @@ def main() -> None:
     stem = RESULTS / f"needle-{args.tokens}-budget{args.budget}-{time.strftime('%Y%m%d-%H%M%S')}"
     stem.with_suffix(".md").write_text(text + "\n")
     stem.with_suffix(".json").write_text(
-        json.dumps({"numbers": [n for _, n in asked], "answers": texts}, indent=1) + "\n"
+        json.dumps({"numbers": [needle.answer for _, needle in asked], "answers": texts}, indent=1) + "\n"
     )
     print(f"\nwritten: {stem.with_suffix('.md')}")
 

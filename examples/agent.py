@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 import urllib.error
@@ -18,24 +17,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sglang_clusterkv.haystack import CHARS_PER_TOKEN, FACTS, make_document
+
 Message = dict[str, str]
 
-# The log book below in the demo model's tokenizer. Plain prose has more characters per token: a file comes out shorter.
-CHARS_PER_TOKEN = 3.4
-
-
-class Fact(NamedTuple):
-    sentence: str
-    question: str
-    answer: str  # a correct reply contains it
-
-
-FACTS = [
-    Fact("The secret passcode of the vault is 48213.", "What is the secret passcode of the vault?", "48213"),
-    Fact("The magic number of Lima is 29772.", "What is the magic number of Lima?", "29772"),
-    Fact("The name of the station's cat is Biscuit.", "What is the name of the station's cat?", "Biscuit"),
-    Fact("The magic number of Warsaw is 62337.", "What is the magic number of Warsaw?", "62337"),
-]
 OPEN_QUESTIONS = [
     "What is this document about? Answer in one sentence.",
     "Name one thing that happens in the first part of the document.",
@@ -68,29 +53,6 @@ class Turn(NamedTuple):
 
 class DemoError(RuntimeError):
     """Something that the user can change; the message is one sentence with the fix."""
-
-
-def make_document(tokens: int, facts: list[Fact]) -> str:
-    """A station's log book of about `tokens` tokens, the same every time, with the facts spread over it."""
-    rng = random.Random(7)
-    people = ["Ada", "Bruno", "Chiara", "Dmitri", "Elif", "Farid", "Greta", "Hugo"]
-    places = ["the harbour", "the workshop", "the lamp room", "the east pier", "the store", "the weather mast"]
-    works = ["painted the railing", "counted the ropes", "repaired the pump", "cleaned the lenses", "wrote letters"]
-    skies = ["Fog came in before noon.", "The wind turned north.", "It rained until dusk.", "The sea was calm all day."]
-    sentences: list[str] = []
-    written_chars = day = 0
-    while written_chars < tokens * CHARS_PER_TOKEN:
-        day += 1
-        who, other = rng.sample(people, 2)
-        entry = (
-            f"Day {day}. {who} {rng.choice(works)} at {rng.choice(places)}, and {other} {rng.choice(works)}. "
-            f"{rng.choice(skies)} Supper was at {rng.randint(5, 9)} o'clock.\n"
-        )
-        sentences.append(entry)
-        written_chars += len(entry)
-    for number, fact in enumerate(facts):
-        sentences.insert(int(len(sentences) * (number + 0.5) / len(facts)), fact.sentence + "\n")
-    return "".join(sentences)
 
 
 def read_document(path: Path, tokens: int) -> str:
@@ -218,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
     first_counts = read_counts(server)
     client = openai.OpenAI(base_url=f"{server}/v1", api_key=args.api_key, timeout=args.timeout, max_retries=0)
 
-    tokens, max_tokens = (1500, 12) if args.small else (args.tokens, args.max_tokens)
+    tokens, max_tokens = (1500, 16) if args.small else (args.tokens, args.max_tokens)
     questions: list[tuple[str, str | None]]
     if args.document is None:
         document = make_document(tokens, FACTS)
@@ -287,7 +249,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=6000, help="about how long the document is, default %(default)s")
     parser.add_argument("--max-tokens", type=int, default=48, help="per answer, default %(default)s")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per request, default %(default)s")
-    parser.add_argument("--small", action="store_true", help="about 1,500 tokens and 12 per answer, for a quick check")
+    parser.add_argument("--small", action="store_true", help="about 1,500 tokens and 16 per answer, for a quick check")
     args = parser.parse_args(argv)
     if args.tokens < 100 or args.max_tokens < 1:
         parser.error("--tokens must be at least 100 and --max-tokens at least 1")

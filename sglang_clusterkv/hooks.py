@@ -238,6 +238,43 @@ SCHEDULER = (
     Symbol("managers.io_struct.GetInternalStateReqOutput", "/server_info", attributes="internal_state"),
 )
 
+_REPORTER = "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
+METRICS = (
+    Symbol(
+        "observability.metrics_collector.SchedulerMetricsCollector.__init__",
+        "where our series are made",
+        "self labels server_args enable_lora enable_hierarchical_cache enable_streaming_session",
+    ),
+    Symbol("observability.metrics_collector.SchedulerMetricsCollector", "our series' labels", attributes="labels"),
+    Symbol(
+        _REPORTER + ".report_prefill_stats",
+        "when our series are updated",
+        "self batch prefill_stats can_run_cuda_graph dp_cooperation_info",
+    ),
+    Symbol(
+        _REPORTER + ".report_decode_stats",
+        "when our series are updated",
+        "self can_run_cuda_graph running_batch num_generated_tokens",
+    ),
+    Symbol(_REPORTER + "._maybe_log_idle_metrics", "the end of a burst", "self"),
+    Symbol(_REPORTER, "which ranks have series", attributes="scheduler current_scheduler_metrics_enabled"),
+    Symbol(
+        "managers.scheduler.Scheduler.on_idle",
+        "the end of a burst",
+        mentions=("self.metrics_reporter._maybe_log_idle_metrics()",),
+    ),
+    Symbol(
+        "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor",
+        "once per batch",
+        mentions=("self.metrics_reporter.report_prefill_stats(", "self.metrics_reporter.report_decode_stats("),
+    ),
+    Symbol(
+        "managers.scheduler_components.internal_state.SchedulerInternalStateController",
+        "the reporter",
+        attributes="scheduler",
+    ),
+)
+
 _FORWARD = "self q k v layer forward_batch save_kv_cache kwargs"
 BACKEND = (
     Symbol("layers.attention.base_attn_backend.AttentionBackend.forward", "dispatches the phases", _FORWARD),
@@ -295,7 +332,7 @@ BACKEND = (
     ),
 )
 
-SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + SCHEDULER + BACKEND
+SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + SCHEDULER + METRICS + BACKEND
 
 
 def check(symbols: Iterable[Symbol] = SYMBOLS) -> list[Difference]:

@@ -1,4 +1,4 @@
-"""The hooks that a scheduler process gets once it serves with clusterkv: thin wrappers around runtime, pool and memory.
+"""The hooks that a scheduler process gets once it serves with clusterkv: thin wrappers around our other rooms.
 
 A process may publish another configuration later (an engine after an engine), so each wrapper asks again.
 """
@@ -27,6 +27,7 @@ def install(platform: Any) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     source = HookSource(plugin_name="clusterkv", dist_name="sglang-clusterkv")
+    reporter = _SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter."
     targets = [
         (_SRT + "managers.tp_worker.TpModelWorker.forward_batch_generation", _before_forward, HookType.BEFORE),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree", _checkpoint, HookType.AROUND),
@@ -41,6 +42,14 @@ def install(platform: Any) -> None:
             _after_internal_state,
             HookType.AFTER,
         ),
+        (
+            _SRT + "observability.metrics_collector.SchedulerMetricsCollector.__init__",
+            _after_collector,
+            HookType.AFTER,
+        ),
+        (reporter + "report_prefill_stats", _after_batch, HookType.AFTER),
+        (reporter + "report_decode_stats", _after_batch, HookType.AFTER),
+        (reporter + "_maybe_log_idle_metrics", _after_idle, HookType.AFTER),
     ]
     if not is_our_platform(platform):  # our own asks for pool and allocator by itself
         name = f"{type(platform).__module__}.{type(platform).__qualname__}"
@@ -65,9 +74,10 @@ def _attribute(target: str) -> Any:
 
 def _before_forward(worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> None:
     if plugin.active_config() is not None:
-        from sglang_clusterkv import runtime
+        from sglang_clusterkv import metrics, runtime
 
         runtime.before_forward(worker, batch)
+        metrics.forward(worker)
 
 
 def _checkpoint(original: Callable[..., Any], cache: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,9 +97,31 @@ def _after_insert(result: Any, cache: Any, *args: Any, **kwargs: Any) -> None:
 
 def _after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
     if plugin.active_config() is not None:
-        from sglang_clusterkv import runtime
+        from sglang_clusterkv import metrics, runtime
 
         result.internal_state["clusterkv"] = runtime.server_info()
+        metrics.refresh(controller.scheduler.metrics_reporter)
+
+
+def _after_collector(result: None, collector: Any, *args: Any, **kwargs: Any) -> None:
+    if plugin.active_config() is not None:
+        from sglang_clusterkv import metrics
+
+        metrics.collector_made(collector)
+
+
+def _after_batch(result: None, reporter: Any, *args: Any, **kwargs: Any) -> None:
+    if plugin.active_config() is not None:
+        from sglang_clusterkv import metrics
+
+        metrics.batch_done(reporter)
+
+
+def _after_idle(result: None, reporter: Any) -> None:
+    if plugin.active_config() is not None:
+        from sglang_clusterkv import metrics
+
+        metrics.idle(reporter)
 
 
 def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int | None:

@@ -72,19 +72,20 @@ def test_demo_model_refuses_a_bad_wheel_without_a_traceback(tmp_path: Path, caps
     assert "Traceback" not in error
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["needle", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from sglang_clusterkv import cli\n"
-        "try: cli.main(['--help'])\n"
+        f"try: cli.main({arguments})\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'numpy', 'sglang', 'tqdm', 'transformers'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'sglang', 'tqdm', 'transformers', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     root = Path(cli.__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert "check" in done.stdout
-    assert "demo-model" in done.stdout
+    for word in ("check", "demo-model", "needle") if len(arguments) == 1 else ("--base-url", "--lengths", "--depths"):
+        assert word in done.stdout
 
 
 def test_an_unknown_command_exits_2() -> None:

@@ -23,13 +23,14 @@ from sglang_clusterkv.demo_model import default_out
 
 pytestmark = pytest.mark.server
 
-# One dense layer, so that a step has layers of both kinds.
+# One dense layer, so that a step has layers of both kinds. Counts of tokens clustered are exact without merging.
 CONFIG = {
     "budget_tokens": 128,
     "candidate_tokens": 512,
     "segment_tokens": 256,
     "recluster_every": 64,
     "dense_layers": 1,
+    "merge_segments": False,
 }
 CHUNK = 512
 

@@ -20,6 +20,7 @@ from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.counters import Counters, Faults
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.index import UNCLUSTERED, ClusterIndex
+from sglang_clusterkv.clusters.mass import mean_by_group
 from sglang_clusterkv.clusters.plan import Make, Plan, Planner
 from sglang_clusterkv.clusters.rows import DenseReason, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
@@ -347,7 +348,7 @@ class ClusterEngine:
         return sparse_step(borders, self.req_to_token, self.page_size)
 
     def server_info(self) -> dict[str, object]:
-        """Counts for /server_info, the demo and the tests: plain integers and one dictionary."""
+        """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""
         counters = self.counters
         return {
             "segments": counters.segments,
@@ -356,6 +357,7 @@ class ClusterEngine:
             "tokens_reused": counters.tokens_reused,
             "tokens_recalled": counters.tokens_recalled,
             "tokens_available": counters.tokens_available,
+            "recalled_mass": mean_by_group(self.index.mass.cpu().numpy()),
             "sparse_steps": counters.sparse_steps,
             "dense_steps": dict(counters.dense_steps),
             "dense_layer_calls": dict(counters.dense_layer_calls),

@@ -54,6 +54,8 @@ class ClusterIndex:
         self.arrays = device_tier.allocate(config, geometry, device)
         self.page_state = self.arrays["page_state"]  # int32 [pages, 3]: segment id, index in the segment, its pages
         self.page_state[:, 0] = UNCLUSTERED
+        # float64 [layers, 2]: recalled mass of all sparse steps since the start, its sum and how many (request, query head).
+        self.mass = torch.zeros((geometry.layers, 2), dtype=torch.float64, device=device)
         self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
         self._layers = [self._view(layer) for layer in range(geometry.layers)]
 
@@ -75,8 +77,16 @@ class ClusterIndex:
 
         Waits for the device: not for a decode step.
         """
-        pages = int((self.page_state[:, 0] != UNCLUSTERED).sum())
-        return pages * self.clusters_per_page * self.geometry.layers * self.geometry.kv_heads
+        return int(self.clustered_pages()) * self.clusters_of_a_page
+
+    @property
+    def clusters_of_a_page(self) -> int:
+        """Clusters at one page, over all layers and kv heads."""
+        return self.clusters_per_page * self.geometry.layers * self.geometry.kv_heads
+
+    def clustered_pages(self) -> torch.Tensor:
+        """Pages that belong to a segment, int64 [] on the device: does not wait for it."""
+        return (self.page_state[:, 0] != UNCLUSTERED).sum()
 
     def invalidate(self, pages: torch.Tensor) -> None:
         """Mark pages (int64 [n], any device order) unclustered: they were handed out again."""

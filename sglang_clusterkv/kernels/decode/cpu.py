@@ -14,7 +14,7 @@ from sglang_clusterkv.kernels.attend.cpu import attend_kernel
 from sglang_clusterkv.kernels.cpu_math import bits
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.estimate.cpu import estimate_kernel
-from sglang_clusterkv.kernels.merge.cpu import merge_kernel
+from sglang_clusterkv.kernels.merge.cpu import mass_kernel, merge_kernel
 from sglang_clusterkv.kernels.refine.cpu import recall_all_kernel, recall_kernel, value_kernel
 from sglang_clusterkv.kernels.row_cpu import ROW_FORMATS, row_views
 from sglang_clusterkv.kernels.score.cpu import score_kernel
@@ -36,6 +36,7 @@ class LayerArrays:
         self.cluster_end = view.cluster_end.numpy()
         self.vectors = bits(view.segment_vectors)
         self.members = view.members.numpy()
+        self.mass = index.mass[layer].numpy()
         if view.codes is not None and view.code_scales is not None:
             codes = view.codes.numpy()
             self.codes = codes.view(np.uint16) if index.config.code_bits == 2 else codes
@@ -202,6 +203,11 @@ class CpuDecoder:
             u.estimate, u.estimate_lse,
         )  # fmt: skip
 
+    def note_mass(self, layer: int) -> None:
+        """How much of the mass was read exactly; before the merge, which overwrites `lse`."""
+        u, estimated = self.buffers, self.config.estimate
+        mass_kernel(self.layers[layer].mass, u.lse, u.estimate_lse if estimated else u.total, not estimated)
+
     def merge(self, output: np.ndarray) -> None:
         """Both parts into `output`."""
         u = self.buffers
@@ -244,5 +250,7 @@ def sparse_decode(
     decoder.attend(q_rows, key_rows, bits(values), scale, out)
     if index.config.estimate:
         decoder.estimate(layer)
+    decoder.note_mass(layer)
+    if index.config.estimate:
         decoder.merge(out)
     return output.flatten(1, 2).to(q.dtype)

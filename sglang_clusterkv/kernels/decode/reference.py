@@ -1,4 +1,4 @@
-"""The chain of references: score, select, refine, attend, estimate, merge."""
+"""The chain of references: score, select, refine, attend, estimate, merge; and the recalled mass."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_clusterkv.kernels.attend.reference import attend
+from sglang_clusterkv.kernels.attend.reference import Partial, attend
 from sglang_clusterkv.kernels.estimate.reference import estimate
-from sglang_clusterkv.kernels.merge.reference import merge
+from sglang_clusterkv.kernels.merge.reference import merge, note_mass
 from sglang_clusterkv.kernels.refine.reference import recall_all, refine
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
@@ -39,5 +39,8 @@ def sparse_decode(
         recalled = recall_all(scores, candidates)
     exact = attend(grouped, keys, values, step, recalled.slots, recalled.count, scale)
     if config.estimate:
-        exact = merge(exact, estimate(scores, recalled.left, index, layer, step))
-    return exact.output.flatten(1, 2).to(q.dtype)
+        whole = merge(exact, estimate(scores, recalled.left, index, layer, step))
+    else:
+        whole = Partial(exact.output, scores.total)
+    note_mass(index.mass[layer], exact.lse, whole.lse)
+    return whole.output.flatten(1, 2).to(q.dtype)

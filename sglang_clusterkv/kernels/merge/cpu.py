@@ -20,3 +20,21 @@ def merge_kernel(output: Any, lse: Any, other: Any, other_lse: Any) -> None:
                 lse[b, h, g] = most + np.log(mine + others)
                 for d in range(output.shape[3]):
                     output[b, h, g, d] += share * (other[b, h, g, d] - output[b, h, g, d])
+
+
+@njit(cache=True, nogil=True)
+def mass_kernel(mass: Any, lse: Any, other_lse: Any, other_is_whole: bool) -> None:
+    """As `merge.reference.note_mass`, before the merge. `other_lse` is the estimate's, or the whole's if `other_is_whole`."""
+    total = 0.0
+    for b in range(lse.shape[0]):
+        for h in range(lse.shape[1]):
+            for g in range(lse.shape[2]):
+                ratio = np.exp(np.float64(other_lse[b, h, g]) - lse[b, h, g])
+                if other_is_whole:
+                    share = 1.0 if ratio < 1.0 else 1.0 / ratio
+                else:
+                    share = 1.0 / (1.0 + ratio)
+                if not np.isnan(share):
+                    total += share
+    mass[0] += total
+    mass[1] += lse.size

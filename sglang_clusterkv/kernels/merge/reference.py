@@ -1,4 +1,4 @@
-"""Merge: two partial attentions by their log-sum-exps."""
+"""Merge: two partial attentions by their log-sum-exps; and how much of the mass was read exactly."""
 
 from __future__ import annotations
 
@@ -12,3 +12,23 @@ def merge(a: Partial, b: Partial) -> Partial:
     lse = torch.logaddexp(a.lse, b.lse)
     weight_a, weight_b = (a.lse - lse).exp().unsqueeze(-1), (b.lse - lse).exp().unsqueeze(-1)
     return Partial(a.output * weight_a + b.output * weight_b, lse)
+
+
+def note_mass(mass: torch.Tensor, exact_lse: torch.Tensor, whole_lse: torch.Tensor) -> None:
+    """Add the recalled mass of one layer of one step to the layer's accumulator.
+
+    The recalled mass of a (request, kv head, query head) is the share of its attention that was read exactly, namely of
+    sinks, gaps, window and recalled tokens: exp(exact_lse - whole_lse), at most 1. It is an estimate, because the rest of
+    the whole is one: the clusters' estimate of what was not recalled, or, where that is switched off, score's `total`,
+    which estimates all clusters. What is not a number counts as 0: one broken request must not hide all others.
+
+    Nothing here waits for the device.
+
+    Args:
+        mass: float64 [2], sum of shares and how many, on the device of the others.
+        exact_lse: float32 [B, H, G], log-sum-exp of the tokens that were read.
+        whole_lse: float32 [B, H, G], log-sum-exp of all tokens.
+    """
+    share = (exact_lse - whole_lse).exp().clamp(max=1.0).nan_to_num(0.0)
+    mass[0].add_(share.sum(dtype=mass.dtype))
+    mass[1].add_(share.numel())

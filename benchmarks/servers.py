@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -70,6 +71,11 @@ class Server:
         raise AssertionError("the cache was not flushed: something still runs")
 
 
+def _end_with_parent() -> None:
+    """Runs in the server's process: it ends when ours does, however that ends (Linux; its own children follow it)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @contextmanager
 def serve(
     model: Path,
@@ -97,7 +103,12 @@ def serve(
     variables = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *arguments], stdout=output, stderr=output, env=variables, start_new_session=True
+            [*command, *arguments],
+            stdout=output,
+            stderr=output,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         server = Server(port, log, process)

@@ -1,0 +1,35 @@
+"""The server on the tiny model that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_model import tiny_model
+from traffic import CONFIG, logging_of_requests
+
+from benchmarks.servers import Server, serve
+
+CHUNK = 2048
+POOL = 8192
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The tiny model's folder."""
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that admits more than its pool holds, so that requests are retracted where they are many."""
+    folder = tmp_path_factory.mktemp("tiny")
+    arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL), "--max-running-requests", "8"]
+    arguments += ["--schedule-conservativeness", "0.05"]
+    environment = logging_of_requests(folder) | {
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+        "SGLANG_EXPOSE_OWN_ENV_VARS": "1",
+    }
+    with serve(tiny, folder / "server.log", *arguments, config=CONFIG, environment=environment) as running:
+        yield running

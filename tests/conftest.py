@@ -21,7 +21,7 @@ def tiny() -> Path:
     return tiny_model()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an idle server takes most of a core from those that follow
 def tiny_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that admits more than its pool holds, so that requests are retracted where they are many."""
     folder = tmp_path_factory.mktemp("tiny")

@@ -33,7 +33,17 @@ CONFIGS = [
         {"segment_tokens": 128, "merge_segments": True, "recluster_every": 64},
     )
 ]
-WEIGHTS = {"arrive": 5, "chunk": 6, "decode": 7, "finish": 4, "retract": 1, "abort": 1, "make_room": 1, "settle": 1}
+WEIGHTS = {
+    "arrive": 5,
+    "chunk": 6,
+    "decode": 7,
+    "finish": 4,
+    "retract": 1,
+    "abort": 1,
+    "make_room": 1,
+    "settle": 1,
+    "chat": 1,
+}
 EVENTS = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
 MOST_TOKENS = 1000
 MOST_RUNNING = 6
@@ -67,7 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A world of its own."""
         COUNTS["worlds"] += 1
         self.world = World(config, pages=pages, overlap=overlap, lags=lags)
-        self.texts = [stream(k, 900) for k in range(3)]
+        self.texts = [stream(0, 900), stream(1, 900), stream(2, 150)]
 
     @rule(event=st.sampled_from(EVENTS), data=st.data())
     def event(self, event: str, data: st.DataObject) -> None:
@@ -99,6 +109,24 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prompt = self._latest
             self._latest = prompt
             self.waiting.insert(0, self.world.submit(prompt[:900]))
+
+    def chat(self, draw) -> None:
+        """Two short turns, one after the other, beside all that waits: their segments are neighbours that merge."""
+        tokens = self._new(150)
+        for _ in range(2):
+            request = self.world.submit(tokens)
+            room = self.world.index.geometry.pages - 1 - sum(map(most_pages, self.world.running))
+            if len(self.world.running) >= MOST_RUNNING or most_pages(request) > room:
+                return
+            COUNTS["chat"] += 1
+            self.world.catches_up = draw(st.booleans())
+            self.world.extend(request)
+            self._launched("chunk")
+            self.world.decode(request)
+            self._launched("decode")
+            self.world.finish(request)
+            tokens = request.tokens + self._new(100)
+        self.texts.append(tokens)
 
     # -- the scheduler
 

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import requests
 from conftest import POOL
+from tiny_model import SHAPE
 from traffic import Request, alone, assert_well, prompt
 
 from benchmarks.servers import Server
-from tiny_model import SHAPE
 
 pytestmark = pytest.mark.server
 

@@ -339,8 +339,8 @@ def test_a_live_server_has_what_the_table_and_the_board_name(tmp_path: Path) -> 
     arguments = ["--enable-metrics", "--max-total-tokens", "6000", "--max-running-requests", "4"]
     with serve(model, tmp_path / "server.log", *arguments, config=CONFIG | {"dense_layers": 1}) as server:
         server.generate(text[:100], 2)  # shorter than the budget
-        server.generate(text[:900], 8)
-        server.stream(text[:640] + text[2000:2100], 8)  # shares a prefix and cuts a segment
+        server.generate(text[:560], 6)
+        server.stream(text[:400] + text[2000:2080], 6)  # shares a prefix and cuts a segment
         time.sleep(1)  # the scheduler is idle, and nobody has asked for /server_info
         families = scrape(server)
         counts = server.counts()

@@ -151,9 +151,7 @@ def alone(server: Server, ids: list[int], tokens: int) -> list[int]:
     return server.generate(ids, tokens)["output_ids"]
 
 
-def at_once(
-    server: Server, prompts: list[list[int]], tokens: int, *, ignore_eos: bool = True
-) -> list[dict[str, Any]]:
+def at_once(server: Server, prompts: list[list[int]], tokens: int, *, ignore_eos: bool = True) -> list[dict[str, Any]]:
     """Several requests that reach the scheduler together."""
     sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": ignore_eos}
     answer = requests.post(

@@ -22,7 +22,7 @@ CPU_ARGS := --device cpu --max-total-tokens 65536
 CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dtype float32)
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test bench soak mutants check lint style types clean
+.PHONY: help env dev-env demo-model serve demo test test-long bench soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -30,6 +30,7 @@ help:
 	@echo "             SGLANG_CLUSTERKV_CONFIG='{\"budget_tokens\": 256}' make serve"
 	@echo "make test    environment with test tools (once), demo model (once), then all tests"
 	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word -m \"not server\"'"
+	@echo "make test-long  the tests that make test leaves out: scheduler behaviours, churn, kill, tensor parallelism on servers"
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
 	@echo "make bench   time per token against torch_native, needles, each operation; alone on the machine: about 20 minutes"
 	@echo "make soak    30 minutes of mixed traffic: are memory and latency flat? (SOAK_ARGS='--minutes 5')"
@@ -79,7 +80,10 @@ demo: env
 test: dev-env demo-model
 	@echo "Running the tests in $(TESTS); those that start a server take a minute or more each."
 	@# -W: else SWIG's warning at the interpreter's end comes after pytest's summary.
-	$(PY) -W 'ignore:builtin type:DeprecationWarning' -m pytest $(TESTS) --durations=10 $(PYTEST_ARGS)
+	$(PY) -W 'ignore:builtin type:DeprecationWarning' -m pytest $(TESTS) --durations=10 -m 'not long' $(PYTEST_ARGS)
+
+test-long: dev-env demo-model
+	$(PY) -m pytest $(TESTS) --durations=10 -m long $(PYTEST_ARGS)
 
 bench: dev-env demo-model
 	$(PY) -m benchmarks.operations

@@ -131,6 +131,7 @@ def test_a_prompt_that_fits_the_context_but_not_the_pool_is_answered(tiny_server
     assert answer.status_code in (200, 400), answer.text
 
 
+@pytest.mark.long
 def test_the_server_is_well_after_all_that(tiny_server: Server, expected: list[int]) -> None:
     assert_well(tiny_server)
     assert alone(tiny_server, prompt(400), 8) == expected

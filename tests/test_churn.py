@@ -28,7 +28,7 @@ from traffic import CONFIG, Request, alone, assert_well, borders, logging_of_req
 
 from benchmarks.servers import Server, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 ABORTS = int(os.environ.get("CLUSTERKV_ABORTS", "50"))
 ARGUMENTS = ["--chunked-prefill-size", "1024", "--max-total-tokens", "24000", "--max-running-requests", "8"]

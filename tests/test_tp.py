@@ -121,6 +121,7 @@ def two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_two_ranks_answer_as_one_and_plan_the_same_segments(two_ranks: Server, tiny_server: Server) -> None:
     trunk = prompt(80)
     branch = trunk[:640] + prompt(81, 400)
@@ -142,6 +143,7 @@ def test_two_ranks_answer_as_one_and_plan_the_same_segments(two_ranks: Server, t
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_ranks_stay_together_under_load(two_ranks: Server) -> None:
     prompts = [prompt(82 + i, 900 - 48 * i) for i in range(5)]
     two_ranks.flush()
@@ -156,6 +158,7 @@ def test_ranks_stay_together_under_load(two_ranks: Server) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_the_demo_model_on_three_ranks(tmp_path: Path) -> None:
     """A smoke test; two ranks end with SGLang's own "9 is not divisible by 2"."""
     arguments = ["--tp-size", "3", "--max-total-tokens", "4096", "--max-running-requests", "2"]

@@ -21,12 +21,13 @@ def tiny() -> Path:
     return tiny_model()
 
 
-@pytest.fixture(scope="module")  # an idle server takes most of a core from those that follow
+@pytest.fixture(scope="session")
 def tiny_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that admits more than its pool holds, so that requests are retracted where they are many."""
     folder = tmp_path_factory.mktemp("tiny")
     arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL), "--max-running-requests", "8"]
-    arguments += ["--schedule-conservativeness", "0.05"]
+    # Without the last one an idle server takes most of a core from those that follow.
+    arguments += ["--schedule-conservativeness", "0.05", "--sleep-on-idle"]
     environment = logging_of_requests(folder) | {
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
         "SGLANG_EXPOSE_OWN_ENV_VARS": "1",

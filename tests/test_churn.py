@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.server, pytest.mark.long]
 
 ABORTS = int(os.environ.get("CLUSTERKV_ABORTS", "50"))
 ARGUMENTS = ["--chunked-prefill-size", "1024", "--max-total-tokens", "24000", "--max-running-requests", "8"]
+ARGUMENTS += ["--sleep-on-idle"]
 STRICT = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"
 
 

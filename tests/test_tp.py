@@ -115,7 +115,7 @@ def two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     # SGLang asks for the cores of each rank where the machine has one memory node.
     environment = logging_of_requests(folder) | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     arguments = ["--tp-size", "2", "--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL)]
-    arguments += ["--max-running-requests", "8"]
+    arguments += ["--max-running-requests", "8", "--sleep-on-idle"]
     with serve(tiny, folder / "server.log", *arguments, config=CONFIG, environment=environment) as running:
         yield running
 

@@ -360,7 +360,8 @@ class World:
         found = self.found(request)
         request.prompt_len, request.length = len(request.tokens), found
         request.row, request.news_at, request.dense_since_news = self.free_rows.pop(), self.launches, 0
-        self.settle()
+        if found:
+            self.settle()
         table = self.scene.req_to_token[request.row]
         for i, key in enumerate(request.page_keys(found // PAGE)):
             table[i * PAGE : (i + 1) * PAGE] = self.tree[key].page * PAGE + torch.arange(PAGE, dtype=torch.int32)

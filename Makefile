@@ -30,7 +30,7 @@ help:
 	@echo "             SGLANG_CLUSTERKV_CONFIG='{\"budget_tokens\": 256}' make serve"
 	@echo "make test    environment with test tools (once), demo model (once), then all tests"
 	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word -m \"not server\"'"
-	@echo "make test-long  the tests that make test leaves out: scheduler behaviours, churn, kill, tensor parallelism on servers"
+	@echo "make test-long  the tests that make test leaves out: churn, kill, tensor parallelism on servers; 8 minutes"
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
 	@echo "make bench   time per token against torch_native, needles, each operation; alone on the machine: about 20 minutes"
 	@echo "make soak    30 minutes of mixed traffic: are memory and latency flat? (SOAK_ARGS='--minutes 5')"

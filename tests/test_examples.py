@@ -153,7 +153,6 @@ class TestAgainstAServer:
         assert server.counts()["running"] == 0
 
 
-@pytest.mark.long
 def test_an_engine_finds_in_its_batch_what_the_first_prompt_left() -> None:
     output = example("engine.py", "--small")
     alone, batch = numbers(output, "tokens_clustered")

@@ -1,4 +1,4 @@
-"""The server on the tiny model that several files share."""
+"""The server on the tiny model; each file that asks for it has one of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tiny() -> Path:
     return tiny_model()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an idle server takes most of a core from the tests that follow
 def tiny_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that admits more than its pool holds, so that requests are retracted where they are many."""
     folder = tmp_path_factory.mktemp("tiny")

@@ -17,4 +17,4 @@ SLOW = {
 
 @pytest.mark.parametrize("name", sorted(set(MUTANTS) - SLOW))
 def test_the_state_machine_notices(name: str) -> None:
-    assert verdict(MUTANTS[name], worlds=40), f"{name} survived"
+    assert verdict(MUTANTS[name], worlds=300), f"{name} survived"

@@ -94,7 +94,7 @@ soak: dev-env demo-model
 	$(PY) -m benchmarks.soak $(SOAK_ARGS)
 
 mutants: dev-env
-	@echo "Breaking the engine, one rule at a time; the state machine must notice each. About two minutes."
+	@echo "Breaking the engine, one rule at a time; the state machine must notice each. Half a minute."
 	@cd tests && PYTHONPATH=.. $(abspath $(PY)) mutants.py
 
 check: env

@@ -18,7 +18,6 @@ from sglang_clusterkv.clusters.step import DenseStep, dense_step
 from sglang_clusterkv.clusters.warmup import compile_cpu_kernels
 from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
-from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.platform import prefill_threads
 
@@ -167,10 +166,12 @@ class ClusterKVAttnBackend(AttentionBackend):
         assert self.engine is not None
         local = layer.layer_id - self.first_layer
         if step.dense is None:
-            return sparse_decode(rows, keys, values, self.engine.index, local, step.sparse, layer.scaling).flatten(1)
+            return self.engine.sparse_decode(
+                rows, keys, values, self.engine.index, local, step.sparse, layer.scaling
+            ).flatten(1)
         assert step.sparse_at is not None and step.dense_at is not None
         output = torch.empty_like(rows)
-        output[step.sparse_at] = sparse_decode(
+        output[step.sparse_at] = self.engine.sparse_decode(
             rows[step.sparse_at], keys, values, self.engine.index, local, step.sparse, layer.scaling
         )
         output[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense)

@@ -120,6 +120,11 @@ def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwarg
         )
 
 
+def engine() -> ClusterEngine | None:
+    """The engine of this scheduler process, if the model's pool carries an index."""
+    return _engine
+
+
 def take_step() -> DecodeStep | None:
     """The lists of the decode batch just launched; None for a batch that did not come from the scheduler."""
     global _step

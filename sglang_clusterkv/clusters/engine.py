@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
@@ -26,11 +28,25 @@ from sglang_clusterkv.clusters.rows import DenseReason, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step
 from sglang_clusterkv.clusters.stream import ForwardStream
+from sglang_clusterkv.config import ConfigError, validate
+from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 
 logger = logging.getLogger(__name__)
 
 _MOST_FAILURES = 8  # in a row, that make the wait for another try longer: 256 launches
+# What a decode step reads and nothing that is stored depends on: may change between two steps.
+STEP_OPTIONS = (
+    "budget_tokens",
+    "candidate_tokens",
+    "refine",
+    "choice_spread",
+    "estimate",
+    "estimate_spread",
+    "estimate_clusters",
+    "dense_layers",
+    "dense_below_tokens",
+)
 
 
 class Extend(NamedTuple):
@@ -90,12 +106,30 @@ class ClusterEngine:
         self.counters = Counters()
         self.faults = Faults(self.counters.faults)
         self.stream = stream or ForwardStream(index.device)
+        self.sparse_decode = (
+            sparse_decode  # one layer of the sparse requests of a step; benchmarks put other policies here
+        )
         self.snapshots = Snapshots(index, req_to_token, self.stream)
         self._launch = 0
         self._look_from = 0  # launch, after a fault
         self._plans_failed = 0  # in a row
         # On a GPU one call takes all layers' heads; on a CPU a few stay in its cache.
         self._layers_per_call = len(key_buffers) if index.device != "cpu" else 1
+
+    def set_step_options(self, **options: object) -> None:
+        """Change some of `STEP_OPTIONS` from the next decode step on; what is clustered stays as it is.
+
+        Raises ConfigError for another option, for values that do not go together, and for refining without stored codes.
+        """
+        fixed = [name for name in options if name not in STEP_OPTIONS]
+        if fixed:
+            raise ConfigError(f"{fixed[0]} is fixed when the server starts: change one of {', '.join(STEP_OPTIONS)}")
+        config = msgspec.structs.replace(self.config, **options)
+        validate(config, self.page_size, self.index.geometry.head_dim)
+        if config.refine and "codes" not in self.index.arrays:
+            raise ConfigError("no codes are stored: start with refine=true, then it may be switched")
+        self.config = self.index.config = config
+        self.index.scratch.clear()
 
     # -- the scheduler's events (host only) -----------------------------------------------------------------------
 

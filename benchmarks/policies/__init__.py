@@ -1,0 +1,68 @@
+"""The attention policies that the evaluation compares, all through the serving backend; tests and tables take every one."""
+
+from __future__ import annotations
+
+from benchmarks.policies.baselines import (
+    PUBLISHED_TOKENS_PER_CLUSTER,
+    QUEST_PAGE,
+    BinaryCodes,
+    Oracle,
+    PublishedClusterKV,
+    Quest,
+    Window,
+)
+from benchmarks.policies.policy import Policy, Reading, kv_bytes
+from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
+
+EVERYTHING = 1 << 30
+
+
+def _ours(reading: Reading) -> float:
+    """Centroid and mean-value rows, spreads, list ends, segment vectors, candidates' codes and offsets."""
+    config, head_dim = reading.config, reading.head_dim
+    clusters = reading.clustered / config.tokens_per_cluster
+    row = RowCodec(config.centroid_dtype, head_dim).row_bytes
+    found = clusters * (row + 2 + 2) + reading.clustered / config.segment_tokens * 3 * 2 * head_dim
+    if config.estimate:
+        found += min(clusters, config.estimate_clusters) * row
+    if config.refine:
+        found += min(reading.clustered, config.candidate_tokens) * (
+            TokenCodec(config.code_bits, head_dim).code_bytes + 2
+        )
+        return found + 2 * min(reading.clustered, config.candidate_tokens)
+    return found + 2 * config.budget_tokens
+
+
+def _quest(reading: Reading) -> float:
+    return reading.clustered / QUEST_PAGE * 2 * 2 * reading.head_dim
+
+
+def _published(reading: Reading) -> float:
+    """Centroids in bf16, sizes, and the places of the recalled tokens."""
+    clusters = reading.clustered / PUBLISHED_TOKENS_PER_CLUSTER
+    return clusters * (2 * reading.head_dim + 4) + 2 * reading.config.budget_tokens
+
+
+def _codes(reading: Reading) -> float:
+    return reading.clustered * (TokenCodec(1, reading.head_dim).code_bytes + 2)
+
+
+POLICIES: dict[str, Policy] = {
+    "dense": Policy(
+        "dense", lambda r: 0.0, {"budget_tokens": EVERYTHING, "candidate_tokens": EVERYTHING}, is_method=False
+    ),
+    "window": Policy("last B tokens", lambda r: 0.0, make=Window),
+    "quest": Policy("Quest, pages of 16", _quest, make=Quest),
+    "published": Policy("ClusterKV as published", _published, make=PublishedClusterKV),
+    "published-dense2": Policy(
+        "ClusterKV as published, 2 dense layers", _published, {"dense_layers": 2}, make=PublishedClusterKV
+    ),
+    "codes": Policy("1-bit codes of all tokens", _codes, make=BinaryCodes),
+    "ours": Policy("ours", _ours),
+    "ours-no-estimate": Policy("ours without the estimate", _ours, {"estimate": False}),
+    "ours-no-spread": Policy("ours without spread", _ours, {"choice_spread": 0.0, "estimate_spread": 0.0}),
+    "ours-whole-clusters": Policy("ours, whole clusters (no refining)", _ours, {"refine": False}),
+    "oracle": Policy("oracle: exact top-B tokens", lambda r: 0.0, make=Oracle, is_method=False),
+}
+
+__all__ = ["POLICIES", "Policy", "Reading", "kv_bytes"]

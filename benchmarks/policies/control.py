@@ -1,0 +1,72 @@
+"""Switch the attention policy of a running server, so that several are measured over one radix cache.
+
+The switch is a request of one token whose custom logit processor runs in the scheduler process: start the server with
+`benchmarks.forced.FLAGS`, from the repository's root, with one scheduler process and no other request in flight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+from benchmarks.policies import POLICIES
+from benchmarks.policies.policy import Decode
+from benchmarks.policies.recorder import Recorder
+from benchmarks.servers import Server
+from sglang_clusterkv import runtime
+from sglang_clusterkv.clusters.engine import STEP_OPTIONS, ClusterEngine
+from sglang_clusterkv.kernels.decode import sparse_decode
+
+_at_start: WeakKeyDictionary[ClusterEngine, dict[str, Any]] = (
+    WeakKeyDictionary()
+)  # step options before the first switch
+
+
+class UsePolicy(CustomLogitProcessor):
+    """Runs in the scheduler. `custom_params`: the arguments of `switch`."""
+
+    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
+        """Switch, and leave the logits as they are."""
+        engine = runtime.engine()
+        assert engine is not None, "the server was not started with --attention-backend clusterkv"
+        for params in custom_param_list or []:
+            switch(engine, params["policy"], params["options"], params.get("record"))
+        return logits
+
+
+def switch(engine: ClusterEngine, policy: str, options: dict[str, Any], record: dict[str, Any] | None = None) -> None:
+    """Make an engine decode by a policy; step options that are not given are those at the start.
+
+    Args:
+        engine: of the server.
+        policy: a name of `POLICIES`.
+        options: step options.
+        record: `file` and `heads` of a `Recorder`, which writes at the next switch.
+    """
+    at_start = _at_start.setdefault(engine, {name: getattr(engine.config, name) for name in STEP_OPTIONS})
+    chosen = POLICIES[policy]
+    values = at_start | options | chosen.options
+    values["candidate_tokens"] = max(values["candidate_tokens"], values["budget_tokens"])
+    if isinstance(engine.sparse_decode, Recorder):
+        engine.sparse_decode.write()
+    engine.set_step_options(**values)
+    decode: Decode = sparse_decode if chosen.make is None else chosen.make(engine.config.budget_tokens)
+    if record:
+        decode = Recorder(decode, len(engine.key_buffers), int(record["heads"]), Path(record["file"]))
+    engine.sparse_decode = decode
+
+
+def use(server: Server, policy: str, *, record: dict[str, Any] | None = None, **options: Any) -> None:
+    """Switch a running server to a policy of `POLICIES`, with step options such as `budget_tokens`; `record`: see `switch`."""
+    assert policy in POLICIES, f"{policy} is none of {', '.join(POLICIES)}"
+    params = {"policy": policy, "options": options, "record": record}
+    server.generate(
+        [1, 2, 3],
+        1,
+        sampling_params={"temperature": 0, "max_new_tokens": 1, "custom_params": params},
+        custom_logit_processor=UsePolicy.to_str(),
+    )

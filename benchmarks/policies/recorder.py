@@ -1,0 +1,78 @@
+"""Record, inside the server, how far each attention head's output is from dense, and how much of its mass was read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.policies.policy import Decode, TokenPolicy, clustered_slots
+from sglang_clusterkv.clusters.index import ClusterIndex
+from sglang_clusterkv.clusters.step import SparseStep
+from sglang_clusterkv.kernels.decode import cpu
+
+
+class Recorder:
+    """A decode function that also compares another one with dense attention on the very same queries.
+
+    What is kept, as sums over steps and requests; `write` divides:
+    `error` [layers, query heads], |output - dense| / |dense|; `mass` [layers, query heads], the exact share of attention on the
+    tokens that were attended to exactly; `steps`.
+
+    Args:
+        inner: the decode function that serves.
+        layers: of the model.
+        heads: query heads of the model.
+        file: of the results, .npz.
+    """
+
+    def __init__(self, inner: Decode, layers: int, heads: int, file: Path) -> None:
+        self._inner = inner
+        self._file = file
+        self._error = np.zeros((layers, heads))
+        self._mass = np.zeros((layers, heads))
+        self._steps = np.zeros(layers)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        index: ClusterIndex,
+        layer: int,
+        step: SparseStep,
+        scale: float,
+    ) -> torch.Tensor:
+        """See `kernels.decode.sparse_decode`."""
+        output = self._inner(q, keys, values, index, layer, step, scale)
+        group = q.shape[1] // keys.shape[1]
+        recalled, count = self._recalled(index, group, keys)
+        for b in range(step.batch):
+            base = step.base_slots[b, : int(step.base_count[b])]
+            slots = torch.cat((base, clustered_slots(step, b, index.geometry.page_size)))
+            rows = keys[slots].transpose(0, 1).float().repeat_interleave(group, 0)  # [heads, T, D]
+            weights = (scale * torch.matmul(rows, q[b].float().unsqueeze(-1)).squeeze(-1)).softmax(-1)
+            dense = torch.matmul(
+                weights.unsqueeze(1), values[slots].transpose(0, 1).float().repeat_interleave(group, 0)
+            ).squeeze(1)
+            distance = (output[b].float() - dense).norm(dim=-1) / dense.norm(dim=-1)
+            self._error[layer] += distance.numpy()
+            for h in range(keys.shape[1]):
+                read = torch.cat((base, recalled[b, h, : int(count[b, h])]))
+                mine = slice(h * group, (h + 1) * group)
+                self._mass[layer, mine] += weights[mine, torch.isin(slots, read)].sum(-1).numpy()
+        self._steps[layer] += step.batch
+        return output
+
+    def _recalled(self, index: ClusterIndex, group: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots that the last call recalled, int64 [B, H, K], and how many, [B, H]."""
+        if isinstance(self._inner, TokenPolicy):
+            return self._inner.recalled
+        buffers = cpu.decoder_of(index, group, keys.dtype is torch.bfloat16).buffers
+        return torch.from_numpy(buffers.recalled), torch.from_numpy(buffers.recalled_count)
+
+    def write(self) -> None:
+        """Write the means."""
+        steps = np.maximum(self._steps, 1)[:, None]
+        np.savez(self._file, error=self._error / steps, mass=self._mass / steps, steps=self._steps)

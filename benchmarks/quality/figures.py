@@ -1,0 +1,69 @@
+"""Pictures of results, as matplotlib figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.policies import POLICIES
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def quality_against_bytes(lines: list[dict[str, Any]]) -> Any:
+    """KL to dense over KiB read per step, one curve per policy, both axes logarithmic.
+
+    Args:
+        lines: of `model_level.summary`; equal-bytes rows join their policy's curve.
+    """
+    figure, axes = _pyplot().subplots(figsize=(8, 5), layout="constrained")
+    for name, policy in POLICIES.items():
+        points = sorted((line["bytes"] / 1024, max(line["kl"], 1e-6)) for line in lines if line["policy"] == name)
+        if not points:
+            continue
+        style = {
+            "linestyle": "-" if policy.is_method else ":",
+            "marker": "o",
+            "linewidth": 2.5 if name == "ours" else 1.2,
+        }
+        axes.plot(*zip(*points, strict=True), label=policy.title, **style)
+    axes.set(xscale="log", yscale="log", xlabel="KiB read per decode step, layer and kv head (bf16 KV)")
+    axes.set_ylabel("mean KL(dense || policy) per token, nats")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def kl_over_answer(kl: list[float], afresh: list[float], width: int = 100) -> Any:
+    """Running mean of the KL over an answer's tokens, and the mean of its tail over a fresh prefix."""
+    figure, axes = _pyplot().subplots(figsize=(8, 4), layout="constrained")
+    running = np.convolve(kl, np.ones(width) / width, mode="valid")
+    axes.plot(np.arange(len(running)) + width, running, label=f"decoded in one go, mean of {width} tokens")
+    tail = len(kl) - len(afresh)
+    axes.hlines(np.mean(afresh), tail, len(kl), colors="black", label="the same tokens over a fresh prefix")
+    axes.hlines(np.mean(kl[tail:]), tail, len(kl), colors="tab:red", label="the tail, decoded in one go")
+    axes.set(xlabel="token of the answer", ylabel="KL(dense || ours), nats", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def error_maps(found: dict[str, dict[str, Any]]) -> Any:
+    """Output error of every layer and head, one map per arm, one scale."""
+    figure, axes = _pyplot().subplots(1, len(found), figsize=(1.2 * len(found) + 1.5, 5), sharey=True, squeeze=False)
+    most = max(np.max(arm["error"]) for arm in found.values())
+    for place, (name, arm) in zip(axes[0], found.items(), strict=True):
+        image = place.imshow(arm["error"], aspect="auto", vmin=0, vmax=most, cmap="viridis")
+        place.set_title(name.replace(", ", "\n"), fontsize=7)
+        place.set_xlabel("head", fontsize=7)
+    axes[0][0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="|output - dense| / |dense|")
+    return figure

@@ -1,0 +1,274 @@
+"""KL to dense attention of every policy, against the bytes that a step reads, through one real server.
+
+    python -m benchmarks.quality.model_level [--documents 3] [--tokens 7000] [--budgets 128 256 512] [--policies ...] [--quick]
+
+A document with six hidden numbers is prefilled once (dense and exact, under every policy). Then each policy decodes the same
+text, token by token (benchmarks/forced.py): the document's continuation, then four questions with their answers. So the
+questions, too, are read by sparse steps. Per policy and budget: KL(dense || policy) and agreement of the first choice over the
+continuation, KL over the answers' digits (Q) and how many answers have every digit as the first choice; and bytes read per
+decode step, layer and kv head as bf16 KV would have them: metadata, recalled tokens, sinks and window.
+
+`equal-bytes` rows give the published policy the budget at which it reads what ours reads. Intervals are 95 %, by bootstrap over
+parts of 32 tokens. Writes JSON, Markdown and SVG to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+from benchmarks.forced import FLAGS, forced_decode, interval, kl_divergence, mean
+from benchmarks.policies import POLICIES, Reading
+from benchmarks.policies.control import use
+from benchmarks.quality.documents import Document, make_documents, read_text
+from benchmarks.quality.figures import quality_against_bytes
+from benchmarks.results_file import command_of, write_results
+from benchmarks.servers import Server, serve
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.demo_model import default_out
+
+PART = 32  # tokens that the bootstrap takes together
+MOST_CANDIDATES = 2048
+SMALL_BUDGET = 128  # half of the candidates do up to here
+# An idle server would take most of a core from what runs beside it.
+SERVER_FLAGS = [*FLAGS, "--max-total-tokens", "20000", "--page-size", "16", "--sleep-on-idle"]
+QUICK_POLICIES = ["window", "quest", "published", "ours", "ours-whole-clusters", "oracle"]
+MINIMUM_EQUAL_BUDGET = 16
+
+
+class Arm(NamedTuple):
+    """One policy at one budget; `name` tells arms of the same policy apart."""
+
+    name: str
+    policy: str
+    options: dict[str, Any]
+
+    @property
+    def config(self) -> ClusterKVConfig:
+        """The step options of the arm over the defaults."""
+        return ClusterKVConfig(**(self.options | POLICIES[self.policy].options))
+
+
+def options_of(budget: int) -> dict[str, Any]:
+    """Step options at a budget."""
+    candidates = MOST_CANDIDATES if budget > SMALL_BUDGET else MOST_CANDIDATES // 2
+    return {"budget_tokens": budget, "candidate_tokens": max(budget, candidates)}
+
+
+def arms_of(policies: list[str], budgets: list[int]) -> list[Arm]:
+    """Every policy at every budget."""
+    return [Arm(f"{policy}-{budget}", policy, options_of(budget)) for policy in policies for budget in budgets]
+
+
+class Sizes(NamedTuple):
+    """What a step had before it, and the model's shape."""
+
+    clustered: int
+    base: int
+    head_dim: int
+    layers: int
+
+
+def step_bytes(arm: Arm, sizes: Sizes) -> float:
+    """Bytes per decode step, layer and kv head."""
+    reading = Reading(sizes.clustered, sizes.base, sizes.head_dim, ClusterKVConfig(**arm.options))
+    return POLICIES[arm.policy].step_bytes(reading, sizes.layers)
+
+
+def equal_bytes(policy: str, like: Arm, sizes: Sizes) -> Arm:
+    """`policy` with the largest budget, in whole 16 tokens, at which it reads no more than `like`."""
+    limit = step_bytes(like, sizes)
+    budget = MINIMUM_EQUAL_BUDGET
+    while budget + 16 < sizes.clustered:
+        if step_bytes(Arm("", policy, options_of(budget + 16)), sizes) > limit:
+            break
+        budget += 16
+    return Arm(f"{policy}-equal-bytes-{like.options['budget_tokens']}", policy, options_of(budget))
+
+
+class Decoded(NamedTuple):
+    """One policy's log-probabilities over a document's decoded text, without the row of the prefill."""
+
+    rows: np.ndarray  # float32 [n - 1, vocabulary]; row i predicts decoded[i + 1]
+    counts: dict[str, Any]  # the server's counters, this decode alone
+
+
+def decode(server: Server, document: Document) -> Decoded:
+    """Force the document's decoded text under the policy in use."""
+    before = server.counts()
+    rows = forced_decode(server, document.prompt, document.decoded)[1:]
+    after = server.counts()
+    return Decoded(rows, {name: after[name] - before[name] for name in ("sparse_steps", "tokens_available")})
+
+
+def compare(document: Document, reference: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
+    """KL by token of the continuation and of the answers' digits, agreement, and right answers."""
+    kl = kl_divergence(reference, rows)
+    text = np.array(document.decoded[1:])
+    natural = slice(0, document.natural.stop - 1)
+    answers = [slice(part.start - 1, part.stop - 1) for part in document.answers]
+    return {
+        "kl": kl[natural].tolist(),
+        "same": (reference[natural].argmax(1) == rows[natural].argmax(1)).astype(int).tolist(),
+        "answer_kl": [kl[part].tolist() for part in answers],
+        "right": [bool((rows[part].argmax(1) == text[part]).all()) for part in answers],
+        "surprise": (-rows[natural][np.arange(len(kl[natural])), text[natural]]).tolist(),
+    }
+
+
+def sizes_of(server_counts: dict[str, Any], document: Document, model: dict[str, int]) -> Sizes:
+    """Clustered and always-attended tokens of a mean sparse step of the document."""
+    clustered = server_counts["tokens_available"] / server_counts["sparse_steps"]
+    length = len(document.prompt) + len(document.decoded) / 2
+    return Sizes(round(clustered), round(length - clustered), **model)
+
+
+def run_document(
+    server: Server, document: Document, arms: list[Arm], model: dict[str, int], equal: bool
+) -> dict[str, Any]:
+    """All arms over one document."""
+    server.flush()
+    use(server, "dense")
+    for _ in range(2):  # clustered at the first, cut where a match ends at the second: alike for every arm from then on
+        server.generate(document.prompt, 1)
+    reference = decode(server, document)
+    assert reference.counts["sparse_steps"] == 0, "the reference was not dense"
+    again = float(kl_divergence(reference.rows, decode(server, document).rows).max())
+    found: dict[str, Any] = {"dense_again_kl_max": again, "arms": {}, "dense": compare(document, *[reference.rows] * 2)}
+    queue, sizes = list(arms), None
+    bar = tqdm(total=len(queue), leave=False, unit="arm")
+    while queue:
+        arm = queue.pop(0)
+        bar.set_description(arm.name)
+        use(server, arm.policy, **arm.options)
+        decoded = decode(server, document)
+        assert decoded.counts["sparse_steps"] >= 0.9 * len(decoded.rows), f"{arm.name}: {decoded.counts}"
+        sizes = sizes or sizes_of(decoded.counts, document, model)
+        found["arms"][arm.name] = {
+            **compare(document, reference.rows, decoded.rows),
+            "policy": arm.policy,
+            "options": arm.options,
+            "bytes": step_bytes(arm, sizes),
+        }
+        if equal and arm.policy == "ours":
+            queue.append(equal_bytes("published", arm, sizes))
+            bar.total += 1
+        bar.update()
+    bar.close()
+    found["sizes"] = sizes._asdict() if sizes else None
+    return found
+
+
+def summary(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per arm over all documents."""
+    lines = []
+    for name in documents[0]["arms"]:
+        parts = [document["arms"][name] for document in documents]
+        kl = [part["kl"] for part in parts]
+        groups = [chunk for values in kl for chunk in np.array_split(values, max(1, len(values) // PART))]
+        right = [answer for part in parts for answer in part["right"]]
+        lines.append(
+            {
+                "name": name,
+                "policy": parts[0]["policy"],
+                "budget": parts[0]["options"]["budget_tokens"],
+                "bytes": mean([[part["bytes"]] for part in parts]),
+                "kl": mean(kl),
+                "kl_interval": interval(groups),
+                "same": mean([part["same"] for part in parts]),
+                "answer_kl": mean([digits for part in parts for digits in part["answer_kl"]]),
+                "right": sum(right),
+                "answers": len(right),
+                "perplexity": float(np.exp(mean([part["surprise"] for part in parts]))),
+            }
+        )
+    return lines
+
+
+def table(lines: list[dict[str, Any]], documents: list[dict[str, Any]]) -> str:
+    """The summary as Markdown."""
+    sizes = documents[0]["sizes"]
+    everything = 4 * sizes["head_dim"] * (sizes["clustered"] + sizes["base"])
+    dense_right = [answer for document in documents for answer in document["dense"]["right"]]
+    dense = float(np.exp(mean([document["dense"]["surprise"] for document in documents])))
+    out = [
+        f"Dense: perplexity {dense:.2f}, {sum(dense_right)} of {len(dense_right)} answers right, reads "
+        f"{everything / 1024:.0f} KiB per step, layer and kv head. Mean over {len(documents)} document(s).",
+        "",
+        "| policy | budget | KiB per step | of dense | KL (95 %) | top-1 same | Q: KL of answers | right | perplexity |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        low, high = line["kl_interval"]
+        title = POLICIES[line["policy"]].title + (" (equal bytes)" if "equal-bytes" in line["name"] else "")
+        out.append(
+            f"| {title} | {line['budget']} | {line['bytes'] / 1024:.0f} | 1/{everything / line['bytes']:.1f} "
+            f"| {line['kl']:.5f} ({low:.5f} to {high:.5f}) | {100 * line['same']:.1f} % | {line['answer_kl']:.4f} "
+            f"| {line['right']} of {line['answers']} | {line['perplexity']:.2f} |"
+        )
+    return "\n".join(out)
+
+
+def main() -> None:
+    """Parse the command line, run, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first document; so several runs share the work")
+    parser.add_argument("--tokens", type=int, default=7000, help="of each document")
+    parser.add_argument("--natural", type=int, default=128, help="tokens of the continuation")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument(
+        "--policies", nargs="+", choices=POLICIES, default=[name for name in POLICIES if name != "dense"]
+    )
+    parser.add_argument("--text", help="another text, a file")
+    parser.add_argument("--config", default="{}", help="JSON, the server's configuration beside the budget")
+    parser.add_argument("--quick", action="store_true", help="one document, one budget, few policies")
+    args = parser.parse_args()
+    if args.quick:
+        args.documents, args.natural, args.budgets, args.policies = 1, 64, [256], QUICK_POLICIES
+    documents, source, lines = run(args)
+    body = table(lines, documents)
+    print(f"\n{body}\n")
+    write_results(
+        "quality-model",
+        title="KL to dense against bytes per decode step",
+        setting=f"SmolLM2-135M-Instruct, float32, {source}, {args.tokens} tokens",
+        command=command_of("benchmarks.quality.model_level"),
+        body=body,
+        data={"documents": documents, "summary": lines},
+        figure=quality_against_bytes(lines),
+    )
+
+
+def model_shape() -> dict[str, int]:
+    """head_dim and layers of the demo model."""
+    shape = AutoConfig.from_pretrained(default_out())
+    return {"head_dim": shape.hidden_size // shape.num_attention_heads, "layers": shape.num_hidden_layers}
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str, list[dict[str, Any]]]:
+    """Every document through one server; (results by document, the text's name, the summary)."""
+    tokenizer = AutoTokenizer.from_pretrained(default_out())
+    source, text = read_text(args.text)
+    made = make_documents(tokenizer, text, args.first + args.documents, args.tokens, args.natural)[args.first :]
+    arms = arms_of(args.policies, args.budgets)
+    log = Path(tempfile.mkdtemp(prefix="quality-")) / "server.log"
+    print(f"starting a server; its log: {log}", flush=True)
+    documents = []
+    model = model_shape()
+    with serve(default_out(), log, *SERVER_FLAGS, config=json.loads(args.config)) as server:
+        for i, document in enumerate(made):
+            documents.append(run_document(server, document, arms, model, "published" in args.policies))
+            print(f"document {args.first + i + 1}:\n{table(summary(documents[-1:]), documents[-1:])}", flush=True)
+    return documents, source, summary(documents)
+
+
+if __name__ == "__main__":
+    main()

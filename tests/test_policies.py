@@ -1,0 +1,216 @@
+"""Every policy of the evaluation, on the engine's own lists.
+
+Red when: a policy reads a token that the request does not own, differs from dense attention where its budget covers everything,
+chooses otherwise than its paper says, costs other bytes than it reads, or a policy is registered that these tests leave out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scenes import PAGE, Scene
+
+from benchmarks.policies import EVERYTHING, POLICIES, Reading, kv_bytes
+from benchmarks.policies.baselines import BinaryCodes, PublishedTables, Quest, Window
+from benchmarks.policies.control import switch
+from benchmarks.policies.policy import TokenPolicy, clustered_slots
+from benchmarks.policies.recorder import Recorder
+from sglang_clusterkv.clusters.step import SparseStep, dense_step
+from sglang_clusterkv.config import ClusterKVConfig, ConfigError
+from sglang_clusterkv.kernels.attend.reference import dense_decode
+
+SCALE = 0.2
+LENGTHS = [700, 333]
+CONFIG = ClusterKVConfig(budget_tokens=64, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
+
+
+@pytest.fixture
+def scene() -> Scene:
+    made = Scene(CONFIG)
+    for row, length in enumerate(LENGTHS, 1):
+        made.prefill(row, length)
+    return made
+
+
+def step_of(scene: Scene, more: int = 1) -> SparseStep:
+    step = scene.decode([1, 2], [length + more for length in LENGTHS])
+    assert step.sparse is not None and step.dense is None
+    return step.sparse
+
+
+def run(scene: Scene, step: SparseStep, q: torch.Tensor) -> torch.Tensor:
+    return scene.engine.sparse_decode(q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+
+
+def dense(scene: Scene, q: torch.Tensor, more: int = 1) -> torch.Tensor:
+    lists = dense_step(np.array([1, 2]), np.array(LENGTHS) + more, scene.req_to_token)
+    return dense_decode(q, scene.keys[0], scene.values[0], lists.slots, lists.seq_lens, SCALE)
+
+
+SPARSE = [name for name in POLICIES if name != "dense"]
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_what_the_request_does_not_own_is_never_read(scene: Scene, name: str) -> None:
+    step = step_of(scene)
+    owned = torch.cat([scene.slots(row, length + 1) for row, length in enumerate(LENGTHS, 1)])
+    others = torch.ones(scene.keys[0].shape[0], dtype=torch.bool)
+    others[owned] = False
+    others[:PAGE] = False  # lists are padded with slot 0, of the pool's padding page, and its weight is zero
+    switch(scene.engine, name, {})
+    q = scene.queries(2, 4)
+    before = run(scene, step, q)
+    scene.keys[0][others] = torch.nan
+    scene.values[0][others] = torch.nan
+    torch.testing.assert_close(run(scene, step, q), before)
+
+
+@pytest.mark.parametrize("name", [name for name in SPARSE if POLICIES[name].make is not None])
+def test_a_budget_of_everything_is_dense(scene: Scene, name: str) -> None:
+    step = step_of(scene)
+    make = POLICIES[name].make
+    assert make is not None
+    scene.engine.sparse_decode = make(1024)
+    q = scene.queries(2, 4)
+    torch.testing.assert_close(run(scene, step, q), dense(scene, q), atol=1e-5, rtol=1e-5)
+
+
+def test_the_dense_policy_makes_dense_steps(scene: Scene) -> None:
+    switch(scene.engine, "dense", {"budget_tokens": 64})
+    step = scene.decode([1, 2], [length + 1 for length in LENGTHS])
+    assert step.sparse is None and step.dense is not None
+
+
+def test_a_switch_goes_back_to_what_the_server_was_started_with(scene: Scene) -> None:
+    switch(scene.engine, "ours-no-spread", {"budget_tokens": 32})
+    assert (scene.engine.config.choice_spread, scene.engine.config.budget_tokens) == (0.0, 32)
+    switch(scene.engine, "ours", {})
+    assert scene.engine.config == CONFIG
+
+
+def test_options_that_are_stored_are_refused(scene: Scene) -> None:
+    with pytest.raises(ConfigError, match="segment_tokens is fixed when the server starts"):
+        scene.engine.set_step_options(segment_tokens=512)
+    with pytest.raises(ConfigError, match="candidate_tokens=160 is less than budget_tokens=256"):
+        scene.engine.set_step_options(budget_tokens=256)
+    assert scene.engine.config == CONFIG
+
+
+def test_refining_needs_stored_codes() -> None:
+    scene = Scene(ClusterKVConfig(budget_tokens=64, candidate_tokens=160, refine=False))
+    with pytest.raises(ConfigError, match="no codes are stored"):
+        scene.engine.set_step_options(refine=True)
+
+
+def test_the_oracle_reads_the_most_mass(scene: Scene, tmp_path: Any) -> None:
+    step = step_of(scene)
+    q = scene.queries(2, 4)
+    mass = {}
+    for name in SPARSE:
+        switch(scene.engine, name, {}, {"file": tmp_path / f"{name}.npz", "heads": 4})
+        run(scene, step, q)
+        assert isinstance(scene.engine.sparse_decode, Recorder)
+        switch(scene.engine, "ours", {})
+        with np.load(tmp_path / f"{name}.npz") as found:
+            assert found["steps"].tolist() == [2, 0]
+            mass[name] = found["mass"][0].mean()
+    assert max(mass, key=lambda name: mass[name]) == "oracle"
+    # Random queries of a small scene: still, whoever looks at keys reads more than who takes the last ones.
+    assert min(mass, key=lambda name: mass[name]) == "window", mass
+
+
+def test_the_recorder_measures_what_it_says(scene: Scene, tmp_path: Any) -> None:
+    step = step_of(scene)
+    q = scene.queries(2, 4)
+    switch(scene.engine, "window", {}, {"file": tmp_path / "window.npz", "heads": 4})
+    output = run(scene, step, q)
+    switch(scene.engine, "ours", {})
+    exact = dense(scene, q)
+    with np.load(tmp_path / "window.npz") as found:
+        expected = ((output - exact).norm(dim=-1) / exact.norm(dim=-1)).mean(0)
+        np.testing.assert_allclose(found["error"][0], expected, rtol=1e-4)
+        # The window policy attends to the clustered tokens' last 64 and to what is always attended.
+        for head in range(4):
+            shares = []
+            for b, length in enumerate(LENGTHS):
+                slots = scene.slots(b + 1, length + 1)
+                weights = (SCALE * scene.keys[0][slots, head // 2] @ q[b, head]).softmax(0)
+                clustered = clustered_slots(step, b, PAGE)
+                dropped = torch.isin(slots, clustered[:-64])
+                shares.append(1 - float(weights[dropped].sum()))
+            np.testing.assert_allclose(found["mass"][0, head], np.mean(shares), rtol=1e-4)
+
+
+def chosen(policy: TokenPolicy, q: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:
+    """Places that a policy recalls, with two tokens always attended."""
+    return policy.choose(q, keys, torch.zeros(keys.shape[0], 2, keys.shape[2]), 0, 0, 1.0).tolist()
+
+
+def test_window_takes_the_last() -> None:
+    assert chosen(Window(3), torch.zeros(1, 2, 4), torch.randn(1, 10, 4)) == [[7, 8, 9]]
+
+
+def test_quest_bounds_a_page_by_its_extremes() -> None:
+    keys = torch.zeros(1, 48, 2)
+    keys[0, 20] = torch.tensor([3.0, 0.0])  # page 1: the bound of q = (1, 1) is 3 + 2, no single token has more than 3
+    keys[0, 25] = torch.tensor([0.0, 2.0])
+    keys[0, 40] = torch.tensor([4.0, 0.0])  # page 2: 4
+    assert chosen(Quest(16), torch.ones(1, 1, 2), keys) == [list(range(16, 32))]
+    assert chosen(Quest(16), -torch.ones(1, 1, 2), keys) == [list(range(16))]
+
+
+def test_published_clusters_are_those_of_cosine_similarity() -> None:
+    keys = torch.randn(2, 400, 8)
+    clusters = PublishedTables().build(keys)
+    assert clusters.centroids.shape == (2, 5, 8) and clusters.sizes.sum(1).tolist() == [400, 400]
+    for h in range(2):
+        for c in range(5):
+            torch.testing.assert_close(clusters.centroids[h, c], keys[h, clusters.labels[h] == c].mean(0))
+
+
+def test_published_tables_grow_and_start_over() -> None:
+    tables = PublishedTables()
+    keys = torch.randn(1, 240, 4)
+    first = tables.of(keys[:, :160], 0, 0)
+    grown = tables.of(keys, 0, 0)
+    assert len(first) == 1 and len(grown) == 2 and grown[0] is first[0]
+    assert tables.of(keys, 0, 0)[1] is grown[1]
+    other = keys.clone()
+    other[0, 3] += 1
+    assert len(tables.of(other, 0, 0)) == 1
+    assert len(tables.of(keys, 0, 1)) == 1, "another request has its own"
+
+
+def test_codes_find_the_strongest_token() -> None:
+    torch.manual_seed(3)
+    keys = torch.randn(1, 200, 64)
+    q = torch.randn(1, 2, 64)
+    strong = int((q.mean(1) @ keys[0].T).argmax())
+    keys[0, strong] += q[0].mean(0)
+    assert strong in chosen(BinaryCodes(8), q, keys)[0]
+
+
+def test_bytes_by_hand() -> None:
+    # 4,000 clustered tokens, 200 others, head_dim 64, bf16: a token's key and value are 256 bytes.
+    reading = Reading(4000, 200, 64, ClusterKVConfig(budget_tokens=128, candidate_tokens=1024))
+    recalled = 256 * (128 + 200)
+    by_hand = {
+        "window": recalled,
+        "oracle": recalled,
+        "quest": recalled + 250 * 256,
+        "published": recalled + 50 * (128 + 4) + 2 * 128,
+        "codes": recalled + 4000 * 10,
+        # 500 clusters of 36-byte rows, spread and end; 3.9 segments of three vectors; 500 mean values; codes of 18 + 2 bytes.
+        "ours": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 36 + 1024 * 20,
+        "ours-no-estimate": recalled + 500 * 40 + 4000 / 1024 * 384 + 1024 * 20,
+        "ours-whole-clusters": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 36 + 2 * 128,
+        "dense": 256 * 4200,
+    }
+    for name, expected in by_hand.items():
+        assert POLICIES[name].step_bytes(reading, 30) == pytest.approx(expected), name
+    two_layers = POLICIES["published-dense2"].step_bytes(reading, 30)
+    assert two_layers == pytest.approx(28 / 30 * by_hand["published"] + 2 / 30 * by_hand["dense"])
+    assert kv_bytes(1, 64) == 256 and EVERYTHING > 1 << 20

@@ -199,6 +199,13 @@ MEMORY = (
     ),
 )
 
+REQUESTS = (
+    Symbol(
+        "managers.tokenizer_manager.TokenizerManager._validate_one_request", "checks token ids", "self obj input_ids"
+    ),
+    Symbol("managers.io_struct.GenerateReqInput.contains_mm_input", "whose ids it does not check", "self"),
+)
+
 SCHEDULER = (
     Symbol(
         "managers.schedule_batch.ScheduleBatch",
@@ -332,7 +339,7 @@ BACKEND = (
     ),
 )
 
-SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + SCHEDULER + METRICS + BACKEND
+SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + REQUESTS + SCHEDULER + METRICS + BACKEND
 
 
 def check(symbols: Iterable[Symbol] = SYMBOLS) -> list[Difference]:

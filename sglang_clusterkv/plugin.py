@@ -218,10 +218,14 @@ def _differs(differences: list[hooks.Difference]) -> str:
     )
 
 
-# The scheduler's hooks, added when a scheduler process publishes a configuration with clusterkv.
+# The hooks of a process that schedules or tokenizes, added when it publishes a configuration with clusterkv.
 
 
 def _after_publish(context: Any, server_args: Any, *, role: str, ranks: Any = None, **rest: Any) -> None:
+    if role == "tokenizer" and config_of(server_args) is not None:
+        from sglang_clusterkv import request_checks
+
+        request_checks.install()
     if role != "scheduler":
         return
     from sglang.srt.platforms import current_platform

@@ -14,11 +14,10 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from benchmarks.policies import POLICIES
-from benchmarks.policies.policy import Decode
 from benchmarks.policies.recorder import Recorder
 from benchmarks.servers import Server
 from sglang_clusterkv import runtime
-from sglang_clusterkv.clusters.engine import STEP_OPTIONS, ClusterEngine
+from sglang_clusterkv.clusters.engine import STEP_OPTIONS, ClusterEngine, SparseDecode
 from sglang_clusterkv.kernels.decode import sparse_decode
 
 _at_start: WeakKeyDictionary[ClusterEngine, dict[str, Any]] = (
@@ -51,10 +50,11 @@ def switch(engine: ClusterEngine, policy: str, options: dict[str, Any], record: 
     chosen = POLICIES[policy]
     values = at_start | options | chosen.options
     values["candidate_tokens"] = max(values["candidate_tokens"], values["budget_tokens"])
-    if isinstance(engine.sparse_decode, Recorder):
-        engine.sparse_decode.write()
+    before: object = engine.sparse_decode
+    if isinstance(before, Recorder):
+        before.write()
     engine.set_step_options(**values)
-    decode: Decode = sparse_decode if chosen.make is None else chosen.make(engine.config.budget_tokens)
+    decode: SparseDecode = sparse_decode if chosen.make is None else chosen.make(engine.config.budget_tokens)
     if record:
         decode = Recorder(decode, len(engine.key_buffers), int(record["heads"]), Path(record["file"]))
     engine.sparse_decode = decode

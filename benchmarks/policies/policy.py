@@ -14,13 +14,11 @@ from typing import NamedTuple
 import msgspec
 import torch
 
+from sglang_clusterkv.clusters.engine import SparseDecode
 from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.reference import attend
-
-# The signature of kernels.decode.sparse_decode.
-Decode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ClusterIndex, int, SparseStep, float], torch.Tensor]
 
 
 class Reading(NamedTuple):
@@ -52,7 +50,7 @@ class Policy:
     title: str
     metadata_bytes: Callable[[Reading], float]
     options: dict[str, object] = field(default_factory=dict)
-    make: Callable[[int], Decode] | None = None
+    make: Callable[[int], SparseDecode] | None = None
     is_method: bool = True
 
     def step_bytes(self, reading: Reading, layers: int) -> float:

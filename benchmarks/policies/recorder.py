@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.policies.policy import Decode, TokenPolicy, clustered_slots
+from benchmarks.policies.policy import TokenPolicy, clustered_slots
+from sglang_clusterkv.clusters.engine import SparseDecode
 from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.kernels.decode import cpu
@@ -27,7 +28,7 @@ class Recorder:
         file: of the results, .npz.
     """
 
-    def __init__(self, inner: Decode, layers: int, heads: int, file: Path) -> None:
+    def __init__(self, inner: SparseDecode, layers: int, heads: int, file: Path) -> None:
         self._inner = inner
         self._file = file
         self._error = np.zeros((layers, heads))

@@ -34,6 +34,9 @@ from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 
 logger = logging.getLogger(__name__)
 
+# The signature of kernels.decode.sparse_decode.
+SparseDecode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ClusterIndex, int, SparseStep, float], torch.Tensor]
+
 _MOST_FAILURES = 8  # in a row, that make the wait for another try longer: 256 launches
 # What a decode step reads and nothing that is stored depends on: may change between two steps.
 STEP_OPTIONS = (
@@ -106,9 +109,8 @@ class ClusterEngine:
         self.counters = Counters()
         self.faults = Faults(self.counters.faults)
         self.stream = stream or ForwardStream(index.device)
-        self.sparse_decode = (
-            sparse_decode  # one layer of the sparse requests of a step; benchmarks put other policies here
-        )
+        # One layer of a step's sparse requests; the benchmarks put other policies here.
+        self.sparse_decode: SparseDecode = sparse_decode
         self.snapshots = Snapshots(index, req_to_token, self.stream)
         self._launch = 0
         self._look_from = 0  # launch, after a fault

@@ -9,6 +9,7 @@ MODEL ?=
 SERVE_ARGS ?=
 DEMO_ARGS ?=
 SOAK_ARGS ?=
+BENCH_SAMPLES ?= 50
 TESTS ?= tests
 PYTEST_ARGS ?=
 
@@ -22,7 +23,7 @@ CPU_ARGS := --device cpu --max-total-tokens 65536
 CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dtype float32)
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test test-long bench soak mutants check lint style types clean
+.PHONY: help env dev-env demo-model serve demo test test-long test-gpu bench bench-quick soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -32,7 +33,9 @@ help:
 	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word -m \"not server\"'"
 	@echo "make test-long  the tests that make test leaves out: churn, kill, tensor parallelism on servers; 8 minutes"
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
-	@echo "make bench   time per token against torch_native, needles, each operation; alone on the machine: about 20 minutes"
+	@echo "make bench-quick  KL against bytes read, each operation's time, servers under load: the essential tables, 10 minutes"
+	@echo "make bench   the whole evaluation, quality and speed; alone on the machine, a night (BENCH_SAMPLES=10 shortens it)"
+	@echo "make test-gpu  on a machine with a CUDA device: the kernels' tests there, then benchmarks.kernels against dense decode"
 	@echo "make soak    30 minutes of mixed traffic: are memory and latency flat? (SOAK_ARGS='--minutes 5')"
 	@echo "make mutants breaks the engine, one rule at a time: the state machine of the tests must notice each"
 	@echo "make check   compares the installed SGLang with what this package relies on"
@@ -85,10 +88,25 @@ test: dev-env demo-model
 test-long: dev-env demo-model
 	$(PY) -m pytest $(TESTS) --durations=10 -m long $(PYTEST_ARGS)
 
+bench-quick: dev-env demo-model
+	$(PY) -m benchmarks.quality.model_level --quick
+	$(PY) -m benchmarks.kernels --trust
+	$(PY) -m benchmarks.serving --quick
+
 bench: dev-env demo-model
-	$(PY) -m benchmarks.operations
-	$(PY) -m benchmarks.needle
+	$(PY) -m benchmarks.kernels
+	$(PY) -m benchmarks.serving
 	$(PY) -m benchmarks.latency
+	$(PY) -m benchmarks.quality.model_level --budgets 128 256 512 1024
+	$(PY) -m benchmarks.quality.attention_level
+	$(PY) -m benchmarks.quality.drift
+	$(PY) -m benchmarks.quality.tasks --samples $(BENCH_SAMPLES)
+	$(PY) -m benchmarks.quality.turns
+	$(PY) -m benchmarks.chat
+
+test-gpu: dev-env
+	$(PY) -m pytest tests/triton --device cuda
+	$(PY) -m benchmarks.kernels --device cuda --trust
 
 soak: dev-env demo-model
 	$(PY) -m benchmarks.soak $(SOAK_ARGS)

@@ -20,13 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
-import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -36,10 +31,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.forced import FLAGS, decoded, forced_decode, interval, kl_divergence, mean
+from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
-RESULTS = Path(__file__).parent / "results"
 DENSE = {"budget_tokens": 8192, "candidate_tokens": 8192}
 # The borders of a finished request are a debug line; SGLang's own debug level would slow the server down.
 LOGGING = {
@@ -244,27 +239,25 @@ def main() -> None:
     reclusters = args.recluster_every or ([64, 256] if args.scenario == "long" else [256])
     arms = [Arm(b, every, m == "on") for b in args.budgets for every in reclusters for m in args.merging]
     found = run(args, arms)
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     tokens, checks = found["tokens"], found["checks"]
-    header = (
+    setting = (
         f"SmolLM2-135M-Instruct, float32, {args.scenario}: first prompt {tokens['prompt']} tokens, {tokens['end']} at the end, "
-        f"{len(tokens['answers'])} answer(s), {min(tokens['answers'])} to {max(tokens['answers'])} tokens; candidates 4 x "
-        f"budget; {processor}, {os.cpu_count()} cores; SGLang {version('sglang')}, torch {version('torch')}, sglang-clusterkv "
-        f"{version('sglang-clusterkv')}\n\n    python -m benchmarks.chat {' '.join(sys.argv[1:])}\n\n"
-        f"Dense server read twice: KL at most {checks['dense_again_kl_max']:.1e}. Its first choice is the text's token at "
-        f"{100 * checks['dense_top1_is_text']:.1f} % of the steps.\n"
+        f"{len(tokens['answers'])} answer(s), {min(tokens['answers'])} to {max(tokens['answers'])} tokens; candidates "
+        "4 x budget"
     )
-    text = f"{header}\n{table(found['arms'])}\n"
+    text = (
+        f"Dense server read twice: KL at most {checks['dense_again_kl_max']:.1e}. Its first choice is the text's token at "
+        f"{100 * checks['dense_top1_is_text']:.1f} % of the steps.\n\n{table(found['arms'])}"
+    )
     print(f"\n{text}")
-    RESULTS.mkdir(exist_ok=True)
-    kind = "chat" if args.scenario == "chat" else f"chat-{args.scenario}"
-    stem = RESULTS / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
-    stem.with_suffix(".json").write_text(json.dumps(found) + "\n")
-    stem.with_suffix(".md").write_text(text)
-    print(f"written: {stem.with_suffix('.md')}")
+    write_results(
+        "chat" if args.scenario == "chat" else f"chat-{args.scenario}",
+        title="What merging segments buys",
+        setting=setting,
+        command=command_of("benchmarks.chat"),
+        body=text,
+        data=found,
+    )
 
 
 if __name__ == "__main__":

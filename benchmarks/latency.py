@@ -14,25 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import threading
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
 from examples.agent import FACTS, make_document
 from sglang_clusterkv.demo_model import default_out
 
-RESULTS = Path(__file__).parent / "results"
 SHORT_TOKENS = 1000
 
 
@@ -132,21 +127,17 @@ def main() -> None:
                 rows[name]["counts"] = server.counts()
         print(json.dumps({name: rows[name]}), flush=True)
     text = table(rows, args)
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
+    print(f"\n{text}")
+    write_results(
+        f"latency-{args.tokens}-b{args.batch}",
+        title="Time per token, first token and clustering",
+        setting=(
+            f"SmolLM2-135M-Instruct, float32, {args.tokens} tokens, budget {args.budget}, candidates {args.candidates}"
+        ),
+        command=command_of("benchmarks.latency"),
+        body=text,
+        data=rows,
     )
-    header = (
-        f"SmolLM2-135M-Instruct, float32, {args.tokens} tokens, budget {args.budget}, candidates {args.candidates}; "
-        f"{processor}, {os.cpu_count()} cores; SGLang {version('sglang')}, torch {version('torch')}\n\n"
-        f"    python -m benchmarks.latency {' '.join(sys.argv[1:])}\n"
-    )
-    print(f"\n{header}\n{text}")
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"latency-{args.tokens}-b{args.batch}-{time.strftime('%Y%m%d-%H%M%S')}"
-    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(f"{header}\n{text}\n")
-    print(f"\nwritten: {stem.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -10,22 +10,17 @@ minutes on two cores. Prints a table and writes it to benchmarks/results/, never
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 from sglang_clusterkv.haystack import CITIES, Fact, magic_number, make_document
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def prompts(tokens: int) -> list[tuple[str, Fact]]:
@@ -93,19 +88,16 @@ def main() -> None:
             f"| {100 * (2 * i + 1) // (2 * len(asked))} % | {CITIES[i]} {needle.answer} | {' | '.join(marks)} |"
         )
     lines.append(f"| all | | {right['dense']} of {len(asked)} | {right['clusterkv']} of {len(asked)} |")
-    header = (
-        f"SmolLM2-135M-Instruct, float32, {length} tokens, budget {args.budget}, candidates {args.candidates}; "
-        f"SGLang {version('sglang')}\n\n    python -m benchmarks.needle {' '.join(sys.argv[1:])}\n"
-    )
-    text = "\n".join([header, *lines])
+    text = "\n".join(lines)
     print(f"\n{text}")
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"needle-{args.tokens}-budget{args.budget}-{time.strftime('%Y%m%d-%H%M%S')}"
-    stem.with_suffix(".md").write_text(text + "\n")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"numbers": [needle.answer for _, needle in asked], "answers": texts}, indent=1) + "\n"
+    write_results(
+        f"needle-{args.tokens}-budget{args.budget}",
+        title="Needles in one document",
+        setting=f"SmolLM2-135M-Instruct, float32, {length} tokens, budget {args.budget}, candidates {args.candidates}",
+        command=command_of("benchmarks.needle"),
+        body=text,
+        data={"numbers": [needle.answer for _, needle in asked], "answers": texts},
     )
-    print(f"\nwritten: {stem.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import requests
 
 START_TIMEOUT_S = 300
+CPU_FLAGS = ("--device", "cpu", "--dtype", "float32")
 
 
 def free_port() -> int:
@@ -84,8 +85,9 @@ def serve(
     config: dict[str, Any] | None = None,
     backend: str = "clusterkv",
     environment: dict[str, str] | None = None,
+    device_flags: Sequence[str] = CPU_FLAGS,
 ) -> Iterator[Server]:
-    """`python -m sglang.launch_server` on the CPU in float32, until the block ends.
+    """`python -m sglang.launch_server`, on the CPU in float32 unless told otherwise, until the block ends.
 
     Args:
         model: its folder.
@@ -94,10 +96,11 @@ def serve(
         config: for --clusterkv-config.
         backend: of attention.
         environment: more variables than this process has.
+        device_flags: which device and dtype.
     """
     port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), "--attention-backend", backend]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *device_flags]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--attention-backend", backend]
     if config is not None:
         command += ["--clusterkv-config", json.dumps(config)]
     variables = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})

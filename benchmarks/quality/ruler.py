@@ -1,0 +1,218 @@
+"""lm-eval's offline RULER tasks, unmodified, through its `local-completions` against one real server: policies beside dense.
+
+    python -m benchmarks.quality.ruler [--samples 10] [--lengths 4096 7800] [--budgets 256 512] [--decoded 64]
+
+lm-eval makes the prompts, sends them, and scores the answers. Each prompt is made once and asked for under dense and every
+policy, a few prompts at a time, so that later arms find them in the radix cache. `--decoded` takes that many tokens off the
+prompt's end, the question, and lets them go through decode steps; 0 prefills everything. A policy is compared with dense over
+all tasks together, paired by sample; tasks where dense scores below 20 % are listed, not judged. Writes JSON, Markdown and SVG
+to benchmarks/results/.
+
+lm-eval is no dependency of this package: pip install 'lm-eval[api,ruler]'. Nothing is fetched from the network: these six tasks
+make their own text. The other RULER tasks read Paul Graham's essays, SQuAD or HotpotQA from a hub, so they are not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.policies import POLICIES
+from benchmarks.policies.control import use
+from benchmarks.quality.asking import SERVER_FLAGS, Arm, ForcedQuestion, Steps, arms_of
+from benchmarks.quality.scores import DENSE, Answer, summary, table
+from benchmarks.quality.tasks import heat_map
+from benchmarks.results_file import command_of, write_results
+from benchmarks.servers import Server, serve
+from sglang_clusterkv.demo_model import default_out
+
+TASKS = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
+TOGETHER = 4  # prompts that are asked for under every arm before the next
+POOL_SLACK_TOKENS = 4096
+TIMEOUT_S = 1800  # of one request; a prefill takes minutes on a CPU
+SEEDS = (0, 1234)  # lm-eval's own, of `random` and numpy
+
+
+def optional(module: str) -> Any:
+    """A module of lm-eval or of what its RULER tasks need; SystemExit with how to install it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise SystemExit(f"{error}: this command needs lm-eval, pip install 'lm-eval[api,ruler]'") from error
+
+
+def load_tasks(names: Sequence[str], length: int, tokenizer: str) -> dict[str, dict[str, Any]]:
+    """lm-eval's tasks by name, each as `evaluate` takes it, with 500 prompts of at most `length` tokens, answer included.
+
+    Raises SystemExit where lm-eval or what its RULER tasks need is not installed.
+    """
+    for module in ("wonderwords", "nltk", "scipy"):
+        optional(module)
+    # The module of all needle tasks fetches a sentence splitter that only the essays need; a folder of its name stops that.
+    folder = Path(tempfile.mkdtemp(prefix="nltk-"))
+    (folder / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    optional("nltk").data.path.insert(0, str(folder))
+    manager = optional("lm_eval.tasks").TaskManager(metadata={"tokenizer": tokenizer, "max_seq_lengths": [length]})
+    loaded = {}
+    for name in names:
+        random.seed(SEEDS[0])
+        np.random.seed(SEEDS[1])
+        loaded[name] = manager.load([name])
+    return loaded
+
+
+def make_client(server: Server, model: Path, context: int, decoded: int) -> Any:
+    """lm-eval's `local-completions` for a server; the last `decoded` tokens of each prompt go through decode steps.
+
+    Args:
+        server: started with `SERVER_FLAGS`.
+        model: its folder.
+        context: tokens that the model takes at most; lm-eval would cut a longer prompt.
+        decoded: 0 sends prompts as they are.
+    """
+    completions: Any = optional("lm_eval.models.openai_completions").LocalCompletionsAPI
+
+    class DecodedQuestion(completions):
+        """Sends a prompt without its end, and has the server decode that before the answer."""
+
+        def _create_payload(self, messages: Any, generate: bool = False, **options: Any) -> dict[str, Any]:
+            payload = super()._create_payload(messages, generate=generate, **options)
+            (prompt,) = payload["prompt"]
+            payload["prompt"] = [prompt[:-decoded]]
+            payload["max_tokens"] += decoded
+            payload["custom_params"] = {"question": prompt[-decoded:]}
+            payload["custom_logit_processor"] = ForcedQuestion.to_str()
+            self._end = self.tokenizer.decode(prompt[-decoded:])
+            return payload
+
+        def parse_generations(self, outputs: Any, **options: Any) -> list[str]:
+            (text,) = super().parse_generations(outputs, **options)
+            assert text.startswith(self._end), f"{text!r} does not begin with the decoded question {self._end!r}"
+            return [text[len(self._end) :]]
+
+    kind = DecodedQuestion if decoded else completions
+    return kind(
+        model=str(model),
+        base_url=f"{server.url}/v1/completions",
+        tokenizer_backend="huggingface",
+        max_length=context,
+        max_gen_toks=128,
+        timeout=TIMEOUT_S,
+        max_retries=1,
+    )
+
+
+def ask_arm(
+    client: Any, task: dict[str, Any], name: str, length: int, numbers: Sequence[int], arm: Arm
+) -> list[Answer]:
+    """One arm's answers to some of a task's prompts, as lm-eval scores them."""
+    found = optional("lm_eval.evaluator").evaluate(
+        client, task, samples={name: list(numbers)}, log_samples=True, bootstrap_iters=0
+    )
+    answers = []
+    for sample in found["samples"][name]:
+        text = sample["filtered_resps"][0]
+        answers.append(
+            Answer(
+                arm=arm.name,
+                task=name,
+                length=length,
+                number=sample["doc_id"],
+                column="-",
+                document=f"{name}/{length}/{sample['doc_id']}",
+                score=float(sample[str(length)]),
+                tokens=len(client.tokenizer(text, add_special_tokens=False).input_ids),
+                text=text,
+                expected=list(sample["doc"]["outputs"]),
+            )
+        )
+    return answers
+
+
+def run(
+    server: Server, client: Any, tasks: dict[int, dict[str, dict[str, Any]]], samples: int, arms: Sequence[Arm]
+) -> tuple[list[Answer], Steps]:
+    """Ask for all prompts of `tasks` (by length and name) under every arm, `TOGETHER` prompts at a time."""
+    answers, steps = [], Steps()
+    bar = tqdm(total=samples * sum(map(len, tasks.values())), unit="prompt")
+    for length, by_name in tasks.items():
+        for name, task in by_name.items():
+            bar.set_description(f"{name}, {length:,}")
+            for first in range(0, samples, TOGETHER):
+                numbers = range(first, min(first + TOGETHER, samples))
+                server.flush()
+                for arm in arms:
+                    use(server, arm.policy, **arm.options)
+                    with steps.count(server, arm):
+                        answers += ask_arm(client, task, name, length, numbers, arm)
+                bar.update(len(numbers))
+    bar.close()
+    return answers, steps
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=10, help="per task and length, at most 500")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[4096, 7800], help="tokens of prompt and answer, at most"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--policies", nargs="+", choices=[name for name in POLICIES if name != DENSE], default=["ours"])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512])
+    parser.add_argument(
+        "--candidates", type=int, help="tokens ranked by their codes, default: as benchmarks.quality.model_level"
+    )
+    parser.add_argument("--decoded", type=int, default=64, help="tokens at a prompt's end that are decoded; 0: none")
+    parser.add_argument("--context", type=int, default=8192, help="tokens that the model takes")
+    parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
+    args = parser.parse_args(argv)
+    if not 1 <= args.samples <= 500 or args.decoded < 0:
+        parser.error("--samples must be from 1 to 500, and --decoded at least 0")
+    return args
+
+
+def main() -> None:
+    """Parse the command line, ask, print and write."""
+    args = parse_args()
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns at each prompt of a length that its tasks do not list
+    tasks = {length: load_tasks(args.tasks, length, str(args.model)) for length in args.lengths}
+    arms = arms_of(args.policies, args.budgets, args.candidates)
+    pool = TOGETHER * max(args.lengths) + POOL_SLACK_TOKENS
+    log = Path(tempfile.mkdtemp(prefix="ruler-")) / "server.log"
+    print(f"{len(arms)} arms; starting a server, its log: {log}", flush=True)
+    with serve(args.model, log, *SERVER_FLAGS, "--max-total-tokens", str(pool), config={}) as server:
+        client = make_client(server, args.model, args.context, args.decoded)
+        answers, steps = run(server, client, tasks, args.samples, arms)
+    body = table(answers, steps.shares())
+    print(f"\n{body}\n")
+    write_results(
+        "quality-ruler",
+        title="RULER, offline tasks of lm-eval",
+        setting=f"{args.model.name}, float32, lm-eval {version('lm-eval')}, {args.decoded} tokens of each prompt decoded",
+        command=command_of("benchmarks.quality.ruler"),
+        body=body,
+        data={
+            "arms": [arm._asdict() for arm in arms],
+            "summary": summary(answers),
+            "sparse_steps": steps.shares(),
+            "answers": [answer._asdict() for answer in answers],
+        },
+        figure=heat_map(answers),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Write what a benchmark found to benchmarks/results/: JSON, Markdown and a picture, never over an older file.
+
+Each begins with what a reader needs to judge or repeat it: machine, versions, model and configuration, command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = {"SGLang": "sglang", "torch": "torch", "triton": "triton", "sglang-clusterkv": "sglang-clusterkv"}
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def machine(device: str = "cpu") -> str:
+    """The machine in words: a CUDA device's name, or the CPU's with its cores."""
+    if device == "cpu":
+        return f"{processor()}, {os.cpu_count()} cores"
+    import torch
+
+    return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {processor()}"
+
+
+def versions() -> str:
+    """Versions of what takes part; a package that is not installed is left out."""
+    found = []
+    for name, package in PACKAGES.items():
+        try:
+            found.append(f"{name} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def command_of(module: str) -> str:
+    """The command that is running: `python -m module` with its arguments."""
+    return " ".join(["python -m", module, *sys.argv[1:]])
+
+
+def write_results(
+    kind: str,
+    *,
+    title: str,
+    setting: str,
+    command: str,
+    body: str,
+    data: Any,
+    figure: Figure | None = None,
+    device: str = "cpu",
+    folder: Path = RESULTS,
+) -> Path:
+    """Write one run's files and say where they are.
+
+    Args:
+        kind: the files' name, before the time.
+        title: the Markdown's heading.
+        setting: model, dtype, configuration, in words.
+        command: that repeats the run.
+        body: the tables, as Markdown.
+        data: everything measured, for the JSON.
+        figure: of matplotlib, for the SVG.
+        device: that was measured, as torch names it.
+        folder: where.
+
+    Returns:
+        The Markdown's path; the others differ in their suffix.
+    """
+    about = {
+        "title": title,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": machine(device),
+        "versions": versions(),
+        "setting": setting,
+        "command": command,
+    }
+    header = f"# {title}\n\n{setting}; {about['machine']}; {about['versions']}\n\n    {command}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = _unused(folder / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+    _write_new(stem.with_name(stem.name + ".json"), json.dumps(about | {"results": data}, indent=1) + "\n")
+    markdown = stem.with_name(stem.name + ".md")
+    _write_new(markdown, f"{header}\n{body.rstrip()}\n")
+    if figure is not None:
+        picture = stem.with_name(stem.name + ".svg")
+        with picture.open("xb") as file:
+            figure.savefig(file, format="svg")
+    print(f"written: {markdown}", file=sys.stderr)
+    return markdown
+
+
+def _unused(stem: Path) -> Path:
+    """The stem, numbered where another run took it in the same second."""
+    taken = {path.stem for path in stem.parent.glob(f"{stem.name}*")}
+    name, number = stem.name, 1
+    while name in taken:
+        number += 1
+        name = f"{stem.name}-{number}"
+    return stem.with_name(name)
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that must not exist."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)

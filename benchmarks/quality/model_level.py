@@ -130,9 +130,7 @@ def sizes_of(server_counts: dict[str, Any], document: Document, model: dict[str,
     return Sizes(round(clustered), round(length - clustered), **model)
 
 
-def run_document(
-    server: Server, document: Document, arms: list[Arm], model: dict[str, int], equal: bool
-) -> dict[str, Any]:
+def run_document(server: Server, document: Document, arms: list[Arm], model: dict[str, int]) -> dict[str, Any]:
     """All arms over one document."""
     server.flush()
     use(server, "dense")
@@ -157,7 +155,7 @@ def run_document(
             "options": arm.options,
             "bytes": step_bytes(arm, sizes),
         }
-        if equal and arm.policy == "ours":
+        if arm.policy == "ours":
             queue.append(equal_bytes("published", arm, sizes))
             bar.total += 1
         bar.update()
@@ -265,7 +263,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str, list[dict[
     model = model_shape()
     with serve(default_out(), log, *SERVER_FLAGS, config=json.loads(args.config)) as server:
         for i, document in enumerate(made):
-            documents.append(run_document(server, document, arms, model, "published" in args.policies))
+            documents.append(run_document(server, document, arms, model))
             print(f"document {args.first + i + 1}:\n{table(summary(documents[-1:]), documents[-1:])}", flush=True)
     return documents, source, summary(documents)
 

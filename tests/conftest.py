@@ -1,4 +1,4 @@
-"""The server on the tiny model; each file that asks for it has one of its own."""
+"""The server on the tiny model; each file that asks for it has one of its own. And where Triton's kernels run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interpreter import interpreting
 from tiny_model import tiny_model
 from traffic import CONFIG, logging_of_requests
 
@@ -13,6 +14,18 @@ from benchmarks.servers import Server, serve
 
 CHUNK = 2048
 POOL = 8192
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where tests/triton run: cpu is Triton's interpreter"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import Triton before SGLang does, which may be in any test module."""
+    with interpreting(config.getoption("device")):
+        import triton.language  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -214,3 +214,14 @@ def test_bytes_by_hand() -> None:
     two_layers = POLICIES["published-dense2"].step_bytes(reading, 30)
     assert two_layers == pytest.approx(28 / 30 * by_hand["published"] + 2 / 30 * by_hand["dense"])
     assert kv_bytes(1, 64) == 256 and EVERYTHING > 1 << 20
+
+
+def test_codes_are_stored_while_steps_do_not_refine() -> None:
+    refining, switched = Scene(CONFIG), Scene(CONFIG)
+    switch(switched.engine, "ours-whole-clusters", {})
+    for scene in (refining, switched):
+        scene.prefill(1, 700)
+        step = scene.decode([1], [701])
+        assert step.sparse is not None
+    np.testing.assert_array_equal(switched.index.arrays["codes"], refining.index.arrays["codes"])
+    assert switched.index.arrays["codes"].any()

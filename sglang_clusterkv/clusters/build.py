@@ -60,7 +60,7 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
     # Rows are relative to the mean as stored, so that a step adds one q.mean per segment and nothing is lost.
     key_rows = index.row_codec.encode(centroids + (center - mean_key.float()).unsqueeze(1))
     codes = code_scales = None
-    if config.refine:
+    if "codes" in index.arrays:  # whether or not a step refines just now
         stored = index.row_codec.decode(key_rows) + mean_key.float().unsqueeze(1)
         codes, code_scales = encode.token_codes(keys, stored, labels, members, index.token_codec)
     return SegmentTables(
@@ -96,14 +96,54 @@ def build_segment(
         value_buffers: likewise.
         layers_per_call: layers that are clustered together (fixed per device: shapes must not depend on the batch).
     """
-    page_size = index.geometry.page_size
-    pages = slots[::page_size] // page_size
+    pages = slots[:: index.geometry.page_size] // index.geometry.page_size
+    if slots.device.type == "cuda":
+        write_in_place(index, [slots], key_buffers, value_buffers)
+        index.mark(segment_id, pages)
+        return
     for first in range(0, len(key_buffers), layers_per_call):
         layers = range(first, min(first + layers_per_call, len(key_buffers)))
         keys = _heads_first([key_buffers[layer] for layer in layers], slots)
         values = _heads_first([value_buffers[layer] for layer in layers], slots)
         _write(index, layers, pages, slots, cluster_segment(index, keys, values))
     index.mark(segment_id, pages)
+
+
+def write_in_place(
+    index: ClusterIndex,
+    segments: list[torch.Tensor],
+    key_buffers: list[torch.Tensor],
+    value_buffers: list[torch.Tensor],
+) -> None:
+    """Cluster segments by Triton's kernels, all layers and heads of them in each launch, and write their tables.
+
+    Reads the pool where it lies. Scratch: a quarter of the segments' keys in bf16, at 8 tokens per cluster.
+
+    Args:
+        index: the index to write; its pages are not marked.
+        segments: int64 [M] each, the slots of whole pages in sequence order; of different lengths.
+        key_buffers: as in `build_segment`; all of one stride.
+        value_buffers: likewise.
+    """
+    from sglang_clusterkv.kernels.encode import triton as encoding
+    from sglang_clusterkv.kernels.kmeans import triton as clustering
+
+    pools = ("pools", *(buffer.data_ptr() for buffer in (*key_buffers, *value_buffers)))
+    if pools not in index.scratch:
+        index.scratch[pools] = clustering.pool_of(key_buffers), clustering.pool_of(value_buffers)
+    keys, values = index.scratch[pools]
+    batch = clustering.segments_of(segments, index.config.tokens_per_cluster)
+    encoding.write(
+        keys,
+        values,
+        batch,
+        clustering.cluster(keys, batch, index.config.kmeans_passes),
+        encoding.target_of(index.arrays, index.config.code_bits),
+        page_size=index.geometry.page_size,
+        clusters_per_page=index.clusters_per_page,
+        rows=index.row_codec,
+        tokens=index.token_codec,
+    )
 
 
 def _heads_first(buffers: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,10 @@ def dense_decode(
         from sglang_clusterkv.kernels.attend import cpu
 
         chosen = cpu.dense_decode
+    elif q.device.type == "cuda":
+        from sglang_clusterkv.kernels.attend import triton
+
+        chosen = triton.dense_decode
     else:
         chosen = reference.dense_decode
     return chosen(q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap)

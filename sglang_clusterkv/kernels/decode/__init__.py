@@ -40,4 +40,8 @@ def sparse_decode(
         from sglang_clusterkv.kernels.decode import cpu
 
         return cpu.sparse_decode(q, keys, values, index, layer, step, scale)
+    if q.device.type == "cuda":
+        from sglang_clusterkv.kernels.decode import triton
+
+        return triton.sparse_decode(q, keys, values, index, layer, step, scale)
     return reference.sparse_decode(q, keys, values, index, layer, step, scale)

@@ -1,4 +1,7 @@
-"""Describe a segment's clusters and code its tokens, once their labels are known."""
+"""Describe a segment's clusters and code its tokens, once their labels are known.
+
+On a GPU `clusters.build.write_in_place` uses `triton` instead, which reads the pool where it lies.
+"""
 
 from __future__ import annotations
 

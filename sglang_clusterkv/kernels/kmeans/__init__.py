@@ -1,4 +1,7 @@
-"""k-means of one segment, for a batch of kv heads."""
+"""k-means of one segment, for a batch of kv heads.
+
+On a GPU `clusters.build.write_in_place` uses `triton` instead, which reads the pool where it lies.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,286 @@
+"""Attend on a GPU: split flash decoding over a list of slots, gathered from the pool row by row.
+
+The list of a (request, kv head) is the always-attended tokens, shared by the kv heads, then the head's recalled tokens. It is
+cut into `splits` parts of whole tiles; one program attends to one part with all query heads of the kv head, so every key
+and value row is read once. The always-attended tokens' logits are taken from score, which has read their keys already: the
+4 bytes of each query head are fewer than a key row. Dense decode is the same with the request's whole list and no logits.
+
+Parts are merged in the order of the splits (kernels/merge/triton.py), so the result is a function of the inputs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.decode import grids
+from sglang_clusterkv.kernels.estimate.triton import EstimateBuffers, listed_clusters, mass_tile
+from sglang_clusterkv.kernels.merge.triton import merge_parts
+from sglang_clusterkv.kernels.triton_rows import dot_dtype, padded_group
+from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.kernels.decode.workspace import Workspace
+
+NO_WINDOW = 2**30  # tokens before the query's own that a layer without a sliding window sees
+
+
+@triton.jit
+def key_logits(
+    query, keys, slots, listed, h, scale, cap, HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAPPED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Logits in base 2 [G, N] of a query tile [G, D] and the keys at slots int64 [N]; -inf where a slot is not listed."""
+    d = tl.arange(0, BLOCK_D)
+    at = keys + (slots[None, :] * HEADS + h) * CHANNELS + d[:, None]
+    key = tl.load(at, mask=listed[None, :] & (d < CHANNELS)[:, None], other=0.0)  # [D, N]
+    logits = tl.dot(query, key.to(DOT), input_precision="ieee") * scale
+    if CAPPED:  # cap tanh(logit / cap), with tanh(x) = 1 - 2 / (exp(2x) + 1)
+        logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2_E / cap)) + 1.0))
+    return tl.where(listed[None, :], logits * LOG2_E, float("-inf"))
+
+
+@triton.jit
+def value_rows(
+    values, slots, listed, h, HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Value rows [N, D] at slots int64 [N]; 0 where a slot is not listed."""
+    d = tl.arange(0, BLOCK_D)
+    at = values + (slots[:, None] * HEADS + h) * CHANNELS + d[None, :]
+    return tl.load(at, mask=listed[:, None] & (d < CHANNELS)[None, :], other=0.0)
+
+
+@triton.jit
+def attend_part(
+    pair, split, splits, q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, output, lse,
+    scale, cap, window, capacity, base_stride, logit_stride, recalled_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, SCORED: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """What one program does: attend to the split-th part of the list of the pair-th (request, kv head); pair is int64.
+
+    SCORED: the base tokens' logits are in base_logit [B, H, G, W], and recalled tokens follow; else logits come from keys.
+    Output [B, H, P, G, D] and lse [B, H, P, G]; P is `capacity`.
+    """
+    b, h = pair // HEADS, pair % HEADS
+    g, d, n = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    real = (g < GROUP)[:, None] & (d < CHANNELS)[None, :]
+    queries = q + (pair * GROUP + g)[:, None] * CHANNELS + d[None, :]
+    if not SCORED:
+        query = tl.load(queries, mask=real, other=0.0).to(DOT)
+    end = tl.load(base_count + b).to(tl.int32)
+    first = tl.maximum(end - 1 - window, 0)
+    base_tiles = tl.cdiv(end - first, BLOCK_N)
+    tiles = base_tiles
+    if SCORED:
+        chosen = tl.load(recalled_count + pair)
+        tiles += tl.cdiv(chosen, BLOCK_N)
+    share = tl.cdiv(tiles, splits)
+    begin_tile, end_tile = split * share, tl.minimum((split + 1) * share, tiles)
+
+    sums = tl.zeros((GROUP_PAD, BLOCK_D), tl.float32)
+    peak = tl.full((GROUP_PAD,), LOWEST, tl.float32)
+    weight = tl.zeros((GROUP_PAD,), tl.float32)
+    for tile in range(begin_tile, tl.minimum(end_tile, base_tiles)):
+        t = first + tile * BLOCK_N + n
+        listed = t < end
+        slots = tl.load(base_slots + b * base_stride + t, mask=listed, other=0)
+        if SCORED:
+            at = base_logit + (pair * GROUP + g)[:, None] * logit_stride + t[None, :]
+            logits = tl.load(at, mask=(g < GROUP)[:, None] & listed[None, :], other=0.0) * LOG2_E
+            logits = tl.where(listed[None, :], logits, float("-inf"))
+        else:
+            logits = key_logits(query, keys, slots, listed, h, scale, cap, HEADS, CHANNELS, BLOCK_D, CAPPED, DOT)
+        rows = value_rows(values, slots, listed, h, HEADS, CHANNELS, BLOCK_D)
+        sums, peak, weight = add_tile(sums, peak, weight, logits, rows, DOT)
+    if SCORED:
+        query = tl.load(queries, mask=real, other=0.0).to(DOT)
+        for tile in range(tl.maximum(begin_tile, base_tiles), end_tile):
+            t = (tile - base_tiles) * BLOCK_N + n
+            listed = t < chosen
+            slots = tl.load(recalled + pair * recalled_stride + t, mask=listed, other=0)
+            logits = key_logits(query, keys, slots, listed, h, scale, cap, HEADS, CHANNELS, BLOCK_D, CAPPED, DOT)
+            rows = value_rows(values, slots, listed, h, HEADS, CHANNELS, BLOCK_D)
+            sums, peak, weight = add_tile(sums, peak, weight, logits, rows, DOT)
+
+    row = (pair * capacity + split) * GROUP + g
+    tl.store(output + row[:, None] * CHANNELS + d[None, :], normalise(sums, weight), mask=real)
+    tl.store(lse + row, natural_lse(peak, weight), mask=g < GROUP)
+
+
+@triton.jit
+def attend_kernel(
+    q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, output, lse, scale, splits, capacity,
+    base_stride, logit_stride, recalled_stride,
+    page_count, segment_of_page, dot, segment_bonus, spread, left, total, mass, estimate_spread, pages_stride,
+    clusters_stride, segments_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Grid (requests * kv heads, splits + mass tiles).
+
+    The first `splits` programs of a pair attend. The others are the estimate's, which needs nothing of them, only what
+    refine left: each writes the estimated mass of BLOCK_M clusters. They ride along because a launch costs more.
+    """
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if part < splits:
+        attend_part(
+            pair, part, splits, q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, output,
+            lse, scale, 0.0, 1 << 30, capacity, base_stride, logit_stride, recalled_stride,
+            HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, True, False, DOT,
+        )  # fmt: skip
+    else:
+        mass_tile(
+            pair, part - splits, page_count, segment_of_page, dot, segment_bonus, spread, left, total, mass,
+            estimate_spread, pages_stride, clusters_stride, segments_stride, HEADS, GROUP, PER_PAGE, BLOCK_M,
+        )  # fmt: skip
+
+
+@triton.jit
+def dense_kernel(
+    q, keys, values, slots, seq_lens, output, lse, scale, cap, window, splits, slots_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Grid (requests * kv heads, splits): one part of a request's whole list, or of its last `window` + 1 tokens."""
+    attend_part(
+        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, slots, seq_lens, None, None, None,
+        output, lse, scale, cap, window, splits, slots_stride, 0, 0,
+        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, False, CAPPED, DOT,
+    )  # fmt: skip
+
+
+def tile_constants(heads: int, group: int, channels: int, dtype: torch.dtype) -> dict[str, object]:
+    """The kernels' constants, by argument name."""
+    return {
+        "HEADS": heads,
+        "GROUP": group,
+        "GROUP_PAD": padded_group(group),
+        "CHANNELS": channels,
+        "BLOCK_D": triton.next_power_of_2(channels),
+        # Two stages of keys and values have to fit beside another program's.
+        "BLOCK_N": 64 if channels <= 128 and dtype.itemsize == 2 else 32,
+        "DOT": dot_dtype(dtype),
+    }
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    index: ClusterIndex,
+    step: SparseStep,
+    scale: float,
+    w: Workspace,
+    buffers: EstimateBuffers,
+    splits: int,
+) -> None:
+    """Attend to sinks, window and recalled tokens: `exact_output` and `exact_lse` of the workspace, the first `splits`.
+
+    Where the estimate will have to choose among clusters, their masses are computed in the same launch.
+
+    Args:
+        q: [B, H, G, D], contiguous, in the pool's dtype.
+        keys: [slots, H, D], contiguous.
+        values: likewise.
+        index: the cluster index.
+        step: the lists of this step.
+        scale: of the logits.
+        w: holds `base_logit`, `recalled`, `left` and what they were made from.
+        buffers: take the masses.
+        splits: parts of a list, at most the workspace's.
+    """
+    batch, heads, group, channels = q.shape
+    shape, config = w.shape, index.config
+    masses = grids.mass_tiles(listed_clusters(index, step), config.estimate_clusters) if config.estimate else 0
+    attend_kernel[(batch * heads, splits + masses)](
+        q, keys, values, step.base_slots, step.base_count, w.base_logit, w.recalled, w.recalled_count, w.exact_output,
+        w.exact_lse, scale, splits, shape.splits, step.base_slots.stride(0), shape.base, shape.budget,
+        step.page_count, step.segment_of_page, w.dot, w.segment_bonus, w.spread, w.left, w.total, buffers.mass,
+        config.estimate_spread, step.pages.stride(0), shape.clusters, shape.segments,
+        PER_PAGE=index.clusters_per_page, BLOCK_M=grids.MASS_CLUSTERS, **tile_constants(heads, group, channels, q.dtype),
+        num_stages=2,
+    )  # fmt: skip
+
+
+def dense_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    sliding_window: int = -1,
+    logit_cap: float = 0.0,
+) -> torch.Tensor:
+    """See `reference.dense_decode`; two launches."""
+    batch, heads, channels = q.shape[0], keys.shape[1], keys.shape[2]
+    grouped = q.to(keys.dtype).unflatten(1, (heads, -1)).contiguous()
+    group = grouped.shape[2]
+    window = sliding_window if sliding_window >= 0 else NO_WINDOW
+    splits = grids.split_count(batch * heads, min(slots.shape[1], window + 1))
+    output = torch.empty((batch, heads, splits, group, channels), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, heads, splits, group), dtype=torch.float32, device=q.device)
+    dense_kernel[(batch * heads, splits)](
+        grouped, keys, values, slots, seq_lens, output, lse, scale, logit_cap, window, splits, slots.stride(0),
+        CAPPED=logit_cap > 0, **tile_constants(heads, group, channels, keys.dtype), num_stages=2,
+    )  # fmt: skip
+    return merge_parts(output, lse, q.dtype)
+
+
+_TYPES = {
+    **dict.fromkeys(("q", "keys", "values", "spread"), "*bf16"),
+    **dict.fromkeys(("base_slots", "base_count", "recalled", "slots", "seq_lens"), "*i64"),
+    **dict.fromkeys(("page_count", "segment_of_page"), "*i64"),
+    **dict.fromkeys(("recalled_count", "left"), "*i32"),
+    **dict.fromkeys(("base_logit", "output", "lse", "dot", "segment_bonus", "total", "mass"), "*fp32"),
+    **dict.fromkeys(("scale", "cap", "estimate_spread"), "fp32"),
+    **dict.fromkeys(("splits", "capacity", "window"), "i32"),
+    **dict.fromkeys(("base_stride", "logit_stride", "recalled_stride", "slots_stride"), "i32"),
+    **dict.fromkeys(("pages_stride", "clusters_stride", "segments_stride"), "i32"),
+}
+
+
+def _case(name: str, kernel: Any, channels: int, group: int, ones: Sequence[str] = (), **holds: Any) -> CompileCase:
+    """A case of 8 kv heads in bf16; `ones` are arguments of 1, constants to the compiler."""
+    constants = tile_constants(8, group, channels, torch.bfloat16) | {
+        "DOT": tl.bfloat16, "CAPPED": False, "PER_PAGE": 2, "BLOCK_M": grids.MASS_CLUSTERS, **dict.fromkeys(ones, 1),
+    }  # fmt: skip
+    signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument in _TYPES.keys() - set(ones)}
+    aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a in ("clusters_stride", "logit_stride"))
+    used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
+    name = f"{name} D={channels} G={group}" + (" ones" if ones else "")
+    return CompileCase(name, kernel, signature, used, aligned, num_stages=2, **holds)
+
+
+COMPILE_CASES = [
+    *(
+        _case("attend", attend_kernel, d, g, tensor_cores=16, async_loads_128=8, programs_per_sm=2)
+        for d, g in ((64, 3), (128, 4), (128, 8), (256, 4))
+    ),
+    *(
+        _case("attend dense", dense_kernel, d, g, tensor_cores=16, async_loads_128=8, programs_per_sm=2)
+        for d, g in ((64, 3), (128, 4), (256, 4))
+    ),
+    _case(
+        "attend", attend_kernel, 128, 4, ("splits", "capacity"), tensor_cores=16, async_loads_128=8, programs_per_sm=2
+    ),
+    _case(
+        "attend dense",
+        dense_kernel,
+        128,
+        4,
+        ("splits", "window"),
+        tensor_cores=16,
+        async_loads_128=8,
+        programs_per_sm=2,
+    ),
+]

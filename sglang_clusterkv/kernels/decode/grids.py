@@ -1,0 +1,44 @@
+"""How many programs the Triton launches of a decode step have: from the shapes of its lists alone, so graphs can be captured.
+
+Imports nothing of Triton: the model of the step (`kernels/step_model.py`) counts with the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TOKENS_PER_SPLIT = 128  # of attend's list; fewer are not worth a program
+MASS_CLUSTERS = 1024  # clusters per program that computes masses for the estimate
+LEAST_OWN = 128  # clusters, each with its own mean value, that are worth a program of the estimate
+LEAST_REST = 512  # clusters that share their segment's mean value, likewise
+ATTEND_PROGRAMS = 264  # two for each of an H100's SMs
+ESTIMATE_PROGRAMS = 528  # four: these wait for memory more than they compute
+
+
+class EstimateParts(NamedTuple):
+    """Programs of the estimate per (request, kv head); each leaves one part."""
+
+    own: int  # those that take clusters' own mean values
+    rest: int  # those that take segments' mean values
+
+
+def share_count(pairs: int, items: int, least: int, programs: int) -> int:
+    """Programs that share a list of up to `items` items, `least` or more each, for `pairs` (request, kv head)."""
+    return max(1, min(programs // pairs, -(-items // least)))
+
+
+def split_count(pairs: int, tokens: int) -> int:
+    """Parts of attend's lists of up to `tokens` tokens."""
+    return share_count(pairs, tokens, TOKENS_PER_SPLIT, ATTEND_PROGRAMS)
+
+
+def mass_tiles(clusters: int, estimate_clusters: int) -> int:
+    """Programs of attend's launch that compute masses; 0 where every cluster uses its own mean value."""
+    return -(-clusters // MASS_CLUSTERS) if clusters > estimate_clusters else 0
+
+
+def estimate_parts(pairs: int, clusters: int, estimate_clusters: int) -> EstimateParts:
+    """Programs of the estimate, for up to `clusters` clusters."""
+    own = share_count(pairs, min(clusters, estimate_clusters), LEAST_OWN, ESTIMATE_PROGRAMS)
+    rest = share_count(pairs, clusters, LEAST_REST, ESTIMATE_PROGRAMS) if clusters > estimate_clusters else 0
+    return EstimateParts(own, rest)

@@ -1,0 +1,156 @@
+"""The chain on a GPU: seven launches per layer, six where nothing is refined, and nothing that waits for the device.
+
+    score | select | refine: values | refine: choice | attend, with the estimate's masses | estimate | merge, with the mass read
+
+What the launches hand to each other lies in one workspace per index, which grows to the largest step and is never initialised.
+Grids depend on the shapes of the step's lists alone, so a captured graph may be replayed with other contents.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from sglang_clusterkv.kernels.attend import triton as attend_triton
+from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.decode import grids
+from sglang_clusterkv.kernels.decode.workspace import Allocate, Workspace, WorkspaceShape, make_workspace
+from sglang_clusterkv.kernels.estimate import triton as estimate_triton
+from sglang_clusterkv.kernels.merge import triton as merge_triton
+from sglang_clusterkv.kernels.refine import triton as refine_triton
+from sglang_clusterkv.kernels.score import triton as score_triton
+from sglang_clusterkv.kernels.select import triton as select_triton
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.clusters.step import SparseStep
+
+NO_PARTS = grids.EstimateParts(0, 0)
+
+
+class TritonDecoder:
+    """The operations of a layer, callable one by one (benchmarks, tests) or as a chain, in the order of their definition.
+
+    `prepare` comes first, once per step. Captured graphs keep the workspace's addresses, so the largest step has to be
+    prepared before the first capture.
+
+    Args:
+        index: the cluster index.
+        group: query heads per kv head.
+        allocate: makes one uninitialised tensor of a shape and dtype on the index's device; torch.empty by default.
+    """
+
+    def __init__(self, index: ClusterIndex, group: int, allocate: Allocate | None = None) -> None:
+        config, geometry = index.config, index.geometry
+        self.index = index
+        self.config = config
+        self.limit = config.candidate_tokens if config.refine else config.budget_tokens
+        self.heads = geometry.kv_heads
+        self._allocate = allocate or (lambda sizes, dtype: torch.empty(sizes, dtype=dtype, device=index.device))
+        self._shape = WorkspaceShape(
+            batch=0, heads=self.heads, group=group, channels=geometry.head_dim, clusters=0, segments=0, base=0,
+            candidates=self.limit, budget=config.budget_tokens, splits=0, parts=0,
+        )  # fmt: skip
+        self._step: SparseStep | None = None
+
+    def prepare(self, step: SparseStep) -> None:
+        """Take a step's lists and make the workspace fit."""
+        if step is self._step:
+            return
+        self._step = step
+        base, pairs = step.base_slots.shape[1], step.batch * self.heads
+        self.splits = grids.split_count(pairs, base + self.config.budget_tokens)
+        clusters = estimate_triton.listed_clusters(self.index, step)
+        estimated = self.config.estimate
+        self.parts = grids.estimate_parts(pairs, clusters, self.config.estimate_clusters) if estimated else NO_PARTS
+        needed = self._shape._replace(
+            batch=triton.next_power_of_2(step.batch),
+            clusters=clusters,
+            segments=step.segment_begin.shape[1],
+            base=base,
+            splits=self.splits,
+            parts=max(1, sum(self.parts)),
+        ).rounded()
+        if not self._shape.holds(needed):
+            self._shape = WorkspaceShape(*map(max, self._shape, needed))
+            self.workspace: Workspace = make_workspace(self._shape, self.index.device, self._allocate)
+            self.buffers = estimate_triton.make_buffers(self._shape, self.config.estimate_clusters, self._allocate)
+
+    @property
+    def step(self) -> SparseStep:
+        """The step that was prepared."""
+        assert self._step is not None, "prepare comes first"
+        return self._step
+
+    def score(self, q: torch.Tensor, keys: torch.Tensor, layer: int, scale: float) -> None:
+        """Clusters and always-attended tokens against the queries [B, H, G, D]."""
+        score_triton.score(q, keys, self.index, layer, self.step, scale, self.workspace)
+
+    def select(self) -> None:
+        """The clusters whose tokens are candidates."""
+        select_triton.select(self.index, self.step, self.limit, self.workspace)
+
+    def refine(self, layer: int, scale: float) -> None:
+        """Candidates' values from their codes; nothing where nothing is refined."""
+        if self.config.refine:
+            refine_triton.refine_values(self.index, layer, self.step, scale, self.limit, self.workspace)
+
+    def recall(self, layer: int) -> None:
+        """The best candidates' slots, or all candidates'."""
+        if self.config.refine:
+            refine_triton.recall(self.index, self.step, self.limit, self.workspace)
+        else:
+            refine_triton.recall_all(self.index, layer, self.step, self.limit, self.workspace)
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
+        """Exact attention over always-attended and recalled tokens; and masses for the estimate."""
+        attend_triton.attend(
+            q, keys, values, self.index, self.step, scale, self.workspace, self.buffers, self.splits
+        )  # fmt: skip
+
+    def estimate(self, layer: int, dtype: torch.dtype) -> None:
+        """What was not recalled, by clusters, multiplied as queries of `dtype` are; nothing where nothing is estimated."""
+        if self.config.estimate:
+            estimate_triton.estimate(self.index, layer, self.step, self.workspace, self.buffers, self.parts, dtype)
+
+    def merge(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
+        """Both parts, [B, heads, D] in `dtype`; and how much of the mass was read exactly."""
+        return merge_triton.merge(
+            self.workspace, self.step.batch, self.splits, sum(self.parts), self.index.mass[layer], dtype
+        )
+
+
+def decoder_of(index: ClusterIndex, group: int) -> TritonDecoder:
+    """The decoder of an index; made once."""
+    key = ("triton decoder", group)
+    if key not in index.scratch:
+        index.scratch[key] = TritonDecoder(index, group)
+    return index.scratch[key]
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    index: ClusterIndex,
+    layer: int,
+    step: SparseStep,
+    scale: float,
+) -> torch.Tensor:
+    """See `kernels.decode.sparse_decode`."""
+    # No copies where the queries have the pool's dtype and lie together, as they do while serving.
+    grouped = q.to(keys.dtype).unflatten(1, (keys.shape[1], -1)).contiguous()
+    decoder = decoder_of(index, grouped.shape[2])
+    decoder.prepare(step)
+    decoder.score(grouped, keys, layer, scale)
+    decoder.select()
+    decoder.refine(layer, scale)
+    decoder.recall(layer)
+    decoder.attend(grouped, keys, values, scale)
+    decoder.estimate(layer, grouped.dtype)
+    return decoder.merge(layer, q.dtype)
+
+
+COMPILE_CASES: list[CompileCase] = []  # its kernels are those of the operations

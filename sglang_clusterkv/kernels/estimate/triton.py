@@ -1,0 +1,458 @@
+"""Estimate on a GPU: the clusters' remaining tokens, through mean values, in two steps of which the first rides with attend.
+
+1. `mass_tile`, in attend's launch: the estimated mass of every cluster, where there are more than `estimate_clusters`.
+2. `estimate_kernel`: some programs of a (request, kv head) take the clusters that use their own mean value, by rank in equal
+   shares, unpack their rows in registers and weigh them; the others sum the weights of all other clusters by segment and
+   multiply by the segments' mean values.
+
+Which clusters use their own mean value is the same for all programs of a (request, kv head). Each finds it for itself: it
+holds the masses in registers (up to 16,384; beyond, it reads them again from the cache) and bisects the bits of the
+smallest that is large enough. A launch less is worth more than the few microseconds that programs spend on this side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_clusterkv.clusters.codec import RowCodec
+from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.triton_rows import (
+    BF16,
+    INT4,
+    INT8,
+    is_interpreted,
+    layer_arrays,
+    padded_group,
+    row_constants,
+)
+from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise, raise_peak
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.kernels.decode.grids import EstimateParts
+    from sglang_clusterkv.kernels.decode.workspace import Allocate, Workspace, WorkspaceShape
+
+MASSES_HELD = 16384  # by one program, in registers
+OWN_CLUSTERS = 32  # per tile of own mean values
+REST_CLUSTERS, REST_SEGMENTS = 128, 16  # per tile of the others
+STAGES = 2  # a third one spills registers
+NO_PLACE = tl.constexpr(2**31 - 1)
+
+
+@dataclass(frozen=True)
+class EstimateBuffers:
+    """What the estimate's two steps hand to each other; contiguous, not initialised."""
+
+    mass: torch.Tensor  # float32 [B, H, C], mean over the group of exp(estimate logit of what is left - total)
+    own: torch.Tensor  # int32 [B, H, estimate_clusters], clusters that use their own mean value, ascending
+
+
+def make_buffers(shape: WorkspaceShape, estimate_clusters: int, allocate: Allocate) -> EstimateBuffers:
+    """Allocate them beside a workspace of `shape`."""
+    by_head = (shape.batch, shape.heads)
+    return EstimateBuffers(
+        mass=allocate((*by_head, shape.clusters), torch.float32),
+        own=allocate((*by_head, estimate_clusters), torch.int32),
+    )
+
+
+@triton.jit
+def mass_tile(
+    pair, tile, page_count, segment_of_page, dot, segment_bonus, spread, left, total, mass, estimate_spread, pages_stride,
+    clusters_stride, segments_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Estimated masses of the tile-th BLOCK clusters of the pair-th (request, kv head); 0 where nothing is left."""
+    b = pair // HEADS
+    c = tile * BLOCK + tl.arange(0, BLOCK)
+    listed = c < tl.load(page_count + b).to(tl.int32) * PER_PAGE
+    tokens = tl.load(left + pair * clusters_stride + c, mask=listed, other=0)
+    segment = tl.load(segment_of_page + b * pages_stride + c // PER_PAGE, mask=listed, other=0)
+    wide = tl.load(spread + pair * clusters_stride + c, mask=listed, other=0.0).to(tl.float32) * estimate_spread
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for g in range(GROUP):
+        query = pair * GROUP + g
+        logit = tl.load(dot + query * clusters_stride + c, mask=listed, other=0.0)
+        logit += wide * tl.load(segment_bonus + query * segments_stride + segment, mask=listed, other=0.0)
+        sums += tl.exp2((logit - tl.load(total + query)) * LOG2_E)
+    result = tl.where(tokens > 0, tokens.to(tl.float32) * sums / GROUP, 0.0)
+    tl.store(mass + pair * clusters_stride + c, result, mask=listed)
+
+
+@triton.jit
+def load_masses(mass, first, clusters, BLOCK: tl.constexpr):
+    """Bits of BLOCK masses from `first` on; they order as the masses do. -1 beyond the clusters."""
+    c = first + tl.arange(0, BLOCK)
+    listed = c < clusters
+    return tl.where(listed, tl.load(mass + c, mask=listed, other=0.0).to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def count_from(mass, held, border, clusters, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """Masses whose bits are `border` or more. HELD: all are in `held`."""
+    if HELD:
+        return tl.sum((held >= border).to(tl.int32), 0)
+    count = 0
+    for first in range(0, clusters, BLOCK):
+        count += tl.sum((load_masses(mass, first, clusters, BLOCK) >= border).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def own_border(
+    mass, held, clusters, limit, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr
+):  # fmt: skip
+    """(border, last): the `limit` largest masses are those whose bits are above `border`, or equal and at most at `last`."""
+    border, last = -1, NO_PLACE
+    if clusters > limit:
+        border = 0
+        count = clusters
+        bit = 30
+        while (bit >= 0) & (count != limit):
+            higher = border | (1 << bit)
+            found = count_from(mass, held, higher, clusters, BLOCK, HELD)
+            border = tl.where(found >= limit, higher, border)
+            count = tl.where(found >= limit, found, count)
+            bit -= 1
+        if count != limit:
+            # More of them are equal to the border than there is room for: the first ones are taken.
+            room = limit - count_from(mass, held, border + 1, clusters, BLOCK, HELD)
+            passed = 0
+            last = -1
+            for first in range(0, clusters, CHUNK):
+                tied = load_masses(mass, first, clusters, CHUNK) == border
+                fits = tied & (passed + tl.cumsum(tied.to(tl.int32), 0) <= room)
+                last = tl.maximum(last, tl.max(tl.where(fits, first + tl.arange(0, CHUNK), -1), 0))
+                passed += tl.sum(tied.to(tl.int32), 0)
+    return border, last
+
+
+@triton.jit
+def list_own(mass, clusters, border, last, begin, end, own, CHUNK: tl.constexpr):
+    """Write the clusters that use their own mean value, those of rank [begin, end) among them, to their ranks in `own`."""
+    passed = 0
+    for first in range(0, clusters, CHUNK):
+        masses = load_masses(mass, first, clusters, CHUNK)
+        c = first + tl.arange(0, CHUNK)
+        chosen = (masses > border) | ((masses == border) & (c <= last))
+        chosen &= c < clusters
+        rank = passed + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(own + rank, c, mask=chosen & (rank >= begin) & (rank < end))
+        passed += tl.sum(chosen.to(tl.int32), 0)
+
+
+@triton.jit
+def left_logits(
+    dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, clusters_stride, segments_stride,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+):  # fmt: skip
+    """Estimate logits in base 2 [G, N] of clusters c [N] of which `tokens` are left; -inf where not live."""
+    g = tl.arange(0, GROUP_PAD)
+    wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32) * estimate_spread
+    real = (g < GROUP)[:, None] & live[None, :]
+    logits = tl.load(dot + g[:, None] * clusters_stride + c[None, :], mask=real, other=0.0)
+    bonus = tl.load(segment_bonus + g[:, None] * segments_stride + segment[None, :], mask=real, other=0.0)
+    logits = (logits + wide[None, :] * bonus) * LOG2_E + tl.log2(tl.maximum(tokens, 1).to(tl.float32))[None, :]
+    return tl.where(live[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def mean_values(
+    words, octets, halves, row, live, EIGHTH_PAD: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr,
+    PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Stored rows as float32 [N, 8 * EIGHTH_PAD]: eight padded slices of channels; 0 where a row (int64 [N]) is not live."""
+    EIGHTH: tl.constexpr = CHANNELS // 8
+    j, i = tl.arange(0, 8), tl.arange(0, EIGHTH_PAD)
+    channel = j[None, :, None] * EIGHTH + i[None, None, :]
+    mask = live[:, None, None] & (i < EIGHTH)[None, None, :]
+    at = row[:, None, None]
+    if FORMAT == INT4:
+        there = live[:, None] & (i < EIGHTH)[None, :]
+        packed = tl.load(words + row[:, None] * (ROW_BYTES // 4) + i[None, :], mask=there, other=0)
+        values = ((packed[:, None, :] << (28 - 4 * j)[None, :, None]) >> 28).to(tl.float32)
+    elif FORMAT == INT8:
+        values = tl.load(octets + at * ROW_BYTES + channel, mask=mask, other=0).to(tl.float32)
+    else:
+        values = tl.load(halves + at * (ROW_BYTES // 2) + channel, mask=mask, other=0.0).to(tl.float32)
+    if FORMAT != BF16:
+        first: tl.constexpr = CHANNELS // 4 if FORMAT == INT4 else CHANNELS // 2  # half words before the scales
+        scales = halves + row[:, None] * (ROW_BYTES // 2) + first + (j * EIGHTH // PER_SCALE)[None, :]
+        values *= tl.load(scales, mask=live[:, None], other=0.0).to(tl.float32)[:, :, None]
+    return tl.reshape(values, (values.shape[0], 8 * EIGHTH_PAD))
+
+
+@triton.jit
+def store_part(
+    output, lse, sums, peak, weight, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr,
+    PIECES: tl.constexpr, PIECE_PAD: tl.constexpr,
+):  # fmt: skip
+    """Store one part: sums [G, PIECES * PIECE_PAD], channels in padded pieces; 0 and -inf where nothing was read."""
+    PIECE: tl.constexpr = CHANNELS // PIECES
+    g, d = tl.arange(0, GROUP_PAD), tl.arange(0, PIECES * PIECE_PAD)
+    at = output + g[:, None] * CHANNELS + ((d // PIECE_PAD) * PIECE + d % PIECE_PAD)[None, :]
+    tl.store(at, normalise(sums, weight), mask=(g < GROUP)[:, None] & (d % PIECE_PAD < PIECE)[None, :])
+    tl.store(lse + g, natural_lse(peak, weight), mask=g < GROUP)
+
+
+@triton.jit
+def own_part(
+    words, octets, halves, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin, end,
+    estimate_spread, clusters_stride, segments_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
+    FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    LIMITED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Attention to the clusters of rank [begin, end), each at its own mean value. Not LIMITED: the rank is the cluster."""
+    sums = tl.zeros((GROUP_PAD, 8 * EIGHTH_PAD), tl.float32)
+    peak = tl.full((GROUP_PAD,), LOWEST, tl.float32)
+    weight = tl.zeros((GROUP_PAD,), tl.float32)
+    for first in range(begin, end, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        live = c < end
+        if LIMITED:
+            c = tl.load(own + c, mask=live, other=0)
+        page_at = c // PER_PAGE
+        segment = tl.load(segment_of_page + page_at, mask=live, other=0)
+        tokens = tl.load(left + c, mask=live, other=0)
+        live &= tokens > 0  # an empty cluster's row is anything
+        logits = left_logits(
+            dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, clusters_stride, segments_stride,
+            GROUP, GROUP_PAD,
+        )  # fmt: skip
+        row = (tl.load(pages + page_at, mask=live, other=0) * PER_PAGE + c % PER_PAGE) * HEADS + h
+        values = mean_values(words, octets, halves, row, live, EIGHTH_PAD, FORMAT, CHANNELS, PER_SCALE, ROW_BYTES)
+        sums, peak, weight = add_tile(sums, peak, weight, logits, values, DOT)
+    store_part(output, lse, sums, peak, weight, GROUP, GROUP_PAD, CHANNELS, 8, EIGHTH_PAD)
+
+
+@triton.jit
+def rest_part(
+    vectors, pages, segment_of_page, segment_begin, mass, dot, segment_bonus, spread, left, output, lse, h, begin, end,
+    border, last, estimate_spread, clusters_stride, segments_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, QUARTER_PAD: tl.constexpr,
+    PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Attention to the clusters [begin, end) that do not use their own mean value, each at its segment's.
+
+    A tile's weights are summed by segment, SEGMENTS at a time. Channels are in four padded quarters, as the vectors lie.
+    """
+    QUARTER: tl.constexpr = CHANNELS // 4
+    s, quarter, i = tl.arange(0, SEGMENTS), tl.arange(0, 4), tl.arange(0, QUARTER_PAD)
+    sums = tl.zeros((GROUP_PAD, 4 * QUARTER_PAD), tl.float32)
+    peak = tl.full((GROUP_PAD,), LOWEST, tl.float32)
+    weight = tl.zeros((GROUP_PAD,), tl.float32)
+    for first in range(begin, end, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        listed = c < end
+        bits = tl.load(mass + c, mask=listed, other=0.0).to(tl.int32, bitcast=True)
+        tokens = tl.load(left + c, mask=listed, other=0)
+        live = (tokens > 0) & ((bits < border) | ((bits == border) & (c > last)))
+        segment = tl.load(segment_of_page + c // PER_PAGE, mask=listed, other=0).to(tl.int32)
+        logits = left_logits(
+            dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, clusters_stride, segments_stride,
+            GROUP, GROUP_PAD,
+        )  # fmt: skip
+        peak, keep, part = raise_peak(peak, logits)
+        weight = weight * keep + tl.sum(part, 1)
+        sums *= keep[:, None]
+        last_segment = tl.max(segment, 0)
+        for first_segment in range(
+            tl.load(segment_of_page + first // PER_PAGE).to(tl.int32), last_segment + 1, SEGMENTS
+        ):
+            of_segment = (segment[:, None] - first_segment == s[None, :]).to(DOT)
+            by_segment = tl.dot(part.to(DOT), of_segment, input_precision="ieee")  # [G, SEGMENTS]
+            there = first_segment + s <= last_segment
+            at = tl.load(segment_begin + first_segment + s, mask=there, other=0)
+            page = tl.load(pages + at[:, None] + quarter[None, :], mask=there[:, None], other=0)
+            at = vectors + ((page * HEADS + h) * 3 + 1)[:, :, None] * QUARTER + i[None, None, :]
+            values = tl.load(at, mask=there[:, None, None] & (i < QUARTER)[None, None, :], other=0.0)
+            values = tl.reshape(values, (SEGMENTS, 4 * QUARTER_PAD))
+            sums = tl.dot(by_segment.to(DOT), values.to(DOT), sums, input_precision="ieee")
+    store_part(output, lse, sums, peak, weight, GROUP, GROUP_PAD, CHANNELS, 4, QUARTER_PAD)
+
+
+@triton.jit
+def estimate_kernel(
+    words, octets, halves, vectors, pages, segment_of_page, segment_begin, page_count, dot, segment_bonus, spread, left,
+    mass, own, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, pages_stride, segment_begin_stride,
+    clusters_stride, segments_stride, own_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
+    QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, BLOCK_OWN: tl.constexpr,
+    BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Grid (requests * kv heads, own_parts + rest_parts); without LIMITED no request has more clusters than `limit`.
+
+    Output [B, H, E, G, D], lse [B, H, E, G]; E is `capacity`.
+    """
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h = pair // HEADS, pair % HEADS
+    clusters = tl.load(page_count + b).to(tl.int32) * PER_PAGE
+    pages += b * pages_stride
+    segment_of_page += b * pages_stride
+    dot += pair * GROUP * clusters_stride
+    segment_bonus += pair * GROUP * segments_stride
+    spread += pair * clusters_stride
+    left += pair * clusters_stride
+    output += (pair * capacity + part) * GROUP * CHANNELS
+    lse += (pair * capacity + part) * GROUP
+    if LIMITED:
+        mass += pair * clusters_stride
+        own += pair * own_stride
+        held = load_masses(mass, 0, clusters, BLOCK)
+        border, last = own_border(mass, held, clusters, limit, BLOCK, CHUNK, HELD)
+    if part < own_parts:
+        count = tl.minimum(clusters, limit)
+        share = tl.cdiv(count, own_parts)
+        begin, end = part * share, tl.minimum((part + 1) * share, count)
+        if LIMITED:
+            list_own(mass, clusters, border, last, begin, end, own, CHUNK)
+            tl.debug_barrier()  # the list is read by other threads than wrote it
+        own_part(
+            words, octets, halves, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin,
+            end, estimate_spread, clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD,
+            FORMAT, PER_SCALE, ROW_BYTES, PER_PAGE, BLOCK_OWN, LIMITED, DOT,
+        )  # fmt: skip
+    elif LIMITED:
+        share = tl.cdiv(tl.cdiv(clusters, BLOCK_REST), rest_parts) * BLOCK_REST
+        begin = (part - own_parts) * share
+        rest_part(
+            vectors, pages, segment_of_page, segment_begin + b * segment_begin_stride, mass, dot, segment_bonus, spread,
+            left, output, lse, h, begin, tl.minimum(begin + share, clusters), border, last, estimate_spread,
+            clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, QUARTER_PAD, PER_PAGE, BLOCK_REST,
+            SEGMENTS, DOT,
+        )  # fmt: skip
+
+
+def listed_clusters(index: ClusterIndex, step: SparseStep) -> int:
+    """Clusters of the longest request, from the shape of its list."""
+    return step.pages.shape[1] * index.clusters_per_page
+
+
+def warps(block: int) -> int:
+    """Of a program that holds `block` masses; 32 registers of a thread at most."""
+    return 4 if block <= 4096 else 16
+
+
+def estimate_constants(
+    codec: RowCodec, per_page: int, limit: int, heads: int, group: int, clusters: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The kernel's constants, by argument name, for `clusters` listed clusters of which `limit` use their own value."""
+    channels = codec.head_dim
+    block = min(triton.next_power_of_2(clusters), MASSES_HELD)
+    return {
+        "HEADS": heads,
+        "GROUP": group,
+        "GROUP_PAD": padded_group(group),
+        "EIGHTH_PAD": triton.next_power_of_2(channels // 8),
+        "QUARTER_PAD": triton.next_power_of_2(channels // 4),
+        "PER_PAGE": per_page,
+        "BLOCK": block,
+        "CHUNK": min(block, 256 * warps(block)),  # 8 for each thread
+        "HELD": clusters <= block,
+        "BLOCK_OWN": OWN_CLUSTERS,
+        "BLOCK_REST": REST_CLUSTERS,
+        "SEGMENTS": REST_SEGMENTS,
+        "LIMITED": clusters > limit,
+        # Not float16: a mean value's scale times a weight can be too small for it.
+        "DOT": tl.float32 if is_interpreted() or dtype is torch.float32 else tl.bfloat16,
+        **row_constants(codec),
+    }
+
+
+def estimate(
+    index: ClusterIndex,
+    layer: int,
+    step: SparseStep,
+    w: Workspace,
+    buffers: EstimateBuffers,
+    parts: EstimateParts,
+    dtype: torch.dtype,
+) -> None:
+    """Estimate what was not recalled: `rest_output` and `rest_lse` of the workspace, the first own + rest parts.
+
+    Args:
+        index: the cluster index.
+        layer: counted from this rank's first.
+        step: the lists of this step.
+        w: holds `dot`, `segment_bonus`, `spread`, and `left` as refine leaves it.
+        buffers: with the masses that attend's launch computed.
+        parts: programs of a (request, kv head).
+        dtype: of the queries; float32 also multiplies in float32.
+    """
+    arrays, shape = layer_arrays(index, layer), w.shape
+    clusters = listed_clusters(index, step)
+    constants = estimate_constants(
+        index.row_codec,
+        index.clusters_per_page,
+        index.config.estimate_clusters,
+        shape.heads,
+        shape.group,
+        clusters,
+        dtype,
+    )
+    estimate_kernel[(step.batch * shape.heads, parts.own + parts.rest)](
+        *arrays.value_rows, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin, step.page_count, w.dot,
+        w.segment_bonus, w.spread, w.left, buffers.mass, buffers.own, w.rest_output, w.rest_lse, parts.own, parts.rest,
+        shape.parts, index.config.estimate_clusters, index.config.estimate_spread, step.pages.stride(0),
+        step.segment_begin.stride(0), shape.clusters, shape.segments, buffers.own.shape[2], **constants,
+        num_warps=warps(constants["BLOCK"]), num_stages=STAGES,
+    )  # fmt: skip
+
+
+_TYPES = {
+    **{"words": "*i32", "octets": "*i8", "halves": "*bf16", "vectors": "*bf16", "spread": "*bf16"},
+    **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "page_count"), "*i64"),
+    **dict.fromkeys(("dot", "segment_bonus", "mass", "output", "lse"), "*fp32"),
+    **dict.fromkeys(("left", "own"), "*i32"),
+    **dict.fromkeys(("own_parts", "rest_parts", "capacity", "limit"), "i32"),
+    **{"estimate_spread": "fp32"},
+    **dict.fromkeys(
+        ("pages_stride", "segment_begin_stride", "clusters_stride", "segments_stride", "own_stride"), "i32"
+    ),
+}
+
+
+def _case(codec: RowCodec, clusters: int, group: int = 4, ones: Sequence[str] = (), **holds: Any) -> CompileCase:
+    """A case of 2 clusters per page and 512 of their own mean value; `ones` are arguments of 1, constants to the compiler."""
+    constants = estimate_constants(codec, 2, 512, 8, group, clusters, torch.bfloat16) | {"DOT": tl.bfloat16}
+    constants |= dict.fromkeys(ones, 1)
+    signature = {name: kind for name, kind in _TYPES.items() if name not in ones}
+    return CompileCase(
+        f"estimate {codec.name} D={codec.head_dim} G={group} C={clusters:,}" + (" ones" if ones else ""),
+        estimate_kernel,
+        signature,
+        constants,
+        tuple(name for name, kind in signature.items() if kind[0] == "*" or name == "clusters_stride"),
+        num_warps=warps(constants["BLOCK"]),
+        num_stages=STAGES,
+        **holds,
+    )
+
+
+COMPILE_CASES = [
+    _case(RowCodec("int4", 128), 512, tensor_cores=8, programs_per_sm=3),
+    _case(RowCodec("int4", 64), 4096, tensor_cores=8, programs_per_sm=3),
+    _case(RowCodec("int4", 128), 4096, tensor_cores=16, programs_per_sm=3),
+    _case(RowCodec("int4", 256), 4096, tensor_cores=16, programs_per_sm=2),
+    _case(RowCodec("int4", 128), 8192, tensor_cores=8),
+    _case(RowCodec("int4", 128), 16384, tensor_cores=8),
+    _case(RowCodec("int4", 128), 32768, tensor_cores=8),
+    _case(RowCodec("int8", 128), 4096, group=8, tensor_cores=16, programs_per_sm=2),
+    _case(RowCodec("bf16", 128), 4096, tensor_cores=16, programs_per_sm=2),
+    _case(
+        RowCodec("int4", 128),
+        4096,
+        ones=("own_parts", "rest_parts", "capacity", "limit", "segment_begin_stride", "own_stride"),
+        tensor_cores=16,
+        programs_per_sm=3,
+    ),
+]

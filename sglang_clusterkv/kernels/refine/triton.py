@@ -1,0 +1,252 @@
+"""Refine on a GPU: the candidates' codes meet the rotated queries; the best tokens are recalled.
+
+Two launches: values, by tiles of candidates; then, one program per (request, kv head), the choice among them. Where nothing
+is refined, one launch recalls every candidate.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.decode.workspace import Workspace
+from sglang_clusterkv.kernels.triton_rows import code_levels, layer_arrays, padded_group, padded_slice
+from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.clusters.step import SparseStep
+
+TILE = 64  # candidates per program of the values
+LEAST_BLOCK = 64  # candidates
+
+
+@triton.jit
+def _slot(pages, place, mask, PAGE: tl.constexpr):
+    """Slots of places (int32) in the lists of a request, whose pages start at `pages`; int64."""
+    return tl.load(pages + place // PAGE, mask=mask, other=0) * PAGE + place % PAGE
+
+
+@triton.jit
+def _position(
+    members, pages, segment_of_page, segment_begin, entry, head, mask, HEADS: tl.constexpr, PAGE: tl.constexpr
+):
+    """Positions, int32, of the tokens that entries (int32) of a request's member lists name."""
+    slot = _slot(pages, entry, mask, PAGE)
+    segment = tl.load(segment_of_page + entry // PAGE, mask=mask, other=0)
+    begin = tl.load(segment_begin + segment, mask=mask, other=0) * PAGE
+    return begin.to(tl.int32) + tl.load(members + slot * HEADS + head, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride"])
+def value_kernel(
+    rotated, codes, code_scales, members, pages, segment_of_page, segment_begin,
+    dot, total, candidates, candidate_count, value, position,
+    pages_stride, segment_begin_stride, clusters_stride, candidates_stride, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
+    BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (kv heads, tiles of `BLOCK` candidates, requests): each candidate's value and position.
+
+    codes: [S, H, D / 8], int16 for two bits, uint8 for one.
+    """
+    EIGHTH: tl.constexpr = CHANNELS // 8
+    head = tl.program_id(0)
+    request = tl.program_id(2).to(tl.int64)
+    pair = request * HEADS + head
+    count = tl.load(candidate_count + pair)
+    first = tl.program_id(1) * BLOCK
+    if first < count:
+        k = first + tl.arange(0, BLOCK)
+        live = k < count
+        candidate = tl.load(candidates + pair * candidates_stride + k, mask=live, other=0)
+        cluster, entry = (candidate >> 32).to(tl.int32), candidate.to(tl.int32)
+        pages += request * pages_stride
+        row = _slot(pages, entry, live, PAGE) * HEADS + head
+
+        i = tl.arange(0, SLICE_PAD)
+        g = tl.arange(0, GROUP_PAD)
+        real_head = g < GROUP
+        word_mask = live[None, :] & (i < EIGHTH)[:, None]
+        words = tl.load(codes + row[None, :] * EIGHTH + i[:, None], mask=word_mask, other=0).to(tl.int32)
+        code_scale = tl.load(code_scales + row, mask=live, other=0.0).to(tl.float32)
+        rotated += pair * GROUP * CHANNELS
+        query_mask = real_head[:, None] & (i < EIGHTH)[None, :]
+        dots = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+        for j in tl.static_range(8):
+            query = tl.load(rotated + g[:, None] * CHANNELS + j * EIGHTH + i[None, :], mask=query_mask, other=0.0)
+            dots = tl.dot(query, code_levels(words, j, BITS, tl.float32), dots, input_precision="tf32")
+
+        mask = real_head[:, None] & live[None, :]
+        of_cluster = tl.load(
+            dot + pair * GROUP * clusters_stride + g[:, None] * clusters_stride + cluster[None, :], mask=mask, other=0.0
+        )
+        whole = tl.load(total + pair * GROUP + g, mask=real_head, other=0.0)
+        logit = of_cluster + (scale * code_scale)[None, :] * dots
+        share = tl.where(real_head[:, None], tl.exp(logit - whole[:, None]), 0.0)
+        tl.store(value + pair * candidates_stride + k, tl.sum(share, 0) * (1.0 / GROUP), mask=live)
+        at = _position(
+            members, pages, segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
+            entry, head, live, HEADS, PAGE,
+        )  # fmt: skip
+        tl.store(position + pair * candidates_stride + k, at, mask=live)
+
+
+@triton.jit(do_not_specialize=["pages_stride"])
+def recall_kernel(
+    pages, candidates, candidate_count, value, position, left, recalled, recalled_count,
+    pages_stride, clusters_stride, candidates_stride, recalled_stride, budget,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (kv heads, requests): recall the `budget` candidates of the highest value (ties: the lower position).
+
+    BLOCK: candidates, padded.
+    """
+    head = tl.program_id(0)
+    request = tl.program_id(1).to(tl.int64)
+    pair = request * HEADS + head
+    count = tl.load(candidate_count + pair)
+    k = tl.arange(0, BLOCK)
+    live = k < count
+    at = tl.load(position + pair * candidates_stride + k, mask=live, other=0)
+    best = tl.load(value + pair * candidates_stride + k, mask=live, other=0.0)
+    keys = tl.where(live, order_of(best), -1)
+    one = live.to(tl.int32)
+    low, high, room = bracket(keys, one, budget)
+    chosen = live & (keys >= high)
+    tied = live & (keys >= low) & (keys < high)
+    if tl.sum(tied.to(tl.int32), 0) > room:
+        low, high, room = bracket(tl.where(tied, 0x7FFFFFFE - at, -1), one, room)
+        tied = tied & (0x7FFFFFFE - at >= low)
+    chosen = chosen | tied
+    rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    slot = _slot(pages + request * pages_stride, at, chosen, PAGE)
+    tl.store(recalled + pair * recalled_stride + rank, slot, mask=chosen)
+    cluster = (tl.load(candidates + pair * candidates_stride + k, mask=live, other=0) >> 32).to(tl.int32)
+    tl.atomic_add(left + pair * clusters_stride + cluster, -1, mask=chosen, sem="relaxed")
+    tl.store(recalled_count + pair, tl.minimum(count, budget))
+
+
+@triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride"])
+def recall_all_kernel(
+    members, pages, segment_of_page, segment_begin, candidates, candidate_count, left, recalled, recalled_count,
+    pages_stride, segment_begin_stride, clusters_stride, candidates_stride, recalled_stride,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (kv heads, tiles of `BLOCK` candidates, requests): recall every candidate."""
+    head = tl.program_id(0)
+    request = tl.program_id(2).to(tl.int64)
+    pair = request * HEADS + head
+    count = tl.load(candidate_count + pair)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = k < count
+    candidate = tl.load(candidates + pair * candidates_stride + k, mask=live, other=0)
+    pages += request * pages_stride
+    at = _position(
+        members, pages, segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
+        candidate.to(tl.int32), head, live, HEADS, PAGE,
+    )  # fmt: skip
+    tl.store(recalled + pair * recalled_stride + k, _slot(pages, at, live, PAGE), mask=live)
+    tl.atomic_add(left + pair * clusters_stride + (candidate >> 32), -1, mask=live, sem="relaxed")
+    if tl.program_id(1) == 0:
+        tl.store(recalled_count + pair, count)
+
+
+def constants(heads: int, group: int, channels: int, bits: int) -> dict[str, Any]:
+    """Constants of the values' kernel but for the page size, by argument name."""
+    return {
+        "HEADS": heads,
+        "GROUP": group,
+        "GROUP_PAD": padded_group(group, 8),
+        "CHANNELS": channels,
+        "SLICE_PAD": padded_slice(channels),
+        "BITS": bits,
+        "BLOCK": TILE,
+    }
+
+
+def warps(block: int) -> int:
+    """Warps of a program that holds `block` candidates."""
+    return min(16, max(4, block // 256))
+
+
+def refine_values(index: ClusterIndex, layer: int, step: SparseStep, scale: float, limit: int, w: Workspace) -> None:
+    """Values and positions of all candidates.
+
+    Args:
+        index: the cluster index.
+        layer: counted from this rank's first.
+        step: the lists of this step.
+        scale: of the logits.
+        limit: candidates per (request, kv head) at most, as given to select.
+        w: as select left it.
+    """
+    arrays, shape = layer_arrays(index, layer), w.shape
+    value_kernel[(shape.heads, triton.cdiv(limit, TILE), step.batch)](
+        w.rotated, arrays.codes, arrays.code_scales, arrays.members, step.pages, step.segment_of_page,
+        step.segment_begin, w.dot, w.total, w.candidates, w.candidate_count, w.value, w.position,
+        step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.candidates, scale,
+        PAGE=index.geometry.page_size, **constants(shape.heads, shape.group, shape.channels, index.config.code_bits),
+    )  # fmt: skip
+
+
+def recall(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> None:
+    """Recall the best `budget_tokens` candidates; `w` as `refine_values` left it."""
+    shape, budget = w.shape, index.config.budget_tokens
+    assert budget <= shape.budget, (budget, shape)
+    block = max(LEAST_BLOCK, triton.next_power_of_2(limit))
+    recall_kernel[(shape.heads, step.batch)](
+        step.pages, w.candidates, w.candidate_count, w.value, w.position, w.left, w.recalled, w.recalled_count,
+        step.pages.stride(0), shape.clusters, shape.candidates, shape.budget, budget,
+        HEADS=shape.heads, PAGE=index.geometry.page_size, BLOCK=block, num_warps=warps(block),
+    )  # fmt: skip
+
+
+def recall_all(index: ClusterIndex, layer: int, step: SparseStep, limit: int, w: Workspace) -> None:
+    """Recall every candidate; `w` as select left it."""
+    arrays, shape = layer_arrays(index, layer), w.shape
+    assert limit <= shape.budget, (limit, shape)
+    recall_all_kernel[(shape.heads, triton.cdiv(limit, TILE), step.batch)](
+        arrays.members, step.pages, step.segment_of_page, step.segment_begin, w.candidates, w.candidate_count, w.left,
+        w.recalled, w.recalled_count, step.pages.stride(0), step.segment_begin.stride(0), shape.clusters,
+        shape.candidates, shape.budget, HEADS=shape.heads, PAGE=index.geometry.page_size, BLOCK=TILE,
+    )  # fmt: skip
+
+
+_TYPES = {
+    **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "candidates", "recalled"), "*i64"),
+    **dict.fromkeys(("rotated", "dot", "total", "value"), "*fp32"),
+    **{"members": "*i16", "code_scales": "*bf16", "scale": "fp32"},
+    **dict.fromkeys(("candidate_count", "position", "left", "recalled_count"), "*i32"),
+    **dict.fromkeys(("pages_stride", "segment_begin_stride"), "i32"),
+    **dict.fromkeys(("clusters_stride", "candidates_stride", "recalled_stride", "budget"), "i32"),
+}
+_ALIGNED_SIZES = ("clusters_stride", "candidates_stride", "recalled_stride", "budget")
+
+
+def _case(name: str, kernel: Any, fixed: dict[str, Any], **holds: Any) -> CompileCase:
+    types = _TYPES | {"codes": "*u8" if fixed.get("BITS") == 1 else "*i16"}
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+    aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a in _ALIGNED_SIZES)
+    return CompileCase(f"refine {name}", kernel, signature, fixed | {"PAGE": 16}, aligned, **holds)
+
+
+COMPILE_CASES = [
+    *(
+        _case(
+            f"values {bits} bits D={channels} G={group}", value_kernel, constants(8, group, channels, bits),
+            tensor_cores=16, programs_per_sm=4,
+        )
+        for bits, channels, group in ((2, 64, 3), (2, 96, 4), (2, 128, 4), (2, 128, 8), (2, 256, 4), (1, 128, 4))
+    ),
+    *(
+        _case(
+            f"recall K={block}", recall_kernel, {"HEADS": 8, "BLOCK": block}, num_warps=warps(block), programs_per_sm=2
+        )
+        for block in (512, 2048)
+    ),
+    _case("recall all", recall_all_kernel, {"HEADS": 8, "BLOCK": TILE}, programs_per_sm=8),
+]  # fmt: skip

@@ -1,0 +1,334 @@
+"""Score on a GPU: every cluster row is read once and meets all query heads of its kv head.
+
+One launch. A program has one (request, kv head) and one of three tasks: a tile of clusters, a tile of always-attended
+tokens, or the rotation of the query that refine needs. Tiles leave a log-sum-exp each, which select combines in a fixed
+order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_clusterkv.clusters.codec import RowCodec
+from sglang_clusterkv.clusters.rotation import rotation_matrix
+from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
+from sglang_clusterkv.kernels.triton_rows import (
+    BF16,
+    dot_dtype,
+    layer_arrays,
+    load_words,
+    padded_group,
+    padded_slice,
+    row_constants,
+    slice_levels,
+    slice_scales,
+)
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.clusters.step import SparseStep
+
+
+@triton.jit
+def log_sum_exp(x):
+    """Over the last axis of [rows, n], -inf for a row of -inf."""
+    peak = tl.max(x, 1)
+    finite = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp(x - finite[:, None]), 1)
+    return tl.where(total > 0, finite + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
+
+
+@triton.jit
+def _score_clusters(
+    q, words, octets, halves, spread, cluster_end, vectors, pages, segment_of_page, segment_begin,
+    segment_bonus, dot, spread_out, choice_lse, estimate_lse, left,
+    head, tile, clusters, clusters_stride, lse_stride, segments_stride, scale, choice_spread, estimate_spread,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
+    CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One tile of clusters. Pointers are at this request's and kv head's first element (the index's at its own first)."""
+    EIGHTH: tl.constexpr = CHANNELS // 8
+    QUARTER: tl.constexpr = CHANNELS // 4
+    first = tile * BLOCK
+    c = first + tl.arange(0, BLOCK)
+    live = c < clusters
+    page = tl.load(pages + c // PER_PAGE, mask=live, other=0)
+    row = (page * PER_PAGE + c % PER_PAGE) * HEADS + head  # [BLOCK], int64
+    g = tl.arange(0, GROUP_PAD)
+    real_head = g < GROUP
+
+    # Rows first, where there are registers to wait for them in: they are what takes long to come.
+    i = tl.arange(0, SLICE_PAD)
+    rows, channel = row[None, :], i[:, None]
+    mask = live[None, :] & (channel < EIGHTH)
+    if CHANNELS <= 128:
+        packed = load_words(words, rows, channel, mask, FORMAT, CHANNELS, ROW_BYTES)  # [SLICE_PAD, BLOCK]
+    wide = tl.load(spread + row, mask=live, other=0.0)
+
+    # Sizes: a cluster begins where its predecessor in the segment ends.
+    segment = tl.load(segment_of_page + c // PER_PAGE, mask=live, other=-1)
+    has_previous = live & (c > 0)
+    previous = tl.maximum(c - 1, 0)
+    previous_segment = tl.load(segment_of_page + previous // PER_PAGE, mask=has_previous, other=-1)
+    previous_page = tl.load(pages + previous // PER_PAGE, mask=has_previous, other=0)
+    previous_row = (previous_page * PER_PAGE + previous % PER_PAGE) * HEADS + head
+    inside = has_previous & (previous_segment == segment)
+    end = tl.load(cluster_end + row, mask=live, other=0).to(tl.int32)
+    size = end - tl.load(cluster_end + previous_row, mask=inside, other=0).to(tl.int32)
+
+    # What clusters of a segment share, once per segment that the tile touches.
+    d = tl.arange(0, CHANNELS_PAD)
+    inner = d < CHANNELS
+    query = tl.load(q + g[:, None] * CHANNELS + d[None, :], mask=real_head[:, None] & inner[None, :], other=0.0)
+    query = query.to(tl.float32)
+    dots = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+    bonus = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+    last = tl.minimum(first + BLOCK, clusters) - 1
+    s = tl.load(segment_of_page + first // PER_PAGE)
+    last_segment = tl.load(segment_of_page + last // PER_PAGE)
+    while s <= last_segment:
+        begin = tl.load(segment_begin + s)
+        quarter_page = tl.load(pages + begin + d // QUARTER, mask=inner, other=0)
+        vector = vectors + (quarter_page * HEADS + head) * (3 * QUARTER) + d % QUARTER
+        mean = tl.load(vector, mask=inner, other=0.0).to(tl.float32)
+        variance = tl.load(vector + 2 * QUARTER, mask=inner, other=0.0).to(tl.float32)
+        q_mean = tl.sum(query * mean[None, :], 1)
+        unit_bonus = 0.5 * scale * scale * tl.sum(query * query * variance[None, :], 1)
+        here = (segment == s)[None, :]
+        dots = tl.where(here, q_mean[:, None], dots)
+        bonus = tl.where(here, unit_bonus[:, None], bonus)
+        starts_here = begin * PER_PAGE >= first
+        tl.store(segment_bonus + g * segments_stride + s, unit_bonus, mask=real_head & starts_here)
+        s += 1
+
+    # The dots with the rows as stored, relative to the segments' means.
+    if CHANNELS > 128:
+        packed = load_words(words, rows, channel, mask, FORMAT, CHANNELS, ROW_BYTES)
+    SLICES_PER_SCALE: tl.constexpr = PER_SCALE // EIGHTH
+    q_mask = real_head[:, None] & (i < EIGHTH)[None, :]
+    part = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+    for j in tl.static_range(8):
+        levels = slice_levels(packed, octets, halves, rows, channel, mask, j, FORMAT, CHANNELS, ROW_BYTES, DOT)
+        q_slice = tl.load(q + g[:, None] * CHANNELS + j * EIGHTH + i[None, :], mask=q_mask, other=0.0).to(DOT)
+        part = tl.dot(q_slice, levels, part, input_precision="ieee")
+        if FORMAT != BF16 and (j + 1) % SLICES_PER_SCALE == 0:
+            dots += part * slice_scales(halves, row, live, j, FORMAT, CHANNELS, PER_SCALE, ROW_BYTES)[None, :]
+            part = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+    dots += part
+
+    logit = dots * scale
+    filled = live & (size > 0)
+    log_size = tl.where(filled, tl.log(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+    bonus = bonus * wide.to(tl.float32)[None, :]
+    counted = log_size[None, :] + logit
+    tl.store(choice_lse + g * lse_stride, log_sum_exp(counted + choice_spread * bonus), mask=real_head)
+    tl.store(estimate_lse + g * lse_stride, log_sum_exp(counted + estimate_spread * bonus), mask=real_head)
+    tl.store(dot + g[:, None] * clusters_stride + c[None, :], logit, mask=real_head[:, None] & live[None, :])
+    tl.store(spread_out + c, wide, mask=live)
+    tl.store(left + c, size, mask=live)
+
+
+@triton.jit
+def _score_tokens(
+    q, keys, slots, base_logit, choice_lse, estimate_lse,
+    head, tile, tokens, base_stride, lse_stride, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr,
+    CHANNELS_PAD: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One tile of always-attended tokens: their exact logits."""
+    g = tl.arange(0, GROUP_PAD)
+    d = tl.arange(0, CHANNELS_PAD)
+    w = tile * BLOCK + tl.arange(0, BLOCK)
+    real_head, inner, live = g < GROUP, d < CHANNELS, w < tokens
+    slot = tl.load(slots + w, mask=live, other=0)
+    query = tl.load(q + g[:, None] * CHANNELS + d[None, :], mask=real_head[:, None] & inner[None, :], other=0.0)
+    key = tl.load(
+        keys + (slot[None, :] * HEADS + head) * CHANNELS + d[:, None], mask=live[None, :] & inner[:, None], other=0.0
+    )  # [CHANNELS_PAD, BLOCK]
+    logit = scale * tl.dot(query.to(DOT), key.to(DOT), input_precision="ieee")
+    tl.store(base_logit + g[:, None] * base_stride + w[None, :], logit, mask=real_head[:, None] & live[None, :])
+    lse = log_sum_exp(tl.where(live[None, :], logit, float("-inf")))
+    tl.store(choice_lse + g * lse_stride, lse, mask=real_head)
+    tl.store(estimate_lse + g * lse_stride, lse, mask=real_head)
+
+
+@triton.jit
+def _rotate(
+    q, signs, rotated, norm,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_PAD: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """R q, from R's signs: exact products, and one factor afterwards."""
+    BLOCK: tl.constexpr = 32
+    g = tl.arange(0, GROUP_PAD)
+    out = tl.arange(0, CHANNELS_PAD)
+    real_head = g < GROUP
+    result = tl.zeros((GROUP_PAD, CHANNELS_PAD), tl.float32)
+    for first in range(0, CHANNELS, BLOCK):
+        d = first + tl.arange(0, BLOCK)
+        inner = d < CHANNELS
+        query = tl.load(q + g[:, None] * CHANNELS + d[None, :], mask=real_head[:, None] & inner[None, :], other=0.0)
+        # Row `out` of R at columns d, as [BLOCK, CHANNELS_PAD].
+        matrix = tl.load(
+            signs + out[None, :] * CHANNELS + d[:, None],
+            mask=(out < CHANNELS)[None, :] & inner[:, None],
+            other=0.0,
+        )
+        result = tl.dot(query.to(DOT), matrix.to(DOT), result, input_precision="ieee")
+    mask = real_head[:, None] & (out < CHANNELS)[None, :]
+    tl.store(rotated + g[:, None] * CHANNELS + out[None, :], result * norm, mask=mask)
+
+
+@triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride", "base_slots_stride", "lse_stride", "base_tiles"])
+def score_kernel(
+    q, keys, words, octets, halves, spread, cluster_end, vectors, signs,
+    pages, segment_of_page, segment_begin, page_count, base_slots, base_count,
+    rotated, segment_bonus, dot, spread_out, base_logit, choice_lse, estimate_lse, left,
+    pages_stride, segment_begin_stride, base_slots_stride,
+    clusters_stride, segments_stride, base_stride, lse_stride, base_tiles, scale, choice_spread, estimate_spread, norm,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
+    CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    PER_PAGE: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, ROTATE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Grid (kv heads, tiles, requests): kv heads first, for their rows of one cluster share cache lines.
+
+    Tile 0 rotates the query where `ROTATE`; then come `base_tiles` tiles of tokens, then those of clusters. Tiles of a
+    kind beyond a request's count leave everything unwritten, their log-sum-exps included.
+
+    Args, beside the arrays of the index, the step and the workspace:
+        q: [B, H, G, D], contiguous.
+        *_stride: elements between rows. The kernel is not specialised on those that change from prompt to prompt.
+        signs: bf16 [D, D], the rotation without its factor `norm`.
+        CLUSTERS, TOKENS: of one tile.
+    """
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    pair = request * HEADS + head
+    queries = pair * GROUP
+    q += queries * CHANNELS
+    if ROTATE:
+        if tile == 0:
+            _rotate(q, signs, rotated + queries * CHANNELS, norm, GROUP, GROUP_PAD, CHANNELS, CHANNELS_PAD, DOT)
+        tile -= 1
+    choice_lse += queries * lse_stride + tile
+    estimate_lse += queries * lse_stride + tile
+    if tile >= 0:
+        if tile < base_tiles:
+            tokens = tl.load(base_count + request).to(tl.int32)
+            if tile * TOKENS < tokens:
+                _score_tokens(
+                    q, keys, base_slots + request * base_slots_stride, base_logit + queries * base_stride,
+                    choice_lse, estimate_lse, head, tile, tokens, base_stride, lse_stride, scale,
+                    HEADS, GROUP, GROUP_PAD, CHANNELS, CHANNELS_PAD, TOKENS, DOT,
+                )  # fmt: skip
+        else:
+            tile -= base_tiles
+            clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
+            if tile * CLUSTERS < clusters:
+                _score_clusters(
+                    q, words, octets, halves, spread, cluster_end, vectors, pages + request * pages_stride,
+                    segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
+                    segment_bonus + queries * segments_stride, dot + queries * clusters_stride,
+                    spread_out + pair * clusters_stride, choice_lse, estimate_lse, left + pair * clusters_stride,
+                    head, tile, clusters, clusters_stride, lse_stride, segments_stride, scale, choice_spread,
+                    estimate_spread, HEADS, GROUP, GROUP_PAD, CHANNELS, SLICE_PAD, CHANNELS_PAD, FORMAT, PER_SCALE,
+                    ROW_BYTES, PER_PAGE, CLUSTERS, DOT,
+                )  # fmt: skip
+
+
+def constants(codec: RowCodec, heads: int, group: int, per_page: int, rotate: bool) -> dict[str, Any]:
+    """The kernel's constants but for the dtype of its products, by argument name."""
+    return {
+        **row_constants(codec),
+        "HEADS": heads,
+        "GROUP": group,
+        "GROUP_PAD": padded_group(group, 8),
+        "SLICE_PAD": padded_slice(codec.head_dim),
+        "CHANNELS_PAD": triton.next_power_of_2(codec.head_dim),
+        "PER_PAGE": per_page,
+        "CLUSTERS": SCORE_CLUSTERS,
+        "TOKENS": SCORE_TOKENS,
+        "ROTATE": rotate,
+    }
+
+
+@functools.cache
+def rotation_parts(head_dim: int, device: str) -> tuple[torch.Tensor, float]:
+    """The rotation as (its signs and zeros, bf16 [D, D], and the factor that all entries share)."""
+    block = head_dim & -head_dim
+    matrix = rotation_matrix(head_dim) * math.sqrt(block)
+    return matrix.round().to(torch.bfloat16).to(device), 1.0 / math.sqrt(block)
+
+
+def base_tiles(step: SparseStep) -> int:
+    """Tiles of always-attended tokens; their log-sum-exps lie before those of the clusters."""
+    return triton.cdiv(step.base_slots.shape[1], SCORE_TOKENS)
+
+
+def cluster_tiles(step: SparseStep, clusters_per_page: int) -> int:
+    """Tiles of clusters."""
+    return triton.cdiv(step.pages.shape[1] * clusters_per_page, SCORE_CLUSTERS)
+
+
+def score(
+    q: torch.Tensor, keys: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep, scale: float, w: Workspace
+) -> None:
+    """Score all clusters and always-attended tokens of a step; writes what `Workspace` says score writes.
+
+    Args:
+        q: [B, H, G, D], contiguous, in the pool's dtype.
+        keys: [slots, H, D], the layer's pool, contiguous.
+        index: the cluster index.
+        layer: counted from this rank's first.
+        step: the lists of this step.
+        scale: of the logits.
+        w: large enough for the step.
+    """
+    arrays, config, shape = layer_arrays(index, layer), index.config, w.shape
+    _, heads, group, channels = q.shape
+    signs, norm = rotation_parts(channels, str(q.device))
+    tokens = base_tiles(step)
+    grid = (heads, int(config.refine) + tokens + cluster_tiles(step, index.clusters_per_page), step.batch)
+    score_kernel[grid](
+        q, keys, *arrays.key_rows, arrays.spread, arrays.cluster_end, arrays.vectors, signs,
+        step.pages, step.segment_of_page, step.segment_begin, step.page_count, step.base_slots, step.base_count,
+        w.rotated, w.segment_bonus, w.dot, w.spread, w.base_logit, w.choice_lse, w.estimate_lse, w.left,
+        step.pages.stride(0), step.segment_begin.stride(0), step.base_slots.stride(0),
+        shape.clusters, shape.segments, shape.base, shape.tiles, tokens, scale, config.choice_spread,
+        config.estimate_spread, norm,
+        DOT=dot_dtype(q.dtype), **constants(index.row_codec, heads, group, index.clusters_per_page, config.refine),
+    )  # fmt: skip
+
+
+_TYPES = {
+    **dict.fromkeys(("q", "keys", "halves", "spread", "vectors", "signs", "spread_out"), "*bf16"),
+    **{"words": "*i32", "octets": "*i8", "cluster_end": "*i16", "left": "*i32"},
+    **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "page_count", "base_slots", "base_count"), "*i64"),
+    **dict.fromkeys(("rotated", "segment_bonus", "dot", "base_logit", "choice_lse", "estimate_lse"), "*fp32"),
+    **dict.fromkeys(("pages_stride", "segment_begin_stride", "base_slots_stride", "lse_stride", "base_tiles"), "i32"),
+    **dict.fromkeys(("clusters_stride", "segments_stride", "base_stride"), "i32"),
+    **dict.fromkeys(("scale", "choice_spread", "estimate_spread", "norm"), "fp32"),
+}
+_ALIGNED = (
+    *(name for name, kind in _TYPES.items() if kind[0] == "*"), "clusters_stride", "segments_stride", "base_stride",
+)  # fmt: skip
+
+COMPILE_CASES = [
+    CompileCase(
+        f"score {name} D={channels} G={group}", score_kernel, _TYPES,
+        constants(RowCodec(name, channels), 8, group, 2, True) | {"DOT": tl.bfloat16}, _ALIGNED,
+        tensor_cores=48, programs_per_sm=4 if channels <= 128 else 2,
+    )
+    for name, channels, group in (
+        ("int4", 64, 3), ("int4", 96, 4), ("int4", 128, 4), ("int4", 128, 8), ("int4", 256, 4),
+        ("int8", 128, 4), ("bf16", 128, 4),
+    )
+]  # fmt: skip

@@ -1,0 +1,240 @@
+"""A model of the attention of one decode step on a GPU: launches, programs, bytes, and the time they need at least.
+
+Sparse and dense steps are counted from the shapes alone, launch by launch, with the grids that the kernels really have. Bytes
+are what a launch must read and write: pool and index rows once per kv head, a request's lists once, and what launches hand to
+each other in full, although much of that stays in the L2 cache. The predicted time of a launch is its bytes over the memory
+bandwidth plus a constant; latency and arithmetic are not in it, so a measured time far above it shows where those matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.decode import grids
+from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS
+
+SMS = 132  # of an H100 or H200
+BANDWIDTHS_TBS = (3.35, 4.8)  # H100 SXM, H200
+LAUNCH_US = 2.5  # inside a captured graph
+REFINE_CANDIDATES = 64  # candidates per program of refine's values
+_INT, _LONG, _FLOAT, _HALF = 4, 8, 4, 2  # bytes
+
+
+class StepShape(NamedTuple):
+    """A batch of equally long requests on one rank of a model.
+
+    Attributes:
+        layers: attention layers.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: channels of a key and of a value.
+        batch: requests.
+        context: tokens of each.
+        item_bytes: of a channel in the KV pool.
+        page_size: tokens per page.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    context: int
+    item_bytes: int = 2
+    page_size: int = 16
+
+    @property
+    def group(self) -> int:
+        """Query heads per kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def pairs(self) -> int:
+        """(request, kv head)."""
+        return self.batch * self.kv_heads
+
+    @property
+    def row_bytes(self) -> int:
+        """A key or a value of one kv head."""
+        return self.head_dim * self.item_bytes
+
+
+class Launch(NamedTuple):
+    """One kernel launch of one layer."""
+
+    name: str
+    programs: int
+    bytes: int
+
+    @property
+    def waves(self) -> float:
+        """Programs per SM, one after the other if an SM held one at a time."""
+        return self.programs / SMS
+
+    def microseconds(self, tbs: float) -> float:
+        """Least time at a memory bandwidth in TB/s."""
+        return self.bytes / tbs / 1e6 + LAUNCH_US
+
+
+class Lists(NamedTuple):
+    """Sizes of one request's lists after its prefill."""
+
+    base: int  # always-attended tokens
+    clusters: int
+    segments: int
+    candidates: int
+    recalled: int
+    pages: int  # of the clusters
+
+
+def lists_of(shape: StepShape, config: ClusterKVConfig) -> Lists:
+    """What a request of `context` tokens, prefilled at once, looks like to a decode step."""
+    end = (shape.context - config.window_tokens) // shape.page_size * shape.page_size
+    clustered = max(0, end - config.sink_tokens)
+    candidates = min(config.candidate_tokens if config.refine else config.budget_tokens, clustered)
+    return Lists(
+        base=shape.context - clustered,
+        clusters=clustered // config.tokens_per_cluster,
+        segments=-(-clustered // config.segment_tokens),
+        candidates=candidates,
+        recalled=min(config.budget_tokens, candidates),
+        pages=clustered // shape.page_size,
+    )
+
+
+def sparse_launches(shape: StepShape, config: ClusterKVConfig) -> list[Launch]:
+    """The launches of one layer of a sparse step."""
+    lists = lists_of(shape, config)
+    parts = grids.EstimateParts(0, 0)
+    masses = 0
+    if config.estimate:
+        parts = grids.estimate_parts(shape.pairs, lists.clusters, config.estimate_clusters)
+        masses = grids.mass_tiles(lists.clusters, config.estimate_clusters)
+    splits = grids.split_count(shape.pairs, lists.base + config.budget_tokens)
+    launches = [_score(shape, config, lists), _select(shape, config, lists)]
+    launches += _refine(shape, config, lists) if config.refine else [_recall_all(shape, config, lists)]
+    launches.append(_attend(shape, lists, splits, masses))
+    if config.estimate:
+        launches.append(_estimate(shape, config, lists, parts))
+    launches.append(_merge(shape, splits + sum(parts)))
+    return launches
+
+
+def dense_launches(shape: StepShape) -> list[Launch]:
+    """The launches of one layer of a dense step, by our own kernel."""
+    splits = grids.split_count(shape.pairs, shape.context)
+    slots = shape.batch * shape.context * _LONG
+    rows = shape.pairs * shape.context * 2 * shape.row_bytes
+    partial = _part_bytes(shape, splits)
+    return [Launch("dense", shape.pairs * splits, slots + rows + partial), _merge(shape, splits)]
+
+
+def table(shape: StepShape, config: ClusterKVConfig, bandwidths_tbs: Sequence[float] = BANDWIDTHS_TBS) -> str:
+    """The launches of one layer, their sums, and those of the whole step, sparse and dense, as lines of text."""
+    steps = {"sparse": sparse_launches(shape, config), "dense": dense_launches(shape)}
+    header = f"{'launch':16} {'programs':>8} {'waves':>6} {'MB':>9}"
+    lines = [header + "".join(f" {f'us at {tbs}':>12}" for tbs in bandwidths_tbs)]
+    for launch in steps["sparse"] + steps["dense"]:
+        times = "".join(f" {launch.microseconds(tbs):>12.1f}" for tbs in bandwidths_tbs)
+        lines.append(f"{launch.name:16} {launch.programs:>8,} {launch.waves:>6.2f} {launch.bytes / 1e6:>9.2f}{times}")
+    totals = {
+        name: [sum(x.microseconds(tbs) for x in launches) for tbs in bandwidths_tbs] for name, launches in steps.items()
+    }
+    for name, launches in steps.items():
+        megabytes = sum(launch.bytes for launch in launches) / 1e6
+        times = "".join(f" {time:>12.1f}" for time in totals[name])
+        lines.append(f"{f'{name}, one layer':32} {megabytes:>9.2f}{times}")
+    for name, times_us in totals.items():
+        lines.append(
+            f"{f'{name}, {shape.layers} layers, ms':42}"
+            + "".join(f" {time * shape.layers / 1e3:>12.3f}" for time in times_us)
+        )
+    ratios = [dense / sparse for dense, sparse in zip(totals["dense"], totals["sparse"], strict=True)]
+    lines.append(f"{'dense over sparse':42}" + "".join(f" {ratio:>12.1f}" for ratio in ratios))
+    return "\n".join(lines)
+
+
+def _part_bytes(shape: StepShape, parts: int) -> int:
+    """Partial attentions of all pairs, with their log-sum-exps."""
+    return shape.pairs * parts * shape.group * (shape.head_dim + 1) * _FLOAT
+
+
+def _logit_bytes(shape: StepShape, lists: Lists) -> int:
+    """What makes every cluster's logits: the dot of each query head, spread and size; and the segments' bonuses."""
+    clusters = lists.clusters * (shape.group * _FLOAT + _HALF + _INT)
+    return shape.pairs * (clusters + lists.segments * shape.group * _FLOAT)
+
+
+def _page_bytes(shape: StepShape, lists: Lists) -> int:
+    """The requests' lists of pages and of their segments."""
+    return shape.batch * 2 * lists.pages * _LONG
+
+
+def _tiles(lists: Lists) -> tuple[int, int]:
+    """Programs of score per pair: tiles of tokens and of clusters."""
+    return -(-lists.base // SCORE_TOKENS), -(-lists.clusters // SCORE_CLUSTERS)
+
+
+def _score(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
+    tokens, clusters = _tiles(lists)
+    cluster = RowCodec(config.centroid_dtype, shape.head_dim).row_bytes + 2 * _HALF  # and spread and end
+    read = lists.clusters * cluster + lists.segments * 2 * shape.head_dim * _HALF + lists.base * shape.row_bytes
+    queries = shape.group * (shape.row_bytes + (shape.head_dim * _FLOAT if config.refine else 0))
+    written = lists.base * shape.group * _FLOAT + 2 * (tokens + clusters) * shape.group * _FLOAT
+    own = shape.pairs * (read + queries + written)
+    shared = _page_bytes(shape, lists) + shape.batch * lists.base * _LONG
+    return Launch("score", shape.pairs * (config.refine + tokens + clusters), own + _logit_bytes(shape, lists) + shared)
+
+
+def _select(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
+    sums = (2 * sum(_tiles(lists)) + 1) * shape.group * _FLOAT
+    written = lists.clusters * _FLOAT + lists.candidates * _LONG
+    segments = shape.batch * lists.pages * _LONG
+    return Launch("select", shape.pairs, _logit_bytes(shape, lists) + shape.pairs * (sums + written) + segments)
+
+
+def _refine(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> list[Launch]:
+    code = TokenCodec(config.code_bits, shape.head_dim).code_bytes + _HALF + _HALF  # and scale and member
+    touched = lists.candidates // config.tokens_per_cluster  # clusters, each of average size
+    read = lists.candidates * (code + _LONG) + touched * shape.group * _FLOAT
+    read += shape.group * shape.head_dim * _FLOAT
+    values = shape.pairs * (read + lists.candidates * (_FLOAT + _INT)) + _page_bytes(shape, lists)
+    choice = lists.candidates * (_LONG + _FLOAT + _INT) + lists.recalled * (_LONG + 2 * _INT)
+    programs = shape.pairs * -(-config.candidate_tokens // REFINE_CANDIDATES)
+    return [Launch("refine: values", programs, values), Launch("refine: choice", shape.pairs, shape.pairs * choice)]
+
+
+def _recall_all(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
+    moved = lists.candidates * (_LONG + _HALF + _LONG + 2 * _INT)
+    programs = shape.pairs * -(-config.budget_tokens // REFINE_CANDIDATES)
+    return Launch("recall", programs, shape.pairs * moved + _page_bytes(shape, lists))
+
+
+def _attend(shape: StepShape, lists: Lists, splits: int, masses: int) -> Launch:
+    logits = lists.base * shape.group * _FLOAT
+    rows = lists.recalled * (2 * shape.row_bytes + _LONG) + lists.base * shape.row_bytes
+    own = shape.pairs * (logits + rows + shape.group * shape.row_bytes) + _part_bytes(shape, splits)
+    shared = shape.batch * lists.base * _LONG
+    if masses:
+        own += _logit_bytes(shape, lists) + shape.pairs * lists.clusters * _FLOAT
+        shared += shape.batch * lists.pages * _LONG
+    return Launch("attend", shape.pairs * (splits + masses), own + shared)
+
+
+def _estimate(shape: StepShape, config: ClusterKVConfig, lists: Lists, parts: grids.EstimateParts) -> Launch:
+    chosen = min(config.estimate_clusters, lists.clusters)
+    own = shape.pairs * chosen * RowCodec(config.centroid_dtype, shape.head_dim).row_bytes
+    shared = _page_bytes(shape, lists)
+    if parts.rest:
+        masses = lists.clusters * _FLOAT + 2 * chosen * _INT  # read, and the list written and read
+        own += shape.pairs * (masses + lists.segments * shape.head_dim * _HALF)
+    moved = own + _logit_bytes(shape, lists) + shared + _part_bytes(shape, sum(parts))
+    return Launch("estimate", shape.pairs * sum(parts), moved)
+
+
+def _merge(shape: StepShape, parts: int) -> Launch:
+    written = shape.pairs * shape.group * shape.row_bytes
+    return Launch("merge", shape.pairs * shape.group, _part_bytes(shape, parts) + written)

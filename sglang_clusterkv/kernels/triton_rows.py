@@ -1,0 +1,169 @@
+"""Unpacking of stored rows and codes in Triton kernels; clusters/codec.py is the definition.
+
+A row or a code has eight slices of head_dim / 8 channels; slice j of all 32-bit words of int4 rows is one shift and one
+mask, whose result meets a contiguous slice of a query or of an accumulator in one `tl.dot`. So a kernel loads a tile of
+words once and never moves a nibble between threads.
+
+Triton's interpreter multiplies the raw bits of bf16 in `tl.dot`, so it computes in float32 (`dot_dtype`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_clusterkv.clusters.codec import INNER_LEVEL, OUTER_LEVEL, SLICES, RowCodec, channels_per_scale
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.clusters.index import ClusterIndex
+
+INT4, INT8, BF16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ROW_FORMATS = {"int4": 0, "int8": 1, "bf16": 2}
+_SLICES = tl.constexpr(SLICES)
+_INNER, _OUTER = tl.constexpr(INNER_LEVEL), tl.constexpr(OUTER_LEVEL)
+_SIGN = tl.constexpr(-(2**31))  # of a float32, as int32
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def int4_levels(words, SLICE: tl.constexpr, DOT: tl.constexpr):
+    """Levels of one slice of int4 rows, -8 to 7, exact in every `DOT` dtype. words: int32, any shape.
+
+    A nibble is put into the mantissa of 2^23, where it stands, so that one logical operation and one fused multiply-add
+    make it a number: a conversion from an integer takes four times as long. The upper three are shifted down together.
+    """
+    LOW: tl.constexpr = SLICE < 5
+    moved = words if LOW else words >> 20
+    AT: tl.constexpr = 4 * SLICE if LOW else 4 * SLICE - 20
+    mantissa = (moved & (15 << AT)) ^ (0x4B000000 | (8 << AT))
+    UNIT: tl.constexpr = 1.0 / (1 << AT)
+    return (mantissa.to(tl.float32, bitcast=True) * UNIT - (8388608.0 * UNIT + 8.0)).to(DOT)
+
+
+@triton.jit
+def code_levels(words, SLICE: tl.constexpr, BITS: tl.constexpr, DOT: tl.constexpr):
+    """Levels of one slice of codes, in units of the code's scale. words: int32 (16 bits used, or 8), any shape."""
+    if BITS == 1:
+        level = tl.full(words.shape, 1.0, tl.float32)
+    else:
+        level = tl.where((words & (1 << (2 * SLICE))) != 0, _OUTER, _INNER)
+    sign = (words << (32 - BITS * (SLICE + 1))) & _SIGN
+    return (level.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True).to(DOT)
+
+
+@triton.jit
+def load_words(words, row, channel, mask, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """The packed words of int4 rows, int32 in the shape of `row` and `channel` together; 0 for other formats.
+
+    row: int64, rows counted in [C, H] order; channel: int32 below CHANNELS / 8; mask: of both.
+    """
+    if FORMAT == INT4:
+        return tl.load(words + row * (ROW_BYTES // 4) + channel, mask=mask, other=0)
+    else:
+        return 0
+
+
+@triton.jit
+def slice_levels(
+    packed, octets, halves, row, channel, mask,
+    SLICE: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, ROW_BYTES: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Levels of slice `SLICE` of stored rows: the channels SLICE * CHANNELS / 8 + channel, without their scale.
+
+    packed: what `load_words` gave; octets, halves: the same rows as int8 and as bf16; row, channel, mask as there.
+    """
+    first: tl.constexpr = SLICE * (CHANNELS // _SLICES)
+    if FORMAT == INT4:
+        return int4_levels(packed, SLICE, DOT)
+    elif FORMAT == INT8:
+        return tl.load(octets + row * ROW_BYTES + first + channel, mask=mask, other=0).to(DOT)
+    else:
+        return tl.load(halves + row * (ROW_BYTES // 2) + first + channel, mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit
+def slice_scales(
+    halves, row, mask,
+    SLICE: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+):  # fmt: skip
+    """float32 scales of slice `SLICE`, in the shape of `row`; bf16 rows have none."""
+    packed: tl.constexpr = CHANNELS // 4 if FORMAT == INT4 else CHANNELS // 2  # half words before the scales
+    at: tl.constexpr = packed + SLICE * (CHANNELS // _SLICES) // PER_SCALE
+    return tl.load(halves + row * (ROW_BYTES // 2) + at, mask=mask, other=0.0).to(tl.float32)
+
+
+class RowViews(NamedTuple):
+    """The same rows uint8 [C, H, row_bytes], as words, bytes and half words; kernels take all three."""
+
+    words: torch.Tensor  # int32 [C, H, row_bytes / 4]
+    octets: torch.Tensor  # int8 [C, H, row_bytes]
+    halves: torch.Tensor  # bf16 [C, H, row_bytes / 2]
+
+
+def row_views(rows: torch.Tensor) -> RowViews:
+    """Views of uint8 rows [C, H, row_bytes]."""
+    return RowViews(rows.view(torch.int32), rows.view(torch.int8), rows.view(torch.bfloat16))
+
+
+class LayerArrays(NamedTuple):
+    """One layer of the index as kernels read it."""
+
+    key_rows: RowViews
+    value_rows: RowViews
+    spread: torch.Tensor  # bf16 [C, H]
+    cluster_end: torch.Tensor  # int16 [C, H]
+    vectors: torch.Tensor  # bf16 [pages, H, 3, D/4]
+    members: torch.Tensor  # int16 [S, H]
+    codes: torch.Tensor | None  # [S, H, D/8]: int16 for two bits, uint8 for one
+    code_scales: torch.Tensor | None  # bf16 [S, H]
+
+
+def layer_arrays(index: ClusterIndex, layer: int) -> LayerArrays:
+    """Views of one layer's arrays; made once per index and layer."""
+    key = ("triton", layer)
+    if key not in index.scratch:
+        view, codes = index.layer(layer), index.layer(layer).codes
+        if codes is not None and index.config.code_bits == 2:
+            codes = codes.view(torch.int16)
+        index.scratch[key] = LayerArrays(
+            row_views(view.key_rows), row_views(view.value_rows), view.spread, view.cluster_end, view.segment_vectors,
+            view.members, codes, view.code_scales,
+        )  # fmt: skip
+    return index.scratch[key]
+
+
+def row_constants(codec: RowCodec) -> dict[str, int]:
+    """The constants by which kernels know a row format, by argument name."""
+    return {
+        "FORMAT": ROW_FORMATS[codec.name],
+        "CHANNELS": codec.head_dim,
+        "PER_SCALE": channels_per_scale(codec.head_dim),
+        "ROW_BYTES": codec.row_bytes,
+    }
+
+
+def is_interpreted() -> bool:
+    """Whether this module's kernels, and those defined with them, run in Triton's interpreter."""
+    return not isinstance(int4_levels, triton.JITFunction)
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which kernels multiply a query of `dtype`: its own, or float32 in the interpreter."""
+    return tl.float32 if is_interpreted() else _TRITON_DTYPES[dtype]
+
+
+def padded_slice(head_dim: int) -> int:
+    """Channels of a slice, padded to what `tl.dot` can take as its inner size."""
+    return max(16, triton.next_power_of_2(head_dim // SLICES))
+
+
+def padded_group(group: int, least: int = 16) -> int:
+    """Query heads of a kv head, padded to what `tl.dot` can take as its outer size.
+
+    Tensor cores compute 16 rows of any that are fewer, but 8 take half of the registers afterwards.
+    """
+    return max(least, triton.next_power_of_2(group))

@@ -1,0 +1,46 @@
+"""The machine code of Triton's kernels, for three generations of GPUs, compiled without one.
+
+Red when: a kernel spills, uses local memory, divides integers in a loop, needs more registers or fits fewer programs on an SM
+than its case states, or lost its tensor cores or 16-byte asynchronous loads; or when the check misses one of these.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the check in a process of its own: in this one, kernels may be interpreted."""
+    command = [sys.executable, "-m", "benchmarks.compiled", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_every_kernel_has_what_its_case_states() -> None:
+    done = compiled()
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_check_names_what_a_kernel_lost() -> None:
+    done = compiled("losing_kernels", "--target", "90")
+    assert done.returncode == 1, done.stdout + done.stderr
+    lost = {line[: line.index(" 90 ")].strip(): line.partition("LOST: ")[2] for line in done.stdout.splitlines()[1:]}
+    assert lost == {
+        "sound": "",
+        "spills": "uses local memory",
+        "no tensor cores": "fewer than 1 tensor-core instructions",
+        "no async loads": "fewer than 1 LDGSTS.128",
+        "registers": "more than 16 registers",
+        "programs": "fewer than 32 programs per SM",
+        "divides": "divides integers in a loop",
+    }

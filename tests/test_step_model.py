@@ -1,0 +1,114 @@
+"""The model of a decode step counts what one can count by hand.
+
+Red when: a launch reads or writes something that the model leaves out or counts twice, a grid is another one than the
+kernels', or the table's sums are not those of its lines. That the grids are those of real launches, and the number of
+launches with them, is in triton/test_chain.py.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.step_model import (
+    Launch,
+    StepShape,
+    dense_launches,
+    lists_of,
+    sparse_launches,
+    table,
+)
+
+CONFIG = ClusterKVConfig()
+LLAMA = StepShape(layers=32, heads=32, kv_heads=8, head_dim=128, batch=8, context=32_768)
+
+
+def test_the_lists_of_a_request() -> None:
+    lists = lists_of(LLAMA, CONFIG)
+    # 16 sinks and the last 64; 32,688 in clusters of 8, segments of 1,024 and pages of 16.
+    assert lists == (80, 4086, 32, 2048, 512, 2043)
+
+
+def test_a_short_request_recalls_what_it_has() -> None:
+    lists = lists_of(LLAMA._replace(context=16 + 64 + 320), CONFIG)
+    assert lists == (80, 40, 1, 320, 320, 20)
+
+
+def by_name(shape: StepShape, config: ClusterKVConfig = CONFIG) -> dict[str, Launch]:
+    launches = sparse_launches(shape, config)
+    assert len(launches) <= 7
+    return {launch.name: launch for launch in launches}
+
+
+def test_the_launches_of_a_llama_at_32k() -> None:
+    launches = by_name(LLAMA)
+    pairs, group = 64, 4
+    logits = pairs * (4086 * (16 + 2 + 4) + 32 * 16)
+    pages = 8 * 2 * 2043 * 8
+
+    rows = 4086 * (64 + 4 * 2 + 2 + 2)  # 4-bit channels, four scales, spread, end
+    vectors = 32 * 2 * 256  # mean key and variance
+    tokens = 80 * (256 + 16)  # key, logits
+    queries = group * (256 + 512)  # and rotated
+    sums = 2 * (2 + 32) * 16
+    assert launches["score"].programs == pairs * (1 + 2 + 32)
+    assert launches["score"].bytes == logits + pages + 8 * 80 * 8 + pairs * (rows + vectors + tokens + queries + sums)
+
+    assert launches["select"].programs == pairs
+    assert launches["select"].bytes == logits + pages // 2 + pairs * ((2 * 34 + 1) * 16 + 4086 * 4 + 2048 * 8)
+
+    code = 32 + 2 + 2  # two bits a channel, scale, member
+    values = 2048 * (code + 8 + 4 + 4) + 256 * 16 + 4 * 128 * 4
+    assert launches["refine: values"].programs == pairs * 32
+    assert launches["refine: values"].bytes == pages + pairs * values
+    assert launches["refine: choice"].bytes == pairs * (2048 * 16 + 512 * 16)
+
+    part = group * 129 * 4
+    assert launches["attend"].programs == pairs * (4 + 4)  # splits, masses
+    assert launches["attend"].bytes == (
+        logits + pages // 2 + 8 * 80 * 8
+        + pairs * (512 * (512 + 8) + 80 * (256 + 16) + group * 256 + 4 * part + 4086 * 4)
+    )  # fmt: skip
+    assert launches["estimate"].programs == pairs * (4 + 8)
+    assert launches["estimate"].bytes == (
+        logits + pages + pairs * (512 * 72 + 32 * 256 + 4086 * 4 + 512 * 8 + 12 * part)
+    )  # fmt: skip
+    assert launches["merge"].programs == pairs * group
+    assert launches["merge"].bytes == pairs * (16 * part + group * 256)
+
+
+def test_a_dense_step_reads_every_token_once() -> None:
+    dense, merge = dense_launches(LLAMA)
+    assert dense.programs == 64 * 4
+    assert dense.bytes == 64 * 32_768 * 512 + 8 * 32_768 * 8 + 64 * 4 * 4 * 129 * 4
+    assert merge.bytes == 64 * (4 * 4 * 129 * 4 + 4 * 256)
+
+
+def test_switches_change_the_launches() -> None:
+    whole_clusters = by_name(LLAMA, msgspec.structs.replace(CONFIG, refine=False))
+    assert list(whole_clusters) == ["score", "select", "recall", "attend", "estimate", "merge"]
+    assert whole_clusters["recall"].programs == 64 * 8
+    assert whole_clusters["score"].programs == 64 * (2 + 32)
+    assert whole_clusters["recall"].bytes == 64 * 512 * (8 + 2 + 8 + 8) + 8 * 2 * 2043 * 8
+    exact = by_name(LLAMA, msgspec.structs.replace(CONFIG, estimate=False))
+    assert "estimate" not in exact and exact["attend"].programs == 64 * 4
+    own = by_name(LLAMA, msgspec.structs.replace(CONFIG, estimate_clusters=4086))
+    assert own["estimate"].programs == 64 * 8 and own["attend"].programs == 64 * 4
+
+
+def test_time_is_bytes_over_bandwidth_and_a_launch() -> None:
+    launch = Launch("a", programs=264, bytes=3_350_000)
+    assert launch.waves == 2.0
+    assert launch.microseconds(3.35) == pytest.approx(1.0 + 2.5)
+    assert launch.microseconds(6.7) == pytest.approx(0.5 + 2.5)
+
+
+def test_the_table_adds_up() -> None:
+    lines = table(LLAMA, CONFIG, bandwidths_tbs=(4.8,)).splitlines()
+    assert len(lines) == 1 + 7 + 2 + 2 + 2 + 1
+    sparse = sum(launch.microseconds(4.8) for launch in sparse_launches(LLAMA, CONFIG))
+    dense = sum(launch.microseconds(4.8) for launch in dense_launches(LLAMA))
+    assert lines[10].split()[-1] == f"{sparse:.1f}" and lines[11].split()[-1] == f"{dense:.1f}"
+    assert lines[12].split()[-1] == f"{32 * sparse / 1e3:.3f}"
+    assert lines[-1].split()[-1] == f"{dense / sparse:.1f}"

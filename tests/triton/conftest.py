@@ -1,0 +1,32 @@
+"""Tests of the Triton kernels: in Triton's interpreter, or on a GPU with `--device cuda`.
+
+There is no `__init__.py` here: it would make this folder the package `triton`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+from interpreter import interpreting
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """Test modules are imported here, and the kernels with them."""
+    with interpreting(collector.config.getoption("device")):
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(device: str) -> Iterator[None]:
+    """Some kernels are imported by what a test calls."""
+    with interpreting(device):
+        yield
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """Where a test puts its tensors: "cpu" in the interpreter, "cuda" with `--device cuda`."""
+    return pytestconfig.getoption("device")

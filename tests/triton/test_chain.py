@@ -1,0 +1,199 @@
+"""The whole chain on a GPU is the chain of torch references, and DESIGN.md "Exactly" in float64; in seven launches.
+
+Red when: an operation hands another one something else than it reads, a stale or uninitialised number is used, a launch or a
+copy more is made, the recalled mass is another one, or the workspace does not fit a step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import exactly as ex
+import msgspec
+import pytest
+import torch
+from filled import LENGTHS, SCALE, Guarded, assert_close, index_on, scene_of, step_on
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sglang_clusterkv.clusters.index import ClusterIndex
+from sglang_clusterkv.clusters.rotation import rotation_signs
+from sglang_clusterkv.clusters.step import SparseStep
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.decode import reference
+from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, sparse_decode
+from sglang_clusterkv.kernels.merge.triton import merge_kernel
+from sglang_clusterkv.kernels.step_model import StepShape, sparse_launches
+
+CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
+MOST_LAUNCHES = 7
+
+
+class Chain:
+    """One step on one device, its workspace poisoned."""
+
+    def __init__(
+        self,
+        config: ClusterKVConfig,
+        device: str,
+        *,
+        head_dim: int = 64,
+        group: int = 3,
+        dtype: torch.dtype = torch.float32,
+        kv_heads: int = 2,
+    ) -> None:
+        self.scene, step = scene_of(config, head_dim, dtype, kv_heads)
+        self.device, self.dtype, self.group = device, dtype, group
+        self.index, self.step = index_on(self.scene.index, device), step_on(step, device)
+        self.pool = self.scene.keys[0].to(device), self.scene.values[0].to(device)
+        generator = torch.Generator().manual_seed(group)
+        self.q = torch.randn(step.batch, kv_heads * group, head_dim, generator=generator).to(device, dtype)
+        self.guarded = Guarded(device)
+        self.poison(self.index)
+
+    def poison(self, index: ClusterIndex) -> None:
+        """Give the index a decoder with a poisoned workspace."""
+        index.scratch["triton decoder", self.group] = TritonDecoder(index, self.group, self.guarded)
+
+    def arguments(self, requests: slice = slice(None)) -> tuple[object, ...]:
+        return self.q[requests], *self.pool, self.index, 0, some(self.step, requests), SCALE
+
+    def result(self, requests: slice = slice(None)) -> torch.Tensor:
+        result = sparse_decode(*self.arguments(requests))
+        self.guarded.assert_untouched()
+        return result
+
+    def assert_is_reference(self) -> None:
+        result, mass = self.result(), self.index.mass[0].clone()
+        self.index.mass.zero_()
+        expected = reference.sparse_decode(*self.arguments())
+        assert result.dtype is self.dtype and result.shape == expected.shape
+        if self.dtype is torch.float32:
+            assert_close(result, expected, self.dtype)
+        else:  # the interpreter cuts a bf16 off instead of rounding it
+            torch.testing.assert_close(result.float(), expected.float(), atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(mass, self.index.mass[0], atol=2e-3 * float(mass[1]), rtol=0)
+
+
+def some(step: SparseStep, requests: slice) -> SparseStep:
+    """The lists of some requests."""
+    lists = [value[requests].contiguous() if isinstance(value, torch.Tensor) else value for value in step]
+    return SparseStep(*lists)._replace(batch=len(step.page_count[requests]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "head_dim", "group", "dtype", "kv_heads"),
+    [
+        ({}, 64, 3, torch.float32, 2),
+        ({"centroid_dtype": "int8", "code_bits": 1}, 64, 1, torch.float16, 1),
+        ({"centroid_dtype": "bf16"}, 96, 4, torch.bfloat16, 1),
+        ({"refine": False}, 64, 1, torch.float32, 1),
+        ({"estimate": False}, 64, 1, torch.float32, 1),
+        ({"estimate_clusters": 4096}, 64, 1, torch.float32, 1),
+    ],
+)
+def test_the_chain_equals_the_reference(
+    fields: dict[str, object], head_dim: int, group: int, dtype: torch.dtype, kv_heads: int, device: str
+) -> None:
+    config = msgspec.structs.replace(CONFIG, **fields)
+    chain = Chain(config, device, head_dim=head_dim, group=group, dtype=dtype, kv_heads=kv_heads)
+    chain.assert_is_reference()
+
+
+def test_the_chain_is_exact_in_float64(device: str) -> None:
+    """From keys, values and queries alone: the oracle clusters, stores and decodes for itself."""
+    config = msgspec.structs.replace(CONFIG, window_tokens=64)
+    chain = Chain(config, device, group=1)
+    result = chain.result().cpu()
+    options = ex.Options(**{name: getattr(config, name) for name in ex.Options._fields})
+    rotation = ex.hadamard_rotation(64, rotation_signs(64).numpy())
+    for row, length in enumerate(LENGTHS, 1):
+        slots = chain.scene.slots(row, length)
+        recallable = [
+            (s.begin, s.end)
+            for s in chain.scene.engine.planner.rows[row].segments
+            if s.end <= length - config.window_tokens
+        ]
+        for head in range(2):
+            keys, values = (ex.f64(buffer[0][slots, head].numpy()) for buffer in (chain.scene.keys, chain.scene.values))
+            q = ex.f64(chain.q[row - 1, head : head + 1].cpu().numpy())
+            whole = ex.request_output(q, keys, values, SCALE, recallable, rotation, options)
+            torch.testing.assert_close(
+                result[row - 1, head : head + 1].double(), torch.from_numpy(whole.output), atol=1e-4, rtol=1e-3
+            )
+
+
+class Operations(TorchDispatchMode):
+    """Notes torch operations that compute or copy, but those of Triton's interpreter, and the grids of launches."""
+
+    FREE = ("aten.empty", "aten.view", "aten._unsafe_view", "aten.select", "aten.slice", "aten.alias", "aten.detach")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.programs: list[int] = []
+        self._launching = False
+
+    def watch_launches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Note kernels' launches from now on."""
+        run = type(merge_kernel).run
+
+        def noted(kernel: object, *args: object, grid: tuple[int, ...], **kwargs: object) -> object:
+            self.programs.append(math.prod(grid))
+            self._launching = True
+            try:
+                return run(kernel, *args, grid=grid, **kwargs)
+            finally:
+                self._launching = False
+
+        monkeypatch.setattr(type(merge_kernel), "run", noted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self._launching and not str(func).startswith(self.FREE):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("fields", "launches"), [({}, 7), ({"refine": False}, 6), ({"estimate": False}, 6)])
+def test_a_layer_is_seven_launches_and_nothing_else(
+    fields: dict[str, object], launches: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = msgspec.structs.replace(CONFIG, **fields)
+    chain = Chain(config, device, group=1)
+    requests = slice(0, 1)
+    arguments = chain.arguments(requests)
+    sparse_decode(*arguments)  # views of the index and the workspace are made once
+    operations = Operations()
+    operations.watch_launches(monkeypatch)
+    with operations:
+        sparse_decode(*arguments)
+    assert operations.names == []
+    assert len(operations.programs) == launches <= MOST_LAUNCHES
+    shape = StepShape(layers=1, heads=2, kv_heads=2, head_dim=64, batch=1, context=LENGTHS[0], item_bytes=4)
+    assert operations.programs == [launch.programs for launch in sparse_launches(shape, config)]
+
+
+def test_an_operation_more_is_noticed(device: str) -> None:
+    """What the test above relies on."""
+    with Operations() as operations:
+        torch.zeros(3, device=device).view(3, 1)
+    assert operations.names == ["aten.zeros.default"]
+
+
+def test_steps_of_other_sizes_find_room(device: str) -> None:
+    """Longer, shorter and more requests, one after the other, in one workspace that is larger than they need."""
+    chain = Chain(CONFIG, device, group=1, kv_heads=1)
+    whole = reference.sparse_decode(*chain.arguments())
+    decoder = decoder_of(chain.index, 1)
+    capacities = []
+    for requests in (slice(0, 1), slice(0, 2), slice(0, 1)):
+        assert_close(chain.result(requests), whole[requests], torch.float32)
+        capacities.append(decoder.workspace.shape)
+    assert capacities[0] != capacities[1] == capacities[2]
+
+
+def test_a_step_does_not_depend_on_the_one_before(device: str) -> None:
+    """Bit for bit, though the workspace holds what another step left."""
+    chain = Chain(CONFIG, device, group=1, kv_heads=1)
+    first = chain.result(slice(0, 1))
+    chain.result(slice(1, 2))
+    assert torch.equal(first, chain.result(slice(0, 1)))

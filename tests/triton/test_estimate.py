@@ -1,0 +1,168 @@
+"""The estimate's kernels give what the torch reference gives.
+
+Red when: a row of another cluster, head or segment is read or unpacked wrongly, the choice of clusters with their own mean
+value differs (ties included), a cluster counts twice or not at all, what is left of it is miscounted, an empty part is not
+weightless, poison gets into a sum, or something is written outside its tensor.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+from filled import FAR, Filled, assert_close, merged
+
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.attend.reference import Partial
+from sglang_clusterkv.kernels.decode import grids
+from sglang_clusterkv.kernels.estimate import triton as estimate_triton
+
+CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
+
+
+def config_of(**fields: object) -> ClusterKVConfig:
+    return msgspec.structs.replace(CONFIG, **fields)
+
+
+def estimated(filled: Filled) -> Partial:
+    """Launch both steps; their parts as one. Poison what only attend writes, for nothing of it may be read."""
+    decoder, batch = filled.decoder, filled.step.batch
+    decoder.attend(filled.q, filled.keys, filled.values, 0.2)
+    decoder.workspace.exact_output.fill_(torch.nan)
+    decoder.workspace.exact_lse.fill_(torch.nan)
+    decoder.estimate(0, filled.dtype)
+    filled.guarded.assert_untouched()
+    parts = sum(decoder.parts)
+    return merged(decoder.workspace.rest_output[:batch, :, :parts], decoder.workspace.rest_lse[:batch, :, :parts])
+
+
+def assert_is_reference(filled: Filled) -> None:
+    result, expected = estimated(filled), filled.estimated()
+    assert_close(result.output, expected.output, filled.dtype)
+    assert_close(result.lse, expected.lse, filled.dtype)
+
+
+@pytest.mark.parametrize(
+    ("centroid_dtype", "head_dim", "group", "dtype"),
+    [
+        ("int4", 64, 1, torch.float32),
+        ("int4", 64, 3, torch.bfloat16),
+        ("int8", 64, 4, torch.float16),
+        ("bf16", 64, 7, torch.float32),
+        ("int4", 96, 8, torch.float32),
+        ("int8", 96, 3, torch.float32),
+        ("int4", 128, 4, torch.bfloat16),
+        ("int4", 256, 1, torch.float32),
+    ],
+)
+def test_the_estimate_equals_the_reference(
+    centroid_dtype: str, head_dim: int, group: int, dtype: torch.dtype, device: str
+) -> None:
+    filled = Filled(config_of(centroid_dtype=centroid_dtype), device, head_dim=head_dim, group=group, dtype=dtype)
+    assert filled.decoder.parts.rest > 0
+    assert_is_reference(filled)
+
+
+@pytest.mark.parametrize("limit", [1, 40, 10_000])
+def test_any_number_of_own_values_is_right(limit: int, device: str) -> None:
+    """40: more than the shorter request has, fewer than the other."""
+    filled = Filled(config_of(estimate_clusters=limit), device)
+    assert (filled.decoder.parts.rest > 0) == (limit < 10_000)
+    assert_is_reference(filled)
+
+
+@pytest.mark.parametrize(("least_own", "least_rest"), [(5, 1000), (20, 16)])
+def test_any_parts_give_the_same(least_own: int, least_rest: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grids, "LEAST_OWN", least_own)
+    monkeypatch.setattr(grids, "LEAST_REST", least_rest)
+    assert_is_reference(Filled(CONFIG, device, group=1))
+
+
+def test_masses_that_no_program_can_hold_are_read_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_triton, "MASSES_HELD", 64)
+    monkeypatch.setattr(grids, "LEAST_OWN", 7)
+    assert_is_reference(Filled(CONFIG, device, group=1))
+
+
+def test_the_own_clusters_are_the_references(device: str) -> None:
+    """The list itself: the clusters with the most mass."""
+    filled = Filled(CONFIG, device)
+    estimated(filled)
+    s = filled.scores
+    logits = filled.recalled.left.float().log().unsqueeze(2) + s.dot + s.estimate_bonus
+    mass = (logits - s.total.unsqueeze(-1)).exp().mean(2)
+    best = mass.argsort(dim=-1, descending=True, stable=True)[..., :20].sort(-1).values
+    assert filled.decoder.buffers.own[:2].tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("held", [1024, 64])
+def test_ties_go_to_the_lower_place(held: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_triton, "MASSES_HELD", held)
+    filled = Filled(CONFIG, device, group=1)
+    w, own = filled.decoder.workspace, int(filled.step.page_count[1]) * 2
+    # All clusters are alike but for three; one of the others has nothing left, so it is not among the first.
+    for tensor, value in ((w.dot, 1.0), (w.segment_bonus, 0.0), (w.total, 3.0)):
+        tensor[1] = value
+    w.left[1, :, :own] = 8
+    w.left[1, :, [0, 5, own - 1]] = torch.tensor([0, 16, 9], dtype=torch.int32, device=device)
+    result = estimated(filled)
+    assert filled.decoder.buffers.own[1].tolist() == [[*range(1, 20), own - 1]] * 2
+    tokens = w.left[1, :, :own].sum(-1, keepdim=True)  # each counts once, at its own value or at its segment's
+    assert_close(result.lse[1], 1.0 + tokens.double().log(), torch.float32)
+
+
+def test_masses_of_nothing_are_taken_in_order(device: str) -> None:
+    filled = Filled(CONFIG, device, group=1)
+    filled.decoder.workspace.total[1] = 1000.0  # every mass is 0
+    estimated(filled)
+    assert filled.decoder.buffers.own[1].tolist() == [list(range(20))] * 2
+
+
+def everything_recalled(filled: Filled) -> None:
+    """As if every token of request 1 and head 0 of request 0 had been recalled."""
+    filled.decoder.workspace.left[1] = 0
+    filled.decoder.workspace.left[0, 0] = 0
+
+
+@pytest.mark.parametrize("limit", [20, 10_000])
+def test_nothing_left_weighs_nothing(limit: int, device: str) -> None:
+    filled = Filled(config_of(estimate_clusters=limit), device)
+    everything_recalled(filled)
+    result, expected = estimated(filled), filled.estimated()
+    empty = torch.zeros(2, 2, dtype=torch.bool, device=device)
+    empty[1], empty[0, 0] = True, True
+    assert (result.lse[empty] == -torch.inf).all() and (result.output[empty] == 0).all()
+    assert_close(result.output[~empty], expected.output[~empty], torch.float32)
+
+
+def test_rows_of_which_nothing_is_left_are_not_read(device: str) -> None:
+    """An empty cluster's row holds anything; as bf16 it may be no number."""
+    filled = Filled(config_of(centroid_dtype="bf16", estimate_clusters=10_000), device)
+    w, left = filled.decoder.workspace, filled.recalled.left
+    for b in range(2):
+        rows = filled.index.cluster_rows(filled.step.pages[b]).flatten()
+        gone = (left[b] == 0).all(0)[: len(rows)]
+        gone[1] = True
+        filled.index.layer(0).value_rows.view(torch.bfloat16)[rows[gone]] = torch.nan
+        w.left[b, :, 1] = 0
+        left[b, :, 1] = 0
+    result = estimated(filled)
+    scores = filled.scores
+    logits = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus
+    assert_close(result.lse, logits.logsumexp(-1), torch.float32)
+    assert result.output.isfinite().all()
+
+
+def test_short_segments_are_summed_apart(device: str) -> None:
+    """Segments of 4 pages, so that a tile touches many."""
+    filled = Filled(config_of(segment_tokens=64, recluster_every=64, estimate_clusters=3), device, group=1)
+    assert int(filled.step.segment_count.max()) > 6
+    assert_is_reference(filled)
+
+
+def test_padding_is_poison() -> None:
+    """What the tests above rely on."""
+    filled = Filled(CONFIG, "cpu")
+    own = int(filled.step.page_count[0]) * 2
+    assert filled.decoder.workspace.dot[0, :, :, own:].isnan().all()
+    assert (filled.decoder.workspace.left[0, :, own:] == FAR).all()

@@ -1,0 +1,130 @@
+"""Refine's kernels recall what the torch reference recalls: the best candidates by their codes, ties to the lower position.
+
+Red when: a code, scale, member list or query is mixed up or unpacked wrongly, a tie is broken upwards, more or less than the
+budget is recalled, a cluster's rest is miscounted, a slot is cut to 32 bits, or poison is read.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from filled import FAR, SCALE, Filled
+
+from sglang_clusterkv.clusters.rotation import rotation_matrix
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.refine.reference import Recalled, candidate_scores, recall, recall_all
+from sglang_clusterkv.kernels.refine.triton import recall as recall_triton
+from sglang_clusterkv.kernels.select.reference import Candidates, select
+
+FIELDS = {"budget_tokens": 48, "candidate_tokens": 160, "segment_tokens": 256, "estimate_clusters": 20}
+
+
+class Chosen(Filled):
+    """A step whose workspace holds what the references give up to the candidates, and poison in what refine writes."""
+
+    candidates: Candidates
+
+    def __init__(self, config: ClusterKVConfig, device: str, **sizes: object) -> None:
+        super().__init__(config, device, **sizes)  # type: ignore[arg-type]
+        decoder = self.decoder
+        self.candidates = select(self.scores, self.index, 0, self.step, decoder.limit)
+        w, page = decoder.workspace, self.index.geometry.page_size
+        w.recalled.fill_(FAR)
+        w.recalled_count.fill_(FAR)
+        w.rotated[: self.step.batch] = self.wide @ rotation_matrix(self.wide.shape[-1]).T.to(device)
+        w.candidate_count[: self.step.batch] = self.candidates.count.int()
+        self.order: dict[tuple[int, int], torch.Tensor] = {}  # of the reference's candidates in the workspace
+        for b in range(self.step.batch):
+            own = int(self.step.page_count[b]) * self.index.clusters_per_page
+            w.left[b, :, :own] = self.scores.size[b, :, :own].int()
+            at = torch.zeros(self.index.geometry.pages, dtype=torch.int64, device=device)
+            at[self.step.pages[b]] = torch.arange(self.step.pages.shape[1], device=device)
+            for h in range(self.wide.shape[1]):
+                count = int(self.candidates.count[b, h])
+                slots = self.candidates.entry_slot[b, h, :count]
+                packed = (self.candidates.cluster[b, h, :count] << 32) + at[slots // page] * page + slots % page
+                packed, self.order[b, h] = packed.sort()
+                w.candidates[b, h, :count] = packed
+
+    def fill_values(self, value: torch.Tensor) -> None:
+        """Take these values [B, H, K], in the reference's order, as those of the candidates."""
+        w = self.decoder.workspace
+        for (b, h), order in self.order.items():
+            w.value[b, h, : len(order)] = value[b, h][order]
+            w.position[b, h, : len(order)] = self.candidates.position[b, h][order].int()
+
+    def assert_recalled(self, expected: Recalled, page_offset: int = 0) -> None:
+        """The workspace has these tokens, in any order, and what is left of the clusters."""
+        w = self.decoder.workspace
+        for b, h in self.order:
+            count = int(expected.count[b, h])
+            assert int(w.recalled_count[b, h]) == count
+            slots = expected.slots[b, h, :count] + page_offset
+            assert torch.equal(w.recalled[b, h, :count].sort().values, slots.sort().values)
+            assert (w.recalled[b, h, count:] == FAR).all(), "slots beyond the count"
+            own = int(self.step.page_count[b]) * self.index.clusters_per_page
+            assert torch.equal(w.left[b, h, :own], expected.left[b, h, :own].int())
+        self.guarded.assert_untouched()
+
+
+def config_of(**fields: object) -> ClusterKVConfig:
+    return ClusterKVConfig(**(FIELDS | fields))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "bits", "kv_heads"),
+    [(64, 3, 2, 2), (64, 7, 1, 1), (32, 1, 1, 2), (32, 8, 2, 1), (96, 4, 2, 1), (128, 4, 1, 1), (256, 1, 2, 1)],
+)
+def test_values_equal_the_reference(head_dim: int, group: int, bits: int, kv_heads: int, device: str) -> None:
+    chosen = Chosen(config_of(code_bits=bits), device, head_dim=head_dim, group=group, kv_heads=kv_heads)
+    chosen.decoder.refine(0, SCALE)
+    w = chosen.decoder.workspace
+    expected = candidate_scores(chosen.wide, chosen.scores, chosen.candidates, chosen.index, 0, SCALE)
+    for (b, h), order in chosen.order.items():
+        count = len(order)
+        assert torch.equal(w.position[b, h, :count], chosen.candidates.position[b, h][order].int())
+        # On a GPU products are made in TF32.
+        tolerance = 1e-4 if device == "cpu" else 2e-2
+        torch.testing.assert_close(w.value[b, h, :count], expected[b, h][order], rtol=tolerance, atol=0)
+        assert w.value[b, h, count:].isnan().all(), "values beyond the candidates"
+    chosen.guarded.assert_untouched()
+
+
+@pytest.mark.parametrize("budget", [1, 48, 159])
+@pytest.mark.parametrize("levels", [1, 4, None])
+def test_the_best_are_recalled_and_ties_go_to_the_lower_position(budget: int, levels: int | None, device: str) -> None:
+    chosen = Chosen(config_of(budget_tokens=budget), device, head_dim=32)
+    generator = torch.Generator().manual_seed(budget)
+    value = torch.rand(chosen.candidates.position.shape, generator=generator).to(device)
+    value = value if levels is None else (value * levels).floor()  # 0 among them: masses vanish
+    listed = torch.arange(value.shape[-1], device=device) < chosen.candidates.count.unsqueeze(-1)
+    value = torch.where(listed, value, -1.0)
+    chosen.fill_values(value)
+    chosen.decoder.recall(0)
+    chosen.assert_recalled(recall(value, chosen.scores, chosen.candidates, budget))
+
+
+def test_a_budget_beyond_the_candidates_recalls_them_all(device: str) -> None:
+    chosen = Chosen(config_of(budget_tokens=200), device, head_dim=32)
+    value = torch.rand(chosen.candidates.position.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    chosen.fill_values(value)
+    chosen.decoder.recall(0)
+    chosen.assert_recalled(recall(value, chosen.scores, chosen.candidates, 200))
+
+
+def test_slots_need_64_bits(device: str) -> None:
+    chosen = Chosen(config_of(), device, head_dim=32, kv_heads=1)
+    far = 1 << 28  # pages of 16: slots beyond 2^32
+    value = torch.rand(chosen.candidates.position.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    chosen.fill_values(value)
+    step = chosen.step._replace(pages=chosen.step.pages + far)
+    recall_triton(chosen.index, step, chosen.decoder.limit, chosen.decoder.workspace)
+    chosen.assert_recalled(recall(value, chosen.scores, chosen.candidates, 48), far * 16)
+
+
+def test_whole_clusters_are_recalled_where_nothing_is_refined(device: str) -> None:
+    chosen = Chosen(config_of(refine=False), device, head_dim=32)
+    chosen.decoder.refine(0, SCALE)
+    assert chosen.decoder.workspace.value.isnan().all(), "there are no codes to refine by"
+    chosen.decoder.recall(0)
+    chosen.assert_recalled(recall_all(chosen.scores, chosen.candidates))

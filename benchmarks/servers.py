@@ -37,14 +37,17 @@ class Server:
         self.process = process
 
     def generate(self, prompt: str | list[int], tokens: int, **fields: Any) -> dict[str, Any]:
-        """Greedy completion of a prompt (text or ids); the server's JSON, with output_ids."""
+        """Greedy completion of a prompt (text or ids); the server's JSON, with output_ids.
+
+        Waits ten minutes, and two seconds more for each token.
+        """
         key = "text" if isinstance(prompt, str) else "input_ids"
         body: dict[str, Any] = {
             key: prompt,
             "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
             **fields,
         }
-        answer = requests.post(f"{self.url}/generate", json=body, timeout=600)
+        answer = requests.post(f"{self.url}/generate", json=body, timeout=600 + 2 * tokens)
         assert answer.status_code == 200, answer.text
         return answer.json()
 

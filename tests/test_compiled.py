@@ -25,8 +25,11 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_kernel_has_what_its_case_states() -> None:
-    done = compiled()
+@pytest.mark.parametrize(
+    "target", ["90", pytest.param("80", marks=pytest.mark.long), pytest.param("100", marks=pytest.mark.long)]
+)
+def test_every_kernel_has_what_its_case_states(target: str) -> None:
+    done = compiled("--target", target)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,15 +57,22 @@ class Arm(NamedTuple):
         return ClusterKVConfig(**(self.options | POLICIES[self.policy].options))
 
 
-def options_of(budget: int) -> dict[str, Any]:
-    """Step options at a budget."""
-    candidates = MOST_CANDIDATES if budget > SMALL_BUDGET else MOST_CANDIDATES // 2
+def options_of(budget: int, candidates: int | None = None) -> dict[str, Any]:
+    """Step options at a budget; by default as many candidates as the defaults have, half of them at small budgets."""
+    if candidates is None:
+        candidates = MOST_CANDIDATES if budget > SMALL_BUDGET else MOST_CANDIDATES // 2
     return {"budget_tokens": budget, "candidate_tokens": max(budget, candidates)}
 
 
-def arms_of(policies: list[str], budgets: list[int]) -> list[Arm]:
-    """Every policy at every budget."""
-    return [Arm(f"{policy}-{budget}", policy, options_of(budget)) for policy in policies for budget in budgets]
+def arms_of(policies: list[str], budgets: list[int], candidates: list[int] | None = None) -> list[Arm]:
+    """Every policy at every budget, and at every number of candidates where some are given."""
+    arms = []
+    for policy in policies:
+        for budget in budgets:
+            for count in candidates or [None]:
+                name = f"{policy}-{budget}" + (f"-{count}" if count else "")
+                arms.append(Arm(name, policy, options_of(budget, count)))
+    return arms
 
 
 class Sizes(NamedTuple):
@@ -130,7 +138,9 @@ def sizes_of(server_counts: dict[str, Any], document: Document, model: dict[str,
     return Sizes(round(clustered), round(length - clustered), **model)
 
 
-def run_document(server: Server, document: Document, arms: list[Arm], model: dict[str, int]) -> dict[str, Any]:
+def run_document(
+    server: Server, document: Document, arms: list[Arm], model: dict[str, int], equal: bool
+) -> dict[str, Any]:
     """All arms over one document."""
     server.flush()
     use(server, "dense")
@@ -155,7 +165,7 @@ def run_document(server: Server, document: Document, arms: list[Arm], model: dic
             "options": arm.options,
             "bytes": step_bytes(arm, sizes),
         }
-        if arm.policy == "ours":
+        if equal and arm.policy == "ours":
             queue.append(equal_bytes("published", arm, sizes))
             bar.total += 1
         bar.update()
@@ -177,6 +187,7 @@ def summary(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "name": name,
                 "policy": parts[0]["policy"],
                 "budget": parts[0]["options"]["budget_tokens"],
+                "candidates": parts[0]["options"]["candidate_tokens"],
                 "bytes": mean([[part["bytes"]] for part in parts]),
                 "kl": mean(kl),
                 "kl_interval": interval(groups),
@@ -200,14 +211,16 @@ def table(lines: list[dict[str, Any]], documents: list[dict[str, Any]]) -> str:
         f"Dense: perplexity {dense:.2f}, {sum(dense_right)} of {len(dense_right)} answers right, reads "
         f"{everything / 1024:.0f} KiB per step, layer and kv head. Mean over {len(documents)} document(s).",
         "",
-        "| policy | budget | KiB per step | of dense | KL (95 %) | top-1 same | Q: KL of answers | right | perplexity |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| policy | budget | candidates | KiB per step | of dense | KL (95 %) | top-1 same | Q: KL of answers | right "
+        "| perplexity |",
+        "|" + "---|" * 10,
     ]
     for line in lines:
         low, high = line["kl_interval"]
         title = POLICIES[line["policy"]].title + (" (equal bytes)" if "equal-bytes" in line["name"] else "")
+        candidates = line["candidates"] if line["policy"].startswith("ours") else "-"
         out.append(
-            f"| {title} | {line['budget']} | {line['bytes'] / 1024:.0f} | 1/{everything / line['bytes']:.1f} "
+            f"| {title} | {line['budget']} | {candidates} | {line['bytes'] / 1024:.0f} | 1/{everything / line['bytes']:.1f} "
             f"| {line['kl']:.5f} ({low:.5f} to {high:.5f}) | {100 * line['same']:.1f} % | {line['answer_kl']:.4f} "
             f"| {line['right']} of {line['answers']} | {line['perplexity']:.2f} |"
         )
@@ -227,11 +240,13 @@ def main() -> None:
     )
     parser.add_argument("--text", help="another text, a file")
     parser.add_argument("--config", default="{}", help="JSON, the server's configuration beside the budget")
+    parser.add_argument("--no-equal-bytes", action="store_true", help="leave out the published policy at our bytes")
     parser.add_argument("--quick", action="store_true", help="one document, one budget, few policies")
     args = parser.parse_args()
     if args.quick:
         args.documents, args.natural, args.budgets, args.policies = 1, 64, [256], QUICK_POLICIES
-    documents, source, lines = run(args)
+    documents, source = run(args)
+    lines = summary(documents)
     body = table(lines, documents)
     print(f"\n{body}\n")
     write_results(
@@ -251,21 +266,30 @@ def model_shape() -> dict[str, int]:
     return {"head_dim": shape.hidden_size // shape.num_attention_heads, "layers": shape.num_hidden_layers}
 
 
-def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str, list[dict[str, Any]]]:
-    """Every document through one server; (results by document, the text's name, the summary)."""
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Every document through one server; (results by document, the text's name).
+
+    Interrupted (Ctrl-C, SIGTERM), it returns the documents that are done.
+    """
     tokenizer = AutoTokenizer.from_pretrained(default_out())
     source, text = read_text(args.text)
     made = make_documents(tokenizer, text, args.first + args.documents, args.tokens, args.natural)[args.first :]
-    arms = arms_of(args.policies, args.budgets)
+    arms = arms_of(args.policies, args.budgets, args.candidates)
     log = Path(tempfile.mkdtemp(prefix="quality-")) / "server.log"
     print(f"starting a server; its log: {log}", flush=True)
     documents = []
     model = model_shape()
     with serve(default_out(), log, *SERVER_FLAGS, config=json.loads(args.config)) as server:
-        for i, document in enumerate(made):
-            documents.append(run_document(server, document, arms, model))
-            print(f"document {args.first + i + 1}:\n{table(summary(documents[-1:]), documents[-1:])}", flush=True)
-    return documents, source, summary(documents)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            for i, document in enumerate(made):
+                documents.append(run_document(server, document, arms, model, not args.no_equal_bytes))
+                print(f"document {args.first + i + 1}:\n{table(summary(documents[-1:]), documents[-1:])}", flush=True)
+        except KeyboardInterrupt:
+            if not documents:
+                raise
+            print(f"\ninterrupted: {len(documents)} of {len(made)} documents are done", flush=True)
+    return documents, source
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import argparse
 import json
 import signal
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ MOST_CANDIDATES = 2048
 SMALL_BUDGET = 128  # half of the candidates do up to here
 # An idle server would take most of a core from what runs beside it.
 SERVER_FLAGS = [*FLAGS, "--max-total-tokens", "20000", "--page-size", "16", "--sleep-on-idle"]
-QUICK_POLICIES = ["window", "quest", "published", "ours", "ours-whole-clusters", "oracle"]
+QUICK_POLICIES = ["window", "quest", "published", "ours", "oracle"]
 MINIMUM_EQUAL_BUDGET = 16
 
 
@@ -67,9 +68,10 @@ def options_of(budget: int, candidates: int | None = None) -> dict[str, Any]:
 def arms_of(policies: list[str], budgets: list[int], candidates: list[int] | None = None) -> list[Arm]:
     """Every policy at every budget, and at every number of candidates where some are given."""
     arms = []
+    counts: Sequence[int | None] = candidates or [None]
     for policy in policies:
         for budget in budgets:
-            for count in candidates or [None]:
+            for count in counts:
                 name = f"{policy}-{budget}" + (f"-{count}" if count else "")
                 arms.append(Arm(name, policy, options_of(budget, count)))
     return arms
@@ -235,6 +237,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=7000, help="of each document")
     parser.add_argument("--natural", type=int, default=128, help="tokens of the continuation")
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument(
+        "--candidates", type=int, nargs="+", help="candidate tokens to compare, instead of the defaults'"
+    )
     parser.add_argument(
         "--policies", nargs="+", choices=POLICIES, default=[name for name in POLICIES if name != "dense"]
     )

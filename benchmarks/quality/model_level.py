@@ -246,10 +246,11 @@ def main() -> None:
     parser.add_argument("--text", help="another text, a file")
     parser.add_argument("--config", default="{}", help="JSON, the server's configuration beside the budget")
     parser.add_argument("--no-equal-bytes", action="store_true", help="leave out the published policy at our bytes")
-    parser.add_argument("--quick", action="store_true", help="one document, one budget, few policies")
+    parser.add_argument("--quick", action="store_true", help="one shorter document, one budget, few policies")
     args = parser.parse_args()
     if args.quick:
-        args.documents, args.natural, args.budgets, args.policies = 1, 64, [256], QUICK_POLICIES
+        args.documents, args.tokens, args.natural = 1, min(args.tokens, 4000), 48
+        args.budgets, args.policies = [256], QUICK_POLICIES
     documents, source = run(args)
     lines = summary(documents)
     body = table(lines, documents)

@@ -182,7 +182,7 @@ def summary(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in documents[0]["arms"]:
         parts = [document["arms"][name] for document in documents]
         kl = [part["kl"] for part in parts]
-        groups = [chunk for values in kl for chunk in np.array_split(values, max(1, len(values) // PART))]
+        groups = [chunk for values in kl for chunk in np.array_split(values, max(4, len(values) // PART))]
         right = [answer for part in parts for answer in part["right"]]
         lines.append(
             {

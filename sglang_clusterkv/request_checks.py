@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
+_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 _installed = False
 
 
 def install() -> None:
-    """Hook the tokenizer manager of this process; a process that does so again changes nothing."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+    """Hook the tokenizer manager of this process; a process that does so again changes nothing.
 
+    Raises ConfigError when another plugin has hooked it already.
+    """
     global _installed
     if _installed:
         return
-    HookRegistry.register(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
-        _before_validation,
-        HookType.BEFORE,
-        source=HookSource(plugin_name="clusterkv", dist_name="sglang-clusterkv"),
-    )
-    HookRegistry.apply_hooks()
+    from sglang.srt.plugins.hook_registry import HookType
+
+    from sglang_clusterkv.scheduler_hooks import add_hooks
+
+    add_hooks([(_TARGET, _before_validation, HookType.BEFORE)])
     _installed = True
 
 
@@ -41,7 +41,7 @@ def _before_validation(manager: Any, obj: Any, input_ids: Any, *args: Any, **kwa
 
 def problem_of(input_ids: list[int] | None, vocab_size: int) -> str | None:
     """What is wrong with a prompt's ids, in a sentence; None where nothing is."""
-    if not input_ids:
+    if input_ids is None or len(input_ids) == 0:
         return "The prompt has no token: send at least one."
     lowest, highest = min(input_ids), max(input_ids)
     if lowest >= 0 and highest < vocab_size:

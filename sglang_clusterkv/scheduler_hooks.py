@@ -17,16 +17,12 @@ _installed = False
 
 
 def install(platform: Any) -> None:
-    """Add the hooks, once per process. `platform` is SGLang's current platform.
-
-    Raises ConfigError when one did not take effect: SGLang's registry patches each target only once, and only logs.
-    """
+    """Add the hooks, once per process. `platform` is SGLang's current platform. Raises ConfigError as `add_hooks`."""
     global _installed
     if _installed:
         return
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+    from sglang.srt.plugins.hook_registry import HookType
 
-    source = HookSource(plugin_name="clusterkv", dist_name="sglang-clusterkv")
     reporter = _SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter."
     targets = [
         (_SRT + "managers.tp_worker.TpModelWorker.forward_batch_generation", _before_forward, HookType.BEFORE),
@@ -55,6 +51,18 @@ def install(platform: Any) -> None:
         name = f"{type(platform).__module__}.{type(platform).__qualname__}"
         targets.append((f"{name}.get_kv_pool_cls", _after_kv_pool_cls, HookType.AFTER))
         targets.append((f"{name}.get_paged_allocator_cls", _after_allocator_cls, HookType.AFTER))
+    add_hooks(targets)
+    _installed = True
+
+
+def add_hooks(targets: list[tuple[str, Callable[..., Any], Any]]) -> None:
+    """Apply hooks to this process: each a target's dotted name, our function, SGLang's HookType.
+
+    Raises ConfigError when one did not take effect: SGLang's registry patches each target only once, and only logs.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource
+
+    source = HookSource(plugin_name="clusterkv", dist_name="sglang-clusterkv")
     before = {target: _attribute(target) for target, _, _ in targets}
     for target, hook, kind in targets:
         HookRegistry.register(target, hook, kind, source=source)
@@ -64,7 +72,6 @@ def install(platform: Any) -> None:
         raise ConfigError(
             f"another plugin has hooked {', '.join(ignored)} already: leave it out with SGLANG_PLUGINS=clusterkv"
         )
-    _installed = True
 
 
 def _attribute(target: str) -> Any:

@@ -10,7 +10,6 @@ Parts are merged in the order of the splits (kernels/merge/triton.py), so the re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,7 +114,8 @@ def attend_part(
     tl.store(lse + row, natural_lse(peak, weight), mask=g < GROUP)
 
 
-@triton.jit
+# What differs from step to step must not make a variant of the kernel: it would be compiled while serving.
+@triton.jit(do_not_specialize=["splits", "capacity", "base_stride", "pages_stride"])
 def attend_kernel(
     q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, output, lse, scale, splits, capacity,
     base_stride, logit_stride, recalled_stride,
@@ -143,7 +143,7 @@ def attend_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "splits", "slots_stride"])
 def dense_kernel(
     q, keys, values, slots, seq_lens, output, lse, scale, cap, window, splits, slots_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -249,16 +249,15 @@ _TYPES = {
 }
 
 
-def _case(name: str, kernel: Any, channels: int, group: int, ones: Sequence[str] = (), **holds: Any) -> CompileCase:
-    """A case of 8 kv heads in bf16; `ones` are arguments of 1, constants to the compiler."""
+def _case(name: str, kernel: Any, channels: int, group: int, **holds: Any) -> CompileCase:
+    """A case of 8 kv heads in bf16."""
     constants = tile_constants(8, group, channels, torch.bfloat16) | {
-        "DOT": tl.bfloat16, "CAPPED": False, "PER_PAGE": 2, "BLOCK_M": grids.MASS_CLUSTERS, **dict.fromkeys(ones, 1),
+        "DOT": tl.bfloat16, "CAPPED": False, "PER_PAGE": 2, "BLOCK_M": grids.MASS_CLUSTERS,
     }  # fmt: skip
-    signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument in _TYPES.keys() - set(ones)}
+    signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument in _TYPES}
     aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a in ("clusters_stride", "logit_stride"))
     used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
-    name = f"{name} D={channels} G={group}" + (" ones" if ones else "")
-    return CompileCase(name, kernel, signature, used, aligned, num_stages=2, **holds)
+    return CompileCase(f"{name} D={channels} G={group}", kernel, signature, used, aligned, num_stages=2, **holds)
 
 
 COMPILE_CASES = [
@@ -269,18 +268,5 @@ COMPILE_CASES = [
     *(
         _case("attend dense", dense_kernel, d, g, tensor_cores=16, async_loads_128=8, programs_per_sm=2)
         for d, g in ((64, 3), (128, 4), (256, 4))
-    ),
-    _case(
-        "attend", attend_kernel, 128, 4, ("splits", "capacity"), tensor_cores=16, async_loads_128=8, programs_per_sm=2
-    ),
-    _case(
-        "attend dense",
-        dense_kernel,
-        128,
-        4,
-        ("splits", "window"),
-        tensor_cores=16,
-        async_loads_128=8,
-        programs_per_sm=2,
     ),
 ]

@@ -12,7 +12,6 @@ smallest that is large enough. A launch less is worth more than the few microsec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -279,7 +278,7 @@ def rest_part(
     store_part(output, lse, sums, peak, weight, GROUP, GROUP_PAD, CHANNELS, 4, QUARTER_PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own_parts", "rest_parts", "capacity", "pages_stride", "segment_begin_stride"])
 def estimate_kernel(
     words, octets, halves, vectors, pages, segment_of_page, segment_begin, page_count, dot, segment_bonus, spread, left,
     mass, own, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, pages_stride, segment_begin_stride,
@@ -421,17 +420,15 @@ _TYPES = {
 }
 
 
-def _case(codec: RowCodec, clusters: int, group: int = 4, ones: Sequence[str] = (), **holds: Any) -> CompileCase:
-    """A case of 2 clusters per page and 512 of their own mean value; `ones` are arguments of 1, constants to the compiler."""
+def _case(codec: RowCodec, clusters: int, group: int = 4, **holds: Any) -> CompileCase:
+    """A case of 2 clusters per page and 512 of their own mean value."""
     constants = estimate_constants(codec, 2, 512, 8, group, clusters, torch.bfloat16) | {"DOT": tl.bfloat16}
-    constants |= dict.fromkeys(ones, 1)
-    signature = {name: kind for name, kind in _TYPES.items() if name not in ones}
     return CompileCase(
-        f"estimate {codec.name} D={codec.head_dim} G={group} C={clusters:,}" + (" ones" if ones else ""),
+        f"estimate {codec.name} D={codec.head_dim} G={group} C={clusters:,}",
         estimate_kernel,
-        signature,
+        _TYPES,
         constants,
-        tuple(name for name, kind in signature.items() if kind[0] == "*" or name == "clusters_stride"),
+        tuple(name for name, kind in _TYPES.items() if kind[0] == "*" or name == "clusters_stride"),
         num_warps=warps(constants["BLOCK"]),
         num_stages=STAGES,
         **holds,
@@ -448,11 +445,4 @@ COMPILE_CASES = [
     _case(RowCodec("int4", 128), 32768, tensor_cores=8),
     _case(RowCodec("int8", 128), 4096, group=8, tensor_cores=16, programs_per_sm=2),
     _case(RowCodec("bf16", 128), 4096, tensor_cores=16, programs_per_sm=2),
-    _case(
-        RowCodec("int4", 128),
-        4096,
-        ones=("own_parts", "rest_parts", "capacity", "limit", "segment_begin_stride", "own_stride"),
-        tensor_cores=16,
-        programs_per_sm=3,
-    ),
 ]

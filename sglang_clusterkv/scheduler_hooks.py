@@ -5,7 +5,7 @@ A process may publish another configuration later (an engine after an engine), s
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_clusterkv import plugin
@@ -55,7 +55,7 @@ def install(platform: Any) -> None:
     _installed = True
 
 
-def add_hooks(targets: list[tuple[str, Callable[..., Any], Any]]) -> None:
+def add_hooks(targets: Sequence[tuple[str, Callable[..., Any], Any]]) -> None:
     """Apply hooks to this process: each a target's dotted name, our function, SGLang's HookType.
 
     Raises ConfigError when one did not take effect: SGLang's registry patches each target only once, and only logs.

@@ -52,11 +52,6 @@ class Arm(NamedTuple):
     policy: str
     options: dict[str, Any]
 
-    @property
-    def config(self) -> ClusterKVConfig:
-        """The step options of the arm over the defaults."""
-        return ClusterKVConfig(**(self.options | POLICIES[self.policy].options))
-
 
 def options_of(budget: int, candidates: int | None = None) -> dict[str, Any]:
     """Step options at a budget; by default as many candidates as the defaults have, half of them at small budgets."""

@@ -30,9 +30,8 @@ from tqdm import tqdm
 from benchmarks.policies import POLICIES
 from benchmarks.policies.control import use
 from benchmarks.quality.asking import SERVER_FLAGS, Arm, ForcedQuestion, Steps, arms_of
-from benchmarks.quality.scores import DENSE, Answer, summary, table
+from benchmarks.quality.scores import DENSE, Answer, report
 from benchmarks.quality.tasks import heat_map
-from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
@@ -196,21 +195,14 @@ def main() -> None:
     with serve(args.model, log, *SERVER_FLAGS, "--max-total-tokens", str(pool), config={}) as server:
         client = make_client(server, args.model, args.context, args.decoded)
         answers, steps = run(server, client, tasks, args.samples, arms)
-    body = table(answers, steps.shares())
-    print(f"\n{body}\n")
-    write_results(
-        "quality-ruler",
+    report(
+        "ruler",
+        answers,
+        steps.shares(),
         title="RULER, offline tasks of lm-eval",
         setting=f"{args.model.name}, float32, lm-eval {version('lm-eval')}, {args.decoded} tokens of each prompt decoded",
-        command=command_of("benchmarks.quality.ruler"),
-        body=body,
-        data={
-            "arms": [arm._asdict() for arm in arms],
-            "summary": summary(answers),
-            "sparse_steps": steps.shares(),
-            "answers": [answer._asdict() for answer in answers],
-        },
         figure=heat_map(answers),
+        arms=[arm._asdict() for arm in arms],
     )
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from benchmarks.results_file import command_of, write_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 JUDGED_FROM = 0.2  # a lower score of dense says nothing about a policy: such cells are listed, not judged
 RESAMPLES = 10_000
@@ -157,3 +162,36 @@ def summary(answers: Sequence[Answer]) -> list[dict[str, object]]:
             }
         )
     return lines
+
+
+def report(
+    name: str,
+    answers: Sequence[Answer],
+    sparse: dict[str, float],
+    *,
+    title: str,
+    setting: str,
+    figure: Figure,
+    **more: Any,
+) -> None:
+    """Print the table of a command of this package and write its results.
+
+    Args:
+        name: of the command's module.
+        answers: all arms'.
+        sparse: share of sparse steps by arm.
+        title, setting, figure: see `write_results`.
+        more: for the JSON.
+    """
+    body = table(answers, sparse)
+    print(f"\n{body}\n")
+    data = {"summary": summary(answers), "sparse_steps": sparse, "answers": [answer._asdict() for answer in answers]}
+    write_results(
+        f"quality-{name}",
+        title=title,
+        setting=setting,
+        command=command_of(f"benchmarks.quality.{name}"),
+        body=body,
+        data=more | data,
+        figure=figure,
+    )

@@ -26,8 +26,7 @@ from benchmarks.policies.control import use
 from benchmarks.quality.asking import SERVER_FLAGS, Arm, Steps, arms_of, ask, prefill
 from benchmarks.quality.documents import read_text
 from benchmarks.quality.prompts import TASKS, Prompts, Sample
-from benchmarks.quality.scores import Answer, string_match, summary, table
-from benchmarks.results_file import command_of, write_results
+from benchmarks.quality.scores import Answer, report, string_match
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
@@ -141,21 +140,14 @@ def main() -> None:
     pool = 2 * max(args.lengths) + POOL_SLACK_TOKENS
     with serve(args.model, log, *SERVER_FLAGS, "--max-total-tokens", str(pool), config={}) as server:
         answers, steps = run(server, tokenizer, samples, arms, args.question == "decoded")
-    body = table(answers, steps.shares())
-    print(f"\n{body}\n")
-    write_results(
-        "quality-tasks",
+    report(
+        "tasks",
+        answers,
+        steps.shares(),
         title="Tasks: needles, variables, common words",
         setting=f"{args.model.name}, float32, {source}, {args.format} format, question {args.question}",
-        command=command_of("benchmarks.quality.tasks"),
-        body=body,
-        data={
-            "arms": [arm._asdict() for arm in arms],
-            "summary": summary(answers),
-            "sparse_steps": steps.shares(),
-            "answers": [answer._asdict() for answer in answers],
-        },
         figure=heat_map(answers),
+        arms=[arm._asdict() for arm in arms],
     )
 
 

@@ -29,8 +29,7 @@ from benchmarks.policies.control import use
 from benchmarks.quality.asking import SERVER_FLAGS, Arm, Steps, arms_of, ask, prefill
 from benchmarks.quality.documents import read_text
 from benchmarks.quality.prompts import Prompts
-from benchmarks.quality.scores import DENSE, Answer, arms_in, cells_in, mean_score, string_match, summary, table
-from benchmarks.results_file import command_of, write_results
+from benchmarks.quality.scores import DENSE, Answer, arms_in, cells_in, mean_score, report, string_match
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 from sglang_clusterkv.haystack import CITIES, magic_number
@@ -224,22 +223,15 @@ def main() -> None:
             )
         answers += found
         sparse |= steps.shares()
-    body = table(answers, sparse)
-    print(f"\n{body}\n")
-    write_results(
-        "quality-turns",
+    report(
+        "turns",
+        answers,
+        sparse,
         title="Many questions over one document, by turn",
         setting=(
             f"{args.model.name}, float32, {source}, {args.format} format, {args.documents} documents, {args.sessions} "
             f"concurrent sessions, question {args.question}, history {args.history}, merging {' and '.join(args.merging)}"
         ),
-        command=command_of("benchmarks.quality.turns"),
-        body=body,
-        data={
-            "summary": summary(answers),
-            "sparse_steps": sparse,
-            "answers": [answer._asdict() for answer in answers],
-        },
         figure=picture(answers),
     )
 

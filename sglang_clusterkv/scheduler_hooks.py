@@ -24,7 +24,7 @@ def install(platform: Any) -> None:
     from sglang.srt.plugins.hook_registry import HookType
 
     reporter = _SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter."
-    targets = [
+    targets: list[tuple[str, Callable[..., Any], Any]] = [
         (_SRT + "managers.tp_worker.TpModelWorker.forward_batch_generation", _before_forward, HookType.BEFORE),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree", _checkpoint, HookType.AROUND),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.insert", _after_insert, HookType.AFTER),

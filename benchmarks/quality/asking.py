@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from benchmarks.forced import FLAGS
 from benchmarks.policies.control import use
-from benchmarks.quality.model_level import options_of
+from benchmarks.quality.model_level import Arm, options_of
 from benchmarks.quality.scores import DENSE
 from benchmarks.servers import Server
 
@@ -39,14 +39,6 @@ class ForcedQuestion(CustomLogitProcessor):
                 row.fill_(-torch.inf)
                 row[params["question"][step]] = 0.0
         return logits
-
-
-class Arm(NamedTuple):
-    """A policy with its step options."""
-
-    name: str
-    policy: str
-    options: dict[str, Any]
 
 
 def arms_of(policies: Sequence[str], budgets: Sequence[int], candidates: int | None = None) -> list[Arm]:

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from benchmarks.policies import POLICIES
 from benchmarks.policies.control import use
-from benchmarks.quality.asking import SERVER_FLAGS, Arm, ForcedQuestion, Steps, arms_of
+from benchmarks.quality.asking import SERVER_FLAGS, ForcedQuestion, Steps, arms_of
+from benchmarks.quality.model_level import Arm
 from benchmarks.quality.scores import DENSE, Answer, report
 from benchmarks.quality.tasks import heat_map
 from benchmarks.servers import Server, serve

@@ -26,8 +26,9 @@ from transformers import AutoTokenizer
 
 from benchmarks.policies import POLICIES
 from benchmarks.policies.control import use
-from benchmarks.quality.asking import SERVER_FLAGS, Arm, Steps, arms_of, ask, prefill
+from benchmarks.quality.asking import SERVER_FLAGS, Steps, arms_of, ask, prefill
 from benchmarks.quality.documents import read_text
+from benchmarks.quality.model_level import Arm
 from benchmarks.quality.prompts import Prompts
 from benchmarks.quality.scores import DENSE, Answer, arms_in, cells_in, mean_score, report, string_match
 from benchmarks.servers import Server, serve

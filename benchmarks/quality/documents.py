@@ -57,9 +57,12 @@ class _Prose(HTMLParser):
 
 
 def read_text(path: str | None = None) -> tuple[str, str]:
-    """(what the text is, the text): of a file, else the handbook, else Python's reference."""
+    """(what the text is, the text): of a file, else the handbook, else Python's reference; SystemExit with the fix."""
     if path is not None:
-        return Path(path).name, Path(path).read_text(encoding="utf-8")
+        try:
+            return Path(path).name, Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SystemExit(f"--text {path} cannot be read ({error}): name a file of UTF-8 text") from None
     if HANDBOOK.is_dir():
         prose = _Prose()
         for page in sorted(HANDBOOK.glob("*.html")):
@@ -78,7 +81,7 @@ def make_documents(tokenizer: Any, text: str, count: int, tokens: int, natural: 
         tokens: of each prompt.
         natural: tokens of the text that are decoded after it, before the questions.
 
-    Raises ValueError where the text is too short.
+    Raises SystemExit, with the fix, where the text is too short.
     """
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) < count * (tokens + natural):

@@ -111,14 +111,19 @@ def main() -> None:
     parser.add_argument("--tail", type=int, default=400, help="last tokens that are compared with a fresh prefix")
     parser.add_argument("--skip", type=int, default=30000, help="tokens of the text to leave out before the prompt")
     parser.add_argument("--text", help="another text, a file")
-    parser.add_argument("--config", default="{}", help="JSON, the server's configuration beside the budget")
+    parser.add_argument(
+        "--config", type=json.loads, default={}, help="JSON, the server's configuration beside the budget"
+    )
     args = parser.parse_args()
     source, text = read_text(args.text)
     ids = AutoTokenizer.from_pretrained(default_out())(text, add_special_tokens=False).input_ids[args.skip :]
-    assert len(ids) >= args.prompt + args.tokens, f"the text has {len(ids)} tokens after --skip"
+    if len(ids) < args.prompt + args.tokens:
+        raise SystemExit(
+            f"the text has {len(ids)} tokens after --skip, too few for --prompt and --tokens: lower one of them"
+        )
     log = Path(tempfile.mkdtemp(prefix="drift-")) / "server.log"
     print(f"starting a server; its log: {log}", flush=True)
-    with serve(default_out(), log, *SERVER_FLAGS, config=json.loads(args.config)) as server:
+    with serve(default_out(), log, *SERVER_FLAGS, config=args.config) as server:
         found = measure(server, ids[: args.prompt], ids[args.prompt : args.prompt + args.tokens], args)
     body = table(found)
     print(f"\n{body}\n")

@@ -239,7 +239,9 @@ def main() -> None:
         "--policies", nargs="+", choices=POLICIES, default=[name for name in POLICIES if name != "dense"]
     )
     parser.add_argument("--text", help="another text, a file")
-    parser.add_argument("--config", default="{}", help="JSON, the server's configuration beside the budget")
+    parser.add_argument(
+        "--config", type=json.loads, default={}, help="JSON, the server's configuration beside the budget"
+    )
     parser.add_argument("--no-equal-bytes", action="store_true", help="leave out the published policy at our bytes")
     parser.add_argument("--quick", action="store_true", help="one shorter document, one budget, few policies")
     args = parser.parse_args()
@@ -280,7 +282,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     print(f"starting a server; its log: {log}", flush=True)
     documents = []
     model = model_shape()
-    with serve(default_out(), log, *SERVER_FLAGS, config=json.loads(args.config)) as server:
+    with serve(default_out(), log, *SERVER_FLAGS, config=args.config) as server:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for i, document in enumerate(made):

@@ -85,7 +85,7 @@ def make_documents(tokenizer: Any, text: str, count: int, tokens: int, natural: 
     """
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) < count * (tokens + natural):
-        raise ValueError(
+        raise SystemExit(
             f"the text has {len(ids)} tokens, {count * (tokens + natural)} are needed: use fewer or shorter documents"
         )
     return [

@@ -159,7 +159,7 @@ def clustering(scene: Scene) -> list[Clustering]:
     engine, config, shape = scene.engine, scene.config, scene.shape
     slots = _whole_segments(scene)
     pool = kmeans_triton.pool_of(engine.key_buffers)
-    segments = kmeans_triton.segments_of(slots, config.tokens_per_cluster)
+    segments = kmeans_triton.segments_of(slots, config.tokens_per_cluster, config.outlier_share)
     tokens = len(slots) * config.segment_tokens
     key_bytes = scene.layers * tokens * shape.kv_heads * shape.head_dim * scene.dtype.itemsize
     # Each pass reads the keys to assign them, and all but the last to move the centroids; before them one reads the mean.

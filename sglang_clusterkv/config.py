@@ -38,6 +38,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     segment_tokens: int = 1024
     tokens_per_cluster: int = 8
     kmeans_passes: int = 3
+    outlier_share: float = 0.0625
     choice_spread: float = 0.75
     estimate: bool = True
     estimate_spread: float = 0.25
@@ -59,6 +60,8 @@ FIELD_DOCS: dict[str, str] = {
     "segment_tokens": "Most tokens that are clustered together; whole pages, four or more, at most 32,767 tokens.",
     "tokens_per_cluster": "Tokens of a cluster on average; divides page_size.",
     "kmeans_passes": "Passes of k-means over a segment.",
+    "outlier_share": "Share of a segment's clusters, 0 to 0.5, that its farthest keys get before the last pass; with 0 "
+    "a query may miss a key that is unlike its cluster.",
     "choice_spread": "Weight of a cluster's spread in the choice of clusters; more is more optimistic about wide ones.",
     "estimate": "Estimate the clusters that were not recalled by their means instead of leaving them out.",
     "estimate_spread": "Weight of a cluster's spread in that estimate.",
@@ -90,7 +93,7 @@ _POSITIVE = (
     "estimate_clusters",
     "recluster_every",
 )
-_NOT_NEGATIVE = ("choice_spread", "estimate_spread", "dense_layers", "dense_below_tokens")
+_NOT_NEGATIVE = ("outlier_share", "choice_spread", "estimate_spread", "dense_layers", "dense_below_tokens")
 
 
 def parse_config(text_or_path: str) -> ClusterKVConfig:
@@ -161,6 +164,8 @@ def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = Non
         for name in _NOT_NEGATIVE
         if not 0 <= values[name] < math.inf
     ]
+    if config.outlier_share > 0.5:
+        problems.append(f"outlier_share={config.outlier_share} is more than 0.5: use 0.5 or less")
     if page_size < 2:
         problems.append(f"page_size={page_size} is too small: use --page-size 16")
     if not problems:

@@ -15,6 +15,7 @@ Red when: test_exactly.py fails (a stage no longer does what its docstring says)
 with a stage fails (engine and design disagree).
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -115,8 +116,50 @@ def update_centroids(keys_centered: Floats, labels: Ints, previous: Floats) -> F
     return centroids
 
 
-def kmeans_labels(keys: Floats, mean_key: Floats, tokens_per_cluster: int, passes: int = 3) -> KMeans:
-    """Labels of `passes` assignments with means between them. keys [M, D], mean_key [D].
+class Outliers(NamedTuple):
+    centroids: Floats  # [C, D] those that the last assignment sees
+    margin: float  # how clear the choices were: 0 where the last key or cluster taken and the first one left are equal
+
+
+def costs_to_leave(sizes: Ints, centroids: Floats) -> Floats:
+    """[C] size times squared distance to the nearest larger cluster; of equally large ones the lower is the larger."""
+    costs = np.full(len(sizes), np.inf)
+    order = sorted(range(len(sizes)), key=lambda c: (-sizes[c], c))
+    for place, c in enumerate(order):
+        for larger in order[:place]:
+            costs[c] = min(costs[c], sizes[c] * np.sum((centroids[c] - centroids[larger]) ** 2))
+        if sizes[c] == 0:
+            costs[c] = 0.0
+    return costs
+
+
+def give_to_outliers(keys_centered: Floats, labels: Ints, seen: Floats, centroids: Floats, outliers: int) -> Outliers:
+    """At most `outliers` clusters, those that cost least to leave, get as many keys, ascending on both sides.
+
+    The keys are those farthest from the centroids `seen` by the assignment that gave the labels; `centroids` are the means
+    after it. Equal clusters count by number, equal keys by position. The n-th key and cluster are taken where the distance is
+    larger than the cost. The margin is relative to the largest squared key.
+    """
+    keys_centered, moved = f64(keys_centered), f64(centroids).copy()
+    sizes = np.bincount(labels, minlength=len(moved))
+    distance = np.sum((keys_centered - f64(seen)[labels]) ** 2, axis=1)
+    costs = costs_to_leave(sizes, moved)
+    farthest, cheapest = np.argsort(-distance, kind="stable"), np.argsort(costs, kind="stable")
+    gains = distance[farthest[:outliers]] - costs[cheapest[:outliers]]
+    count = int(np.sum(gains > 0))
+    moved[np.sort(cheapest[:count])] = keys_centered[np.sort(farthest[:count])]
+    gaps = [np.abs(gains[np.isfinite(gains)]).min(initial=np.inf)]
+    if 0 < count < len(distance):
+        gaps.append(distance[farthest[count - 1]] - distance[farthest[count]])
+    if 0 < count < len(costs) and costs[cheapest[count]] > 0:
+        gaps.append(costs[cheapest[count]] - costs[cheapest[count - 1]])
+    return Outliers(moved, float(min(gaps) / max(np.sum(keys_centered**2, axis=1).max(), 1e-300)))
+
+
+def kmeans_labels(
+    keys: Floats, mean_key: Floats, tokens_per_cluster: int, passes: int = 3, outliers: int = 0
+) -> KMeans:
+    """Labels of `passes` assignments with means between them, outliers put before the last. keys [M, D], mean_key [D].
 
     In exact arithmetic mean_key changes no label: |x - c| does not know the origin.
     """
@@ -126,6 +169,8 @@ def kmeans_labels(keys: Floats, mean_key: Floats, tokens_per_cluster: int, passe
     for _ in range(passes - 1):
         labels = assign(assignment_scores(centered, centroids[-1]))
         centroids.append(update_centroids(centered, labels, centroids[-1]))
+    if passes > 1:
+        centroids[-1] = give_to_outliers(centered, labels, *centroids[-2:], outliers).centroids
     scores = assignment_scores(centered, centroids[-1])
     return KMeans(assign(scores), np.stack(centroids), scores)
 
@@ -306,12 +351,14 @@ def store_segment(
     passes: int = 3,
     centroid_dtype: str = "int4",
     code_bits: int = 2,
+    outlier_share: float = 0.0,
 ) -> StoredSegment:
     """Cluster and encode keys and values [M, D]; centroid_dtype `exact` leaves everything but the codes unrounded."""
     keys, values = f64(keys), f64(values)
     rounded = f64 if centroid_dtype == "exact" else bf16
     mean_key = rounded(np.mean(keys, axis=0))
-    labels = kmeans_labels(keys, mean_key, tokens_per_cluster, passes).labels
+    outliers = math.floor(len(keys) // tokens_per_cluster * outlier_share)
+    labels = kmeans_labels(keys, mean_key, tokens_per_cluster, passes, outliers).labels
     statistics = cluster_statistics(keys, values, labels, len(keys) // tokens_per_cluster)
     centroid = np.stack([store_centroid(c, mean_key, centroid_dtype) for c in statistics.centroid])
     y = []
@@ -596,6 +643,7 @@ def request_output(
     tokens_per_cluster: int = 8,
     centroid_dtype: str = "int4",
     code_bits: int = 2,
+    outlier_share: float = 0.0,
 ) -> Decoded:
     """Cluster, store and decode one (request, kv head) from raw keys and values [T, D].
 
@@ -610,6 +658,7 @@ def request_output(
             tokens_per_cluster=tokens_per_cluster,
             centroid_dtype=centroid_dtype,
             code_bits=code_bits,
+            outlier_share=outlier_share,
         )
         for begin, end in segments
     ]

@@ -35,6 +35,7 @@ def test_the_defaults_are_those_of_the_design():
         "segment_tokens": 1024,
         "tokens_per_cluster": 8,
         "kmeans_passes": 3,
+        "outlier_share": 0.0625,
         "choice_spread": 0.75,
         "estimate": True,
         "estimate_spread": 0.25,

@@ -101,6 +101,47 @@ def test_equal_keys_go_to_the_lower_cluster_and_leave_the_other_empty():
     assert np.all(statistics.spread == 0) and np.all(statistics.segment_variance == 0)
 
 
+def test_what_a_cluster_costs_to_leave():
+    centroids = np.array([[0.0], [10.0], [13.0], [20.0], [21.0]])
+    # 1 is the largest; 3 and 4 are equally large, so 3 counts as the larger; 2 is empty.
+    np.testing.assert_array_equal(ex.costs_to_leave(np.array([3, 5, 0, 2, 2]), centroids), [300, np.inf, 0, 200, 2])
+
+
+def test_the_clusters_that_cost_least_go_to_the_farthest_keys():
+    keys = np.array([0.0, 10.0, 90.0, 150.0, 141.0, 165.0, 240.0, 241.0])[:, None]
+    labels = np.array([0, 0, 0, 1, 2, 2, 3, 3])
+    centroids = ex.update_centroids(keys, labels, np.zeros((4, 1)))  # 100 / 3, 150, 153, 240.5
+    one = ex.give_to_outliers(keys, labels, centroids, centroids, 1)  # 1 costs 9
+    np.testing.assert_allclose(one.centroids[:, 0], [100 / 3, 90, 153, 240.5])
+    two = ex.give_to_outliers(keys, labels, centroids, centroids, 2)  # 3 costs too much
+    np.testing.assert_array_equal(two.centroids, one.centroids)
+    gaps = [(90 - 100 / 3) ** 2 - (100 / 3) ** 2, (90 - 100 / 3) ** 2 - 9]
+    assert two.margin == pytest.approx(min(gaps) / 241**2)
+    seen = np.array([[10.0], [0.0], [153.0], [240.5]])  # by what was assigned to, not by the means
+    np.testing.assert_allclose(ex.give_to_outliers(keys, labels, seen, centroids, 1).centroids[1], keys[3])
+    none = ex.give_to_outliers(keys, labels, centroids, centroids, 0)
+    np.testing.assert_array_equal(none.centroids, centroids)
+    assert none.margin == np.inf
+
+
+def test_the_first_of_equal_keys_and_clusters_move():
+    keys = np.array([-1.0, 1.0, 5.0, 7.0])[:, None]
+    tied = ex.give_to_outliers(
+        keys, np.array([0, 0, 3, 3]), np.array([[0.0], [2.0], [4.0], [6.0]]), np.zeros((4, 1)), 1
+    )
+    np.testing.assert_allclose(tied.centroids[:, 0], [0, -1, 0, 0])  # 1 and 2 are empty
+    assert tied.margin == 0
+
+
+def test_an_outlier_has_a_cluster_of_its_own(rng):
+    keys = 0.1 * rng.normal(size=(128, 32))
+    places = [72, 74, 75, 76, 77]  # key 72 starts a cluster
+    keys[places] += 2 * np.eye(5, 32)
+    without, given = (ex.kmeans_labels(keys, keys.mean(0), 8, outliers=count).labels for count in (0, 4))
+    assert np.bincount(given)[given[places]].tolist() == [1] * 5  # those too that had one before
+    assert np.sum(np.bincount(without)[without[places]] == 1) < 5
+
+
 def test_slack_is_zero_for_the_best_label_and_counts_for_another():
     scores = np.array([[1.0, 4.0, 3.0], [0.0, 0.0, 0.0]])
     np.testing.assert_array_equal(ex.assignment_slack(scores, ex.assign(scores)), [0, 0])

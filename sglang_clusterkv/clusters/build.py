@@ -43,7 +43,7 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
     clusters = tokens // config.tokens_per_cluster
     center = keys.mean(1)
     centered = keys - center.unsqueeze(1)
-    labels = kmeans.labels_of(centered, clusters, config.kmeans_passes)
+    labels = kmeans.labels_of(centered, clusters, config.kmeans_passes, int(clusters * config.outlier_share))
 
     members = labels.argsort(dim=1, stable=True)
     sizes = torch.zeros((keys.shape[0], clusters), dtype=torch.int64, device=keys.device)
@@ -132,7 +132,7 @@ def write_in_place(
     if pools not in index.scratch:
         index.scratch[pools] = clustering.pool_of(key_buffers), clustering.pool_of(value_buffers)
     keys, values = index.scratch[pools]
-    batch = clustering.segments_of(segments, index.config.tokens_per_cluster)
+    batch = clustering.segments_of(segments, index.config.tokens_per_cluster, index.config.outlier_share)
     encoding.write(
         keys,
         values,

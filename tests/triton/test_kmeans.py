@@ -1,16 +1,18 @@
 """k-means by Triton's kernels: labels, member lists and their ends, of ragged segments of all layers and heads at once.
 
 Labels are followed pass by pass: each must name a centroid, computed in float64 from the labels before, that is nearest up
-to the rounding of 16-bit mantissas.
+to the rounding of 16-bit mantissas. What is given to outliers is that of the reference.
 
 Red when: a kernel reads a key of another slot, head, layer or segment, starts from other keys, breaks a tie upwards, moves an
-empty cluster, sorts a list unstably, writes beyond its segment, or lets a segment depend on what is built beside it.
+empty cluster's centroid to a mean, gives another cluster than the one that costs least to another key than the farthest, sorts
+a list unstably, writes beyond its segment, or lets a segment depend on what is built beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import exactly
 import pytest
 import torch
 
@@ -43,9 +45,9 @@ def centered(buffers: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
 
 
 def cluster(
-    buffers: list[torch.Tensor], slots: list[torch.Tensor], per_cluster: int, passes: int
+    buffers: list[torch.Tensor], slots: list[torch.Tensor], per_cluster: int, passes: int, outlier_share: float = 0.0
 ) -> kernels.Clustering:
-    segments = kernels.segments_of(slots, per_cluster)
+    segments = kernels.segments_of(slots, per_cluster, outlier_share)
     return kernels.cluster(kernels.pool_of(buffers), segments, passes)
 
 
@@ -123,6 +125,65 @@ def test_each_pass_assigns_to_the_nearest_centroid_and_lists_the_members(
         first_token, first_cluster = first_token + own.numel(), first_cluster + count
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.float32), (96, torch.bfloat16)])
+def test_the_clusters_that_cost_least_go_to_the_farthest_keys(
+    device: str, guarded: list[tuple[torch.Tensor, int]], head_dim: int, dtype: torch.dtype
+) -> None:
+    buffers = pool(device, layers=1, head_dim=head_dim, dtype=dtype)
+    slots = slots_of(device, 80, 40, 5)  # of the last one, no cluster in four
+    before, after = cluster(buffers, slots, 2, 2), cluster(buffers, slots, 2, 3, 0.25)
+    assert_guards_hold(guarded)
+    first, clear = 0, []
+    for own in slots:
+        keys, count = centered(buffers, own), own.numel() // 2
+        labels, last = (found.labels[:, first : first + own.numel()].long() for found in (before, after))
+        start = keys[:, reference.start_positions(own.numel(), count, keys.device)]
+        seen = means(keys, cluster(buffers, [own], 2, 1).labels.long(), start)
+        centroids = means(keys, labels, seen)
+        for n in range(len(keys)):
+            rows = (x[n].cpu().numpy() for x in (keys, labels, seen, centroids))
+            moved, margin = exactly.give_to_outliers(*rows, count // 4)
+            clear.append(margin > 1e-4)  # else it is open which are taken
+            if clear[-1]:
+                assert_nearest(keys[n : n + 1], torch.from_numpy(moved)[None].to(keys.device), last[n : n + 1])
+        first += own.numel()
+    assert sum(clear) >= 0.6 * len(clear), clear
+
+
+@pytest.mark.parametrize("wanted", [1, 7, 64])
+def test_the_largest_numbers_are_found_and_listed_in_order(device: str, wanted: int) -> None:
+    """More than are read in one step, with many equals, zeros and an infinity; a segment that wants none; one beside it."""
+    generator = torch.Generator().manual_seed(wanted)
+    numbers = torch.randint(5, (2, 2000), generator=generator) * torch.rand(2, 2000, generator=generator).round()
+    numbers[0, 1500], numbers[1, 3] = float("inf"), 1e-40
+    numbers = numbers.to(device)
+    begin = torch.tensor([0, 1700, 1800, 2000], dtype=torch.int32, device=device)
+    outliers = torch.tensor([0, wanted, wanted, 2 * wanted], dtype=torch.int32, device=device)
+    gains = torch.tensor([[wanted, 0, wanted]] * 2, dtype=torch.int32, device=device)
+    found = torch.full((2, 2 * wanted + 1), -7, dtype=torch.int16, device=device)
+    kernels.largest_kernel[(2, 3)](
+        numbers, begin, outliers, gains, found, 2000, 2 * wanted + 1, RANKED=1024, num_warps=4
+    )
+    assert bool((found[:, -1] == -7).all())
+    for segment, (low, high) in enumerate([(0, 1700), (1800, 2000)]):
+        expected = numbers[:, low:high].argsort(dim=-1, descending=True, stable=True)[:, :wanted].sort(-1).values
+        assert torch.equal(found[:, segment * wanted : (segment + 1) * wanted].long(), expected)
+
+
+def test_no_more_move_than_gain(device: str) -> None:
+    """Sorted, the distances are larger than the costs up to the first, the third, never, always; and one may have no more."""
+    distances = torch.tensor([[9.0, 1.0, 5.0, 7.0], [8.0, 8.0, 8.0, 0.0], [0.0, 0.0, 0.0, 0.0], [5.0, 6.0, 7.0, 8.0]])
+    costs = torch.tensor([[float("inf"), 9.0, 2.0], [7.0, 7.5, 7.9], [0.0, 0.0, 3.0], [0.0, 0.0, 0.0]])
+    cheapness = (0x7F800000 - costs.view(torch.int32)).view(torch.float32).to(device)
+    tokens, clusters, most = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (4, 3, 3))
+    gains = torch.full((4, 1), -7, dtype=torch.int32, device=device)
+    distances = distances.to(device)
+    for limit, expected in ((3, [1, 3, 0, 3]), (2, [1, 2, 0, 2])):
+        most[1] = limit
+        kernels.gain_kernel[(4, 1)](distances, cheapness, tokens, clusters, most, gains, 4, 3, RANKED=1024, num_warps=4)
+        assert gains[:, 0].tolist() == expected
+
+
 def test_head_dim_256_and_a_few_hundred_clusters(device: str) -> None:
     buffers = pool(device, layers=1, heads=1, head_dim=256, dtype=torch.bfloat16)
     (slots,) = slots_of(device, 150)
@@ -159,7 +220,7 @@ def test_labels_of_nan_keys_are_addresses(device: str) -> None:
     (buffer,) = pool(device, layers=1, dtype=torch.float32)
     (slots,) = slots_of(device, 64)
     buffer[slots[3]] = float("nan")
-    result = cluster([buffer], [slots], 8, 2)
+    result = cluster([buffer], [slots], 8, 2, 0.25)
     assert int(result.labels.min()) >= 0 and int(result.labels.max()) < 8
     assert result.members.long().sort(1).values.tolist() == [list(range(64))] * 2
 
@@ -167,9 +228,9 @@ def test_labels_of_nan_keys_are_addresses(device: str) -> None:
 def test_a_segment_is_clustered_the_same_in_every_call(device: str) -> None:
     buffers = pool(device, layers=1, dtype=torch.bfloat16)
     first, second = slots_of(device, 70, 40)
-    together = cluster(buffers, [first, second], 8, 3)
+    together = cluster(buffers, [first, second], 2, 3, 0.25)
     for own, begin in ((first, 0), (second, 70)):
-        alone = cluster(buffers, [own], 8, 3)
+        alone = cluster(buffers, [own], 2, 3, 0.25)
         assert torch.equal(alone.labels, together.labels[:, begin : begin + own.numel()])
 
 

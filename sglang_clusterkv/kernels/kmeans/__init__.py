@@ -10,13 +10,13 @@ import torch
 from sglang_clusterkv.kernels.kmeans import reference
 
 
-def labels_of(keys: torch.Tensor, clusters: int, passes: int) -> torch.Tensor:
+def labels_of(keys: torch.Tensor, clusters: int, passes: int, outliers: int = 0) -> torch.Tensor:
     """Cluster of each key; see `reference.labels_of`."""
     if keys.device.type == "cpu":
         from sglang_clusterkv.kernels.kmeans import cpu
 
-        return cpu.labels_of(keys, clusters, passes)
-    return reference.labels_of(keys, clusters, passes)
+        return cpu.labels_of(keys, clusters, passes, outliers)
+    return reference.labels_of(keys, clusters, passes, outliers)
 
 
 def sum_by_label(rows: torch.Tensor, labels: torch.Tensor, clusters: int) -> torch.Tensor:

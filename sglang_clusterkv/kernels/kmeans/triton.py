@@ -341,7 +341,7 @@ def cost_kernel(
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     for first in range(0, count, CENTROIDS):
         other = first + tl.arange(0, CENTROIDS)
-        _, size = cluster_range(cluster_end_ptr, other, count)
+        other_begin, size = cluster_range(cluster_end_ptr, other, count)
         score = scores_of(x_high, x_low, centroids_ptr, norms_ptr, other, count, channels, D, DOT)
         equal = (size[None, :] == own_size[:, None]) & (other[None, :] < own[:, None])
         larger = ((size[None, :] > own_size[:, None]) | equal) & (other < count)[None, :]

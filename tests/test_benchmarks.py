@@ -2,7 +2,8 @@
 
 Red when: a result file replaces an older one or loses what it was measured on, a ratio is taken to another arm or cell, failed
 requests count as measured, servers are sent different requests or an evicted prefix, an operation is measured although its
-test is red or missing, its time holds another's, or a scene does not fit the memory it may take.
+test is red or missing, its time holds another's, a scene does not fit its memory, or results of different runs are put
+into one table.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from benchmarks.kernel_scene import (
     make_scene,
     scene_bytes,
 )
+from benchmarks.quality import model_level
 from benchmarks.results_file import write_results
 from benchmarks.serving import BenchmarkError, Cell, Load
 from sglang_clusterkv.config import ClusterKVConfig
@@ -420,3 +422,23 @@ def test_the_objective_is_the_distance_to_the_clusters_mean() -> None:
     keys = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [5.0, 5.0], [5.0, 7.0]]])
     assert key_objective(keys, torch.tensor([[0, 0, 1, 1]]), 3) == pytest.approx(1.0)
     assert key_objective(keys, torch.tensor([[0, 1, 2, 2]]), 3) == pytest.approx(0.5)
+
+
+def model_level_result(folder: Path, name: str, arm: str = "ours-128", setting: str = "SmolLM2, 7000 tokens") -> Path:
+    """What model_level writes, of one document with one arm."""
+    document = {"arms": {arm: {"kl": [0.1]}}, "dense": {}, "sizes": {}}
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps({"setting": setting, "results": {"documents": [document]}}))
+    return file
+
+
+def test_results_of_the_same_arms_and_setting_are_joined(tmp_path: Path) -> None:
+    files = [model_level_result(tmp_path, name) for name in ("a", "b")]
+    documents, setting = model_level.join(files)
+    assert len(documents) == 2 and setting == "SmolLM2, 7000 tokens"
+    for other in ({"arm": "ours-256"}, {"setting": "SmolLM2, 4000 tokens"}):
+        with pytest.raises(SystemExit, match="differ"):
+            model_level.join([*files, model_level_result(tmp_path, "c", **other)])
+    (tmp_path / "d.json").write_text("{}")
+    with pytest.raises(SystemExit, match="d.json is not a result"):
+        model_level.join([*files, tmp_path / "d.json"])

@@ -10,6 +10,10 @@ decode step, layer and kv head as bf16 KV would have them: metadata, recalled to
 
 `equal-bytes` rows give the published policy the budget at which it reads what ours reads. Intervals are 95 %, by bootstrap over
 parts of 32 tokens. Writes JSON, Markdown and SVG to benchmarks/results/.
+
+    python -m benchmarks.quality.model_level --join benchmarks/results/quality-model-*.json
+
+puts the documents of several runs into one table; the same arms must have been run on each.
 """
 
 from __future__ import annotations
@@ -244,23 +248,46 @@ def main() -> None:
     )
     parser.add_argument("--no-equal-bytes", action="store_true", help="leave out the published policy at our bytes")
     parser.add_argument("--quick", action="store_true", help="one shorter document, one budget, few policies")
+    parser.add_argument("--join", nargs="+", type=Path, help="results of runs to put together; runs nothing")
     args = parser.parse_args()
     if args.quick:
         args.documents, args.tokens, args.natural = 1, min(args.tokens, 4000), 48
         args.budgets, args.policies = [256], QUICK_POLICIES
-    documents, source = run(args)
+    if args.join:
+        documents, setting = join(args.join)
+    else:
+        documents, source = run(args)
+        setting = f"SmolLM2-135M-Instruct, float32, {source}, {args.tokens} tokens"
     lines = summary(documents)
     body = table(lines, documents)
     print(f"\n{body}\n")
     write_results(
         "quality-model",
         title="KL to dense against bytes per decode step",
-        setting=f"SmolLM2-135M-Instruct, float32, {source}, {args.tokens} tokens",
+        setting=setting,
         command=command_of("benchmarks.quality.model_level"),
         body=body,
         data={"documents": documents, "summary": lines},
         figure=quality_against_bytes(lines),
     )
+
+
+def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
+    """The documents of several results and what all of them say of their setting; SystemExit where they differ."""
+    documents, settings, arms = [], set(), set()
+    for file in files:
+        try:
+            about = json.loads(file.read_text(encoding="utf-8"))
+            documents += about["results"]["documents"]
+        except (OSError, ValueError, KeyError) as error:
+            raise SystemExit(f"{file} is not a result of this benchmark ({error!r}): name its JSON files") from None
+        settings.add(about["setting"])
+        arms |= {tuple(document["arms"]) for document in about["results"]["documents"]}
+    if len(settings) > 1 or len(arms) > 1:
+        raise SystemExit(
+            f"these results differ in setting or arms ({'; '.join(sorted(settings))}): join like with like"
+        )
+    return documents, settings.pop()
 
 
 def model_shape() -> dict[str, int]:

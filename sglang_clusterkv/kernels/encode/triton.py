@@ -466,7 +466,7 @@ COMPILE_CASES = [
     _case(describe_kernel, 256, "bf16", num_warps=_warps(256)),
     _case(finish_kernel, 128, num_warps=1),
     _case(members_kernel, 128, programs_per_sm=8),
-    _case(code_kernel, 128, num_warps=8, num_stages=2, tensor_cores=1, async_loads_128=1),
+    _case(code_kernel, 128, num_warps=8, num_stages=2, tensor_cores=1, async_loads_128=14),
     _case(code_kernel, 96, "int8", 1, num_warps=8, num_stages=2, tensor_cores=1),
     _case(code_kernel, 256, "int4", 2, num_warps=8, num_stages=2, tensor_cores=1),
 ]

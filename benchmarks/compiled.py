@@ -10,6 +10,7 @@ a case lost a property that it states (`sglang_clusterkv/kernels/compile_case.py
     spills    instructions that read or write local memory (LDL, STL), and local bytes: stack and arrays
     shared    bytes of shared memory per program
     prog/SM   programs that fit one SM, by registers, shared memory and warps
+    LDG       loads of 16 bytes from global memory, those of the next column included
     LDGSTS    asynchronous loads of 16 bytes to shared memory
     MMA       tensor-core instructions, of every kind
     div       integer divisions and remainders inside a loop: `div` or `rem` of an integer type in the PTX, between a label
@@ -50,6 +51,7 @@ _RESERVED_SHARED_BYTES = 1 << 10  # of each program
 _REGISTERS, _WARPS, _PROGRAMS, _QUARTERS = 65536, 64, 32, 4
 
 _TENSOR_CORE = re.compile(r"\b(?:[HIQDB]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)\b")
+_LOAD_128 = re.compile(r"\bLDG(?:STS)?(?:\.\w+)*\.128\b")
 _ASYNC_128 = re.compile(r"\bLDGSTS(?:\.\w+)*\.128\b")
 _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 _DIVISION = re.compile(r"\b(?:div|rem)\.[su](?:8|16|32|64)\b")
@@ -66,6 +68,7 @@ class Compiled:
     local_bytes: int
     shared_bytes: int
     programs_per_sm: int
+    loads_128: int
     async_loads_128: int
     tensor_cores: int
     loop_divisions: int
@@ -112,6 +115,7 @@ def compile_for(case: CompileCase, target: int) -> Compiled:
         local_bytes=used["STACK"] + used["LOCAL"],
         shared_bytes=shared_bytes,
         programs_per_sm=programs_per_sm(target, used["REG"], shared_bytes, kernel.metadata.num_warps),
+        loads_128=len(_LOAD_128.findall(instructions)),
         async_loads_128=len(_ASYNC_128.findall(instructions)),
         tensor_cores=len(_TENSOR_CORE.findall(instructions)),
         loop_divisions=loop_divisions(kernel.asm["ptx"]),
@@ -129,6 +133,7 @@ def losses(case: CompileCase, result: Compiled) -> list[str]:
         (result.loop_divisions == 0, "divides integers in a loop"),
         (result.registers <= case.max_registers, f"more than {case.max_registers} registers"),
         (result.programs_per_sm >= case.programs_per_sm, f"fewer than {case.programs_per_sm} programs per SM"),
+        (result.loads_128 >= case.loads_128, f"fewer than {case.loads_128} LDG.128 and LDGSTS.128"),
         (result.async_loads_128 >= case.async_loads_128, f"fewer than {case.async_loads_128} LDGSTS.128"),
         (result.tensor_cores >= case.tensor_cores, f"fewer than {case.tensor_cores} tensor-core instructions"),
     )
@@ -181,15 +186,15 @@ def lines(modules: tuple[str, ...], only: str, targets: list[int]) -> Iterator[t
     todo = [(name, target) for name in cases if only in name for target in targets]
     width = max((len(name) for name, _ in todo), default=4)
     header = (
-        f"{'case':{width}} {'sm':>4} {'regs':>4} {'spills':>11} {'shared':>7} {'prog/SM':>7} {'LDGSTS':>6} {'MMA':>4}"
+        f"{'case':{width}} {'sm':>4} {'regs':>4} {'spills':>11} {'shared':>7} {'prog/SM':>7} {'LDG':>4} {'LDGSTS':>6}"
     )
-    yield f"{header} {'div':>3}", bool(todo)
+    yield f"{header} {'MMA':>4} {'div':>3}", bool(todo)
     for (name, target), result in zip(todo, _results(modules, todo), strict=True):
         lost = losses(cases[name], result)
         spills = f"{result.spills}, {result.local_bytes} B"
         yield (
             f"{name:{width}} {target:>4} {result.registers:>4} {spills:>11} {result.shared_bytes:>7,}"
-            f" {result.programs_per_sm:>7} {result.async_loads_128:>6} {result.tensor_cores:>4}"
+            f" {result.programs_per_sm:>7} {result.loads_128:>4} {result.async_loads_128:>6} {result.tensor_cores:>4}"
             f" {result.loop_divisions:>3}" + (f"  LOST: {'; '.join(lost)}" if lost else ""),
             not lost,
         )

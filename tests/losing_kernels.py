@@ -35,6 +35,7 @@ COMPILE_CASES = [
     CompileCase("sound", outer_sums, _SUMS, {"SIZE": 16}, _POINTERS, num_warps=1, programs_per_sm=32),
     CompileCase("spills", outer_sums, _SUMS, {"SIZE": 128}, _POINTERS, num_warps=1),
     CompileCase("no tensor cores", outer_sums, _SUMS, {"SIZE": 16}, _POINTERS, num_warps=1, tensor_cores=1),
+    CompileCase("no wide loads", outer_sums, _SUMS, {"SIZE": 16}, _POINTERS, num_warps=1, loads_128=1),
     CompileCase("no async loads", outer_sums, _SUMS, {"SIZE": 16}, _POINTERS, num_warps=1, async_loads_128=1),
     CompileCase("registers", outer_sums, _SUMS, {"SIZE": 32}, _POINTERS, num_warps=1, max_registers=16),
     CompileCase("programs", outer_sums, _SUMS, {"SIZE": 64}, _POINTERS, num_warps=1, programs_per_sm=32),

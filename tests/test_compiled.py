@@ -1,7 +1,7 @@
 """The machine code of Triton's kernels, for three generations of GPUs, compiled without one.
 
 Red when: a kernel spills, uses local memory, divides integers in a loop, needs more registers or fits fewer programs on an SM
-than its case states, or lost its tensor cores or 16-byte asynchronous loads; or when the check misses one of these.
+than its case states, or lost its tensor cores or 16-byte loads; or when the check misses one of these.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def test_the_check_names_what_a_kernel_lost() -> None:
         "sound": "",
         "spills": "uses local memory",
         "no tensor cores": "fewer than 1 tensor-core instructions",
+        "no wide loads": "fewer than 1 LDG.128 and LDGSTS.128",
         "no async loads": "fewer than 1 LDGSTS.128",
         "registers": "more than 16 registers",
         "programs": "fewer than 32 programs per SM",

@@ -23,7 +23,7 @@ from scenes import PAGE, Scene
 
 from sglang_clusterkv import demo_model
 from sglang_clusterkv.clusters import build
-from sglang_clusterkv.clusters.codec import RowCodec
+from sglang_clusterkv.clusters.codec import RowCodec, rows_at
 from sglang_clusterkv.clusters.rotation import rotation_signs
 from sglang_clusterkv.clusters.step import RowBorders, SparseStep, sparse_step
 from sglang_clusterkv.config import ClusterKVConfig
@@ -73,8 +73,8 @@ class Shipped(NamedTuple):
     """One (segment, kv head) as the index holds it."""
 
     stored: ex.StoredSegment
-    key_rows: torch.Tensor  # uint8 [C, row_bytes]
-    value_rows: torch.Tensor  # uint8 [C, row_bytes]
+    key_rows: tuple[torch.Tensor, torch.Tensor | None]  # packed uint8 [C, packed_bytes], scales bf16 [C, scales]
+    value_rows: tuple[torch.Tensor, torch.Tensor | None]
     codes: np.ndarray  # [M, D] by token, as the oracle's: bit 0 negative, bit 1 outer
     code_scale: np.ndarray  # [M] by token
 
@@ -207,7 +207,8 @@ class Placed:
 
         quarters = view.segment_vectors[pages[:4], head].double().numpy()  # [4, 3, D/4]
         mean_key, mean_value, variance = quarters.transpose(1, 0, 2).reshape(3, -1)
-        key_rows, value_rows = view.key_rows[rows, head], view.value_rows[rows, head]
+        key_rows = rows_at(view.key_rows, view.key_scales, (rows, head))
+        value_rows = rows_at(view.value_rows, view.value_scales, (rows, head))
         levels, code_scale = np.ones((len(order), len(mean_key))), np.zeros(len(order))
         if view.codes is not None and view.code_scales is not None:
             # The i-th code belongs to the i-th entry of the member list.
@@ -219,8 +220,8 @@ class Placed:
             labels=labels,
             members=members,
             size=size,
-            centroid=mean_key + self.index.row_codec.decode(key_rows).double().numpy(),
-            mean_value=self.index.row_codec.decode(value_rows).double().numpy(),
+            centroid=mean_key + self.index.row_codec.decode(*key_rows).double().numpy(),
+            mean_value=self.index.row_codec.decode(*value_rows).double().numpy(),
             spread=view.spread[rows, head].double().numpy(),
             mean_key=mean_key,
             segment_mean_value=mean_value,
@@ -295,19 +296,22 @@ def check_statistics(codec: RowCodec, keys: np.ndarray, values: np.ndarray, ship
 
     alive = stored.size > 0
     centered = np.abs(keys - keys.mean(0)).max()
-    check_rows("centroid", codec, shipped.key_rows[alive], (expected.centroid - stored.mean_key)[alive], centered)
-    check_rows("mean value", codec, shipped.value_rows[alive], expected.mean_value[alive], value_size)
+    key_rows, value_rows = (rows_at(*rows, alive) for rows in (shipped.key_rows, shipped.value_rows))
+    check_rows("centroid", codec, *key_rows, (expected.centroid - stored.mean_key)[alive], centered)
+    check_rows("mean value", codec, *value_rows, expected.mean_value[alive], value_size)
     assert np.isfinite(stored.centroid).all() and np.isfinite(stored.mean_value).all()
 
 
-def check_rows(stage: str, codec: RowCodec, rows: torch.Tensor, x: np.ndarray, size: float) -> None:
-    """Rows uint8 [C, row_bytes] hold x [C, D], means of numbers up to `size`: scales, then integers by these scales."""
-    decoded = codec.decode(rows).double().numpy()
+def check_rows(
+    stage: str, codec: RowCodec, packed: torch.Tensor, scales: torch.Tensor | None, x: np.ndarray, size: float
+) -> None:
+    """Rows hold x [C, D], means of numbers up to `size`: scales, then integers by these scales."""
+    decoded = codec.decode(packed, scales).double().numpy()
     tolerance = AGREE / 7 * np.abs(x).max(1, keepdims=True) + ROUNDING * size
-    if codec.name == "bf16":
+    assert (scales is None) == (codec.name == "bf16")
+    if scales is None:
         return rounds_to(f"{stage}: bf16", decoded, x, tolerance)
     top = {"int4": 7, "int8": 127}[codec.name]
-    scales = rows[:, codec.packed_bytes : codec.packed_bytes + 2 * codec.scales].contiguous().view(torch.bfloat16)
     scale = scales.double().numpy()
     group = x.shape[1] // codec.scales
     largest = np.abs(x).reshape(len(x), -1, group).max(2)

@@ -23,8 +23,10 @@ class SegmentTables(NamedTuple):
     mean_key: torch.Tensor  # bf16 [N, D]
     mean_value: torch.Tensor  # bf16 [N, D]
     variance: torch.Tensor  # bf16 [N, D], mean within-cluster variance by channel
-    key_rows: torch.Tensor  # uint8 [N, C, row_bytes]
-    value_rows: torch.Tensor  # uint8 [N, C, row_bytes]
+    key_rows: torch.Tensor  # uint8 [N, C, packed_bytes]
+    key_scales: torch.Tensor | None  # bf16 [N, C, scales]
+    value_rows: torch.Tensor  # uint8 [N, C, packed_bytes]
+    value_scales: torch.Tensor | None  # bf16 [N, C, scales]
     spread: torch.Tensor  # bf16 [N, C]
     codes: torch.Tensor | None  # uint8 [N, M, code_bytes], in the order of `members`
     code_scales: torch.Tensor | None  # bf16 [N, M]
@@ -58,10 +60,11 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
 
     mean_key = center.to(torch.bfloat16)
     # Rows are relative to the mean as stored, so that a step adds one q.mean per segment and nothing is lost.
-    key_rows = index.row_codec.encode(centroids + (center - mean_key.float()).unsqueeze(1))
+    key_rows, key_scales = index.row_codec.encode(centroids + (center - mean_key.float()).unsqueeze(1))
+    value_rows, value_scales = index.row_codec.encode(mean_values)
     codes = code_scales = None
     if "codes" in index.arrays:  # whether or not a step refines just now
-        stored = index.row_codec.decode(key_rows) + mean_key.float().unsqueeze(1)
+        stored = index.row_codec.decode(key_rows, key_scales) + mean_key.float().unsqueeze(1)
         codes, code_scales = encode.token_codes(keys, stored, labels, members, index.token_codec)
     return SegmentTables(
         labels=labels,
@@ -71,7 +74,9 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
         mean_value=values.mean(1).to(torch.bfloat16),
         variance=variance.by_channel.to(torch.bfloat16),
         key_rows=key_rows,
-        value_rows=index.row_codec.encode(mean_values),
+        key_scales=key_scales,
+        value_rows=value_rows,
+        value_scales=value_scales,
         spread=spread.to(torch.bfloat16),
         codes=codes,
         code_scales=code_scales,
@@ -138,7 +143,7 @@ def write_in_place(
         values,
         batch,
         clustering.cluster(keys, batch, index.config.kmeans_passes),
-        encoding.target_of(index.arrays, index.config.code_bits),
+        encoding.target_of(index.arrays, index.row_codec, index.token_codec),
         page_size=index.geometry.page_size,
         clusters_per_page=index.clusters_per_page,
         rows=index.row_codec,
@@ -164,7 +169,9 @@ def _write(index: ClusterIndex, layers: range, pages: torch.Tensor, slots: torch
 
     for name, where, table in (
         ("key_rows", rows, tables.key_rows),
+        ("key_scales", rows, tables.key_scales),
         ("value_rows", rows, tables.value_rows),
+        ("value_scales", rows, tables.value_scales),
         ("spread", rows, tables.spread),
         ("cluster_end", rows, tables.cluster_end.to(torch.int16)),
         ("members", slots, tables.members.to(torch.int16)),

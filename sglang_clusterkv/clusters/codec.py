@@ -1,13 +1,15 @@
 """Formats of what the index stores: centroid and mean-value rows (int4, int8, bf16) and the residual codes of tokens.
 
-Nothing else in the project knows a format. Rows are bytes: packed channels, then one bf16 scale per group of channels,
-padded to 4 bytes. Packed channels are ordered by slices: word i of a row holds channels i, i + D/8, i + 2D/8, ..., so that
-a kernel unpacks slice j of all words with one shift and one mask, and multiplies it with a contiguous slice of the query.
+Nothing else in the project knows a format. A row is its packed channels and one bf16 scale per group of channels, each in an
+array of its own: packed rows of head_dim 64, 96, 128, ... then begin at multiples of 16 bytes and are loaded 16 bytes at a
+time. Packed channels are ordered by slices: word i of a row holds channels i, i + D/8, i + 2D/8, ..., so that a kernel
+unpacks slice j of all words with one shift and one mask, and multiplies it with a contiguous slice of the query.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,19 +50,19 @@ class RowCodec:
 
     @property
     def scales(self) -> int:
-        """Scales per row."""
+        """Scales per row; rows in bf16 have none."""
         return 0 if self.name == "bf16" else self.head_dim // channels_per_scale(self.head_dim)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a whole row, a multiple of 4."""
-        return -(-(self.packed_bytes + 2 * self.scales) // 4) * 4
+        """Bytes of a whole row: packed channels and scales."""
+        return self.packed_bytes + 2 * self.scales
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [..., head_dim] -> uint8 [..., row_bytes]."""
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """float32 [..., head_dim] -> (packed uint8 [..., packed_bytes], scales bf16 [..., scales], None for bf16 rows)."""
         assert x.shape[-1] == self.head_dim, (x.shape, self.head_dim)
         if self.name == "bf16":
-            return x.to(torch.bfloat16).contiguous().view(torch.uint8)
+            return x.to(torch.bfloat16).contiguous().view(torch.uint8), None
         limit = 7.0 if self.name == "int4" else 127.0
         groups = x.unflatten(-1, (self.scales, -1))
         scale = (groups.abs().amax(-1, keepdim=True) / limit).to(torch.bfloat16)
@@ -68,21 +70,21 @@ class RowCodec:
         levels = torch.where(wide > 0, groups / torch.where(wide > 0, wide, 1.0), 0.0)
         levels = levels.round().clamp(-limit - 1, limit).to(torch.int32).flatten(-2)
         packed = _pack_int4(levels) if self.name == "int4" else levels.to(torch.int8).view(torch.uint8)
-        parts = [packed, scale.squeeze(-1).contiguous().view(torch.uint8)]
-        padding = self.row_bytes - self.packed_bytes - 2 * self.scales
-        if padding:
-            parts.append(packed.new_zeros((*packed.shape[:-1], padding)))
-        return torch.cat(parts, -1)
+        return packed, scale.squeeze(-1)
 
-    def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., row_bytes] -> float32 [..., head_dim]."""
-        packed = rows[..., : self.packed_bytes].contiguous()
-        if self.name == "bf16":
+    def decode(self, packed: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        """(uint8 [..., packed_bytes], bf16 [..., scales] or None) -> float32 [..., head_dim]."""
+        packed = packed.contiguous()
+        if scales is None:
             return packed.view(torch.bfloat16).float()
         levels = _unpack_int4(packed) if self.name == "int4" else packed.view(torch.int8).float()
-        scale = rows[..., self.packed_bytes : self.packed_bytes + 2 * self.scales].contiguous()
-        groups = levels.unflatten(-1, (self.scales, -1)) * scale.view(torch.bfloat16).float().unsqueeze(-1)
+        groups = levels.unflatten(-1, (self.scales, -1)) * scales.float().unsqueeze(-1)
         return groups.flatten(-2)
+
+
+def rows_at(packed: torch.Tensor, scales: torch.Tensor | None, at: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows at an index of the leading dimensions: the same of the packed rows and of their scales."""
+    return packed[at], None if scales is None else scales[at]
 
 
 def _pack_int4(levels: torch.Tensor) -> torch.Tensor:

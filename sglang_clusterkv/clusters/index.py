@@ -25,8 +25,10 @@ UNCLUSTERED = -1
 class LayerView(NamedTuple):
     """The index of one layer. C = clusters of the pool, S = slots of the pool, H = kv heads, D = head_dim."""
 
-    key_rows: torch.Tensor  # uint8 [C, H, row_bytes], centroid relative to the segment's mean key as stored
-    value_rows: torch.Tensor  # uint8 [C, H, row_bytes], mean value
+    key_rows: torch.Tensor  # uint8 [C, H, packed_bytes], centroid relative to the segment's mean key as stored
+    key_scales: torch.Tensor | None  # bf16 [C, H, scales]; None for rows in bf16
+    value_rows: torch.Tensor  # uint8 [C, H, packed_bytes], mean value
+    value_scales: torch.Tensor | None  # bf16 [C, H, scales]
     spread: torch.Tensor  # bf16 [C, H]
     cluster_end: torch.Tensor  # int16 [C, H], end of the cluster in its segment's member list
     segment_vectors: torch.Tensor  # bf16 [pages, H, 3, D/4]: quarters of mean key, mean value, variance

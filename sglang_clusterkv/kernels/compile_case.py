@@ -29,6 +29,7 @@ class CompileCase:
         num_warps: as the launch has it.
         num_stages: as the launch has it.
         tensor_cores: least number of tensor-core instructions; 0 where no `tl.dot` is meant to use them.
+        loads_128: least number of 16-byte loads from global memory, to registers or to shared memory (LDG.128, LDGSTS.128).
         async_loads_128: least number of asynchronous 16-byte loads to shared memory (LDGSTS.128).
         programs_per_sm: least number of programs that fit one SM, by registers, shared memory and warps.
         max_registers: most registers per thread.
@@ -42,6 +43,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: int = 0
+    loads_128: int = 0
     async_loads_128: int = 0
     programs_per_sm: int = 1
     max_registers: int = 255

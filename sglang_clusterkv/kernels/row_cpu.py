@@ -8,35 +8,38 @@ import numpy as np
 import torch
 from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import LANES, float_of_bf16, signed_nibble, unpack_nibbles
+from sglang_clusterkv.kernels.cpu_math import LANES, bits, float_of_bf16, signed_nibble, unpack_nibbles
 
 INT4, INT8, BF16 = 0, 1, 2
 ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}
 
 
 class RowViews(NamedTuple):
-    """The same rows [C, H, row_bytes], as words, half words and bytes."""
+    """The same packed rows [C, H, packed_bytes], as words, half words and bytes, and their scales."""
 
     words: np.ndarray  # int32
     halves: np.ndarray  # uint16
     bytes: np.ndarray  # int8
+    scales: np.ndarray  # uint16 (bits of bf16) [C, H, scales]; empty for rows in bf16
 
 
-def row_views(rows: torch.Tensor) -> RowViews:
-    """Views of uint8 rows [C, H, row_bytes]."""
-    memory = rows.numpy()
-    return RowViews(memory.view(np.int32), memory.view(np.uint16), memory.view(np.int8))
+def row_views(packed: torch.Tensor, scales: torch.Tensor | None) -> RowViews:
+    """Views of rows: packed uint8 [C, H, packed_bytes], scales bf16 [C, H, scales] or None."""
+    memory = packed.numpy()
+    scale_bits = np.empty((0, 0, 0), np.uint16) if scales is None else bits(scales)
+    return RowViews(memory.view(np.int32), memory.view(np.uint16), memory.view(np.int8), scale_bits)
 
 
 @njit(inline="always")
 def decode_row(
-    words: Any, halves: Any, octets: Any, row: int, head: int, row_format: int, channels: int, per_scale: int, out: Any
-) -> None:
+    words: Any, halves: Any, octets: Any, scales: Any, row: int, head: int, row_format: int, channels: int,
+    per_scale: int, out: Any,
+) -> None:  # fmt: skip
     """Row `row` of kv head `head` as float32 into out [channels]; format and sizes are constants to the compiler."""
     eighth = channels // 8
     if row_format == INT4:
         for j in range(8):
-            scale = float_of_bf16(halves[row, head, channels // 4 + (j * eighth) // per_scale])
+            scale = float_of_bf16(scales[row, head, (j * eighth) // per_scale])
             if eighth % LANES == 0:
                 for i in range(0, eighth, LANES):
                     unpack_nibbles(words, row, head, i, 4 * j, scale, out, j * eighth + i)
@@ -45,7 +48,7 @@ def decode_row(
                     out[j * eighth + i] = signed_nibble(words[row, head, i], 28 - 4 * j) * scale
     elif row_format == INT8:
         for group in range(channels // per_scale):
-            scale = float_of_bf16(halves[row, head, channels // 2 + group])
+            scale = float_of_bf16(scales[row, head, group])
             for i in range(per_scale):
                 out[group * per_scale + i] = np.float32(octets[row, head, group * per_scale + i]) * scale
     else:

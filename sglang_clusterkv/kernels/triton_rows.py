@@ -56,64 +56,61 @@ def code_levels(words, SLICE: tl.constexpr, BITS: tl.constexpr, DOT: tl.constexp
 
 
 @triton.jit
-def load_words(words, row, channel, mask, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, ROW_BYTES: tl.constexpr):
+def load_words(rows, row, channel, mask, FORMAT: tl.constexpr, CHANNELS: tl.constexpr):
     """The packed words of int4 rows, int32 in the shape of `row` and `channel` together; 0 for other formats.
 
-    row: int64, rows counted in [C, H] order; channel: int32 below CHANNELS / 8; mask: of both.
+    rows: as `packed_view` gives them; row: int64, rows counted in [C, H] order; channel: int32 below CHANNELS / 8; mask: of
+    both. Where CHANNELS is a multiple of 32, rows begin at multiples of 16 bytes and are loaded by so many.
     """
     if FORMAT == INT4:
-        return tl.load(words + row * (ROW_BYTES // 4) + channel, mask=mask, other=0)
+        return tl.load(rows + row * (CHANNELS // _SLICES) + channel, mask=mask, other=0)
     else:
         return 0
 
 
 @triton.jit
 def slice_levels(
-    packed, octets, halves, row, channel, mask,
-    SLICE: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, ROW_BYTES: tl.constexpr, DOT: tl.constexpr,
+    packed, rows, row, channel, live, real,
+    SLICE: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Levels of slice `SLICE` of stored rows: the channels SLICE * CHANNELS / 8 + channel, without their scale.
+    """Levels [N, M] of slice `SLICE` of M stored rows: channels SLICE * CHANNELS / 8 + channel, without their scale.
 
-    packed: what `load_words` gave; octets, halves: the same rows as int8 and as bf16; row, channel, mask as there.
+    packed: what `load_words` gave of them [N, M]; rows as there; row int64 [M], channel int32 [N]; live [M], real [N]: masks.
     """
     first: tl.constexpr = SLICE * (CHANNELS // _SLICES)
     if FORMAT == INT4:
         return int4_levels(packed, SLICE, DOT)
     elif FORMAT == INT8:
-        return tl.load(octets + row * ROW_BYTES + first + channel, mask=mask, other=0).to(DOT)
+        # Loaded the other way round: a thread that holds all N bytes of a row would hand them on byte by byte.
+        at = row[:, None] * CHANNELS + first + channel[None, :]
+        return tl.trans(tl.load(rows + at, mask=live[:, None] & real[None, :], other=0)).to(DOT)
     else:
-        return tl.load(halves + row * (ROW_BYTES // 2) + first + channel, mask=mask, other=0.0).to(DOT)
+        at = row[None, :] * CHANNELS + first + channel[:, None]
+        return tl.load(rows + at, mask=live[None, :] & real[:, None], other=0.0).to(DOT)
 
 
 @triton.jit
-def slice_scales(
-    halves, row, mask,
-    SLICE: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
-):  # fmt: skip
+def slice_scales(scales, row, mask, SLICE: tl.constexpr, CHANNELS: tl.constexpr, PER_SCALE: tl.constexpr):
     """float32 scales of slice `SLICE`, in the shape of `row`; bf16 rows have none."""
-    packed: tl.constexpr = CHANNELS // 4 if FORMAT == INT4 else CHANNELS // 2  # half words before the scales
-    at: tl.constexpr = packed + SLICE * (CHANNELS // _SLICES) // PER_SCALE
-    return tl.load(halves + row * (ROW_BYTES // 2) + at, mask=mask, other=0.0).to(tl.float32)
+    at: tl.constexpr = SLICE * (CHANNELS // _SLICES) // PER_SCALE
+    return tl.load(scales + row * (CHANNELS // PER_SCALE) + at, mask=mask, other=0.0).to(tl.float32)
 
 
-class RowViews(NamedTuple):
-    """The same rows uint8 [C, H, row_bytes], as words, bytes and half words; kernels take all three."""
-
-    words: torch.Tensor  # int32 [C, H, row_bytes / 4]
-    octets: torch.Tensor  # int8 [C, H, row_bytes]
-    halves: torch.Tensor  # bf16 [C, H, row_bytes / 2]
+_PACKED_DTYPES = {"int4": torch.int32, "int8": torch.int8, "bf16": torch.bfloat16}
 
 
-def row_views(rows: torch.Tensor) -> RowViews:
-    """Views of uint8 rows [C, H, row_bytes]."""
-    return RowViews(rows.view(torch.int32), rows.view(torch.int8), rows.view(torch.bfloat16))
+def packed_view(packed: torch.Tensor, codec: RowCodec) -> torch.Tensor:
+    """Packed rows uint8 [..., packed_bytes] as kernels read them: words of int4, bytes of int8, numbers in bf16."""
+    return packed.view(_PACKED_DTYPES[codec.name])
 
 
 class LayerArrays(NamedTuple):
-    """One layer of the index as kernels read it."""
+    """One layer of the index as kernels read it; scales are None for rows in bf16."""
 
-    key_rows: RowViews
-    value_rows: RowViews
+    key_rows: torch.Tensor  # [C, H, ...], as `packed_view` gives it
+    key_scales: torch.Tensor | None  # bf16 [C, H, scales]
+    value_rows: torch.Tensor
+    value_scales: torch.Tensor | None
     spread: torch.Tensor  # bf16 [C, H]
     cluster_end: torch.Tensor  # int16 [C, H]
     vectors: torch.Tensor  # bf16 [pages, H, 3, D/4]
@@ -130,8 +127,9 @@ def layer_arrays(index: ClusterIndex, layer: int) -> LayerArrays:
         if codes is not None and index.config.code_bits == 2:
             codes = codes.view(torch.int16)
         index.scratch[key] = LayerArrays(
-            row_views(view.key_rows), row_views(view.value_rows), view.spread, view.cluster_end, view.segment_vectors,
-            view.members, codes, view.code_scales,
+            packed_view(view.key_rows, index.row_codec), view.key_scales,
+            packed_view(view.value_rows, index.row_codec), view.value_scales,
+            view.spread, view.cluster_end, view.segment_vectors, view.members, codes, view.code_scales,
         )  # fmt: skip
     return index.scratch[key]
 
@@ -142,8 +140,13 @@ def row_constants(codec: RowCodec) -> dict[str, int]:
         "FORMAT": ROW_FORMATS[codec.name],
         "CHANNELS": codec.head_dim,
         "PER_SCALE": channels_per_scale(codec.head_dim),
-        "ROW_BYTES": codec.row_bytes,
     }
+
+
+def row_arguments(codec: RowCodec) -> tuple[dict[str, str], dict[str, None]]:
+    """A kernel's arguments `rows` and `row_scales` in its compile cases: their types, and which of them is None."""
+    packed = {"int4": "*i32", "int8": "*i8", "bf16": "*bf16"}[codec.name]
+    return ({"rows": packed, "row_scales": "*bf16"}, {}) if codec.scales else ({"rows": packed}, {"row_scales": None})
 
 
 def is_interpreted() -> bool:

@@ -47,14 +47,17 @@ def index_shapes(config: ClusterKVConfig, geometry: Geometry) -> dict[str, tuple
     clusters = (g.layers, g.pages * (g.page_size // config.tokens_per_cluster), g.kv_heads)
     slots = (g.layers, g.slots, g.kv_heads)
     shapes = {
-        "key_rows": ((*clusters, rows.row_bytes), torch.uint8),
-        "value_rows": ((*clusters, rows.row_bytes), torch.uint8),
+        "key_rows": ((*clusters, rows.packed_bytes), torch.uint8),
+        "value_rows": ((*clusters, rows.packed_bytes), torch.uint8),
         "spread": (clusters, torch.bfloat16),
         "cluster_end": (clusters, torch.int16),
         "segment_vectors": ((g.layers, g.pages, g.kv_heads, 3, g.head_dim // SEGMENT_VECTOR_PAGES), torch.bfloat16),
         "members": (slots, torch.int16),
         "page_state": ((g.pages, 3), torch.int32),
     }
+    if rows.scales:
+        shapes["key_scales"] = ((*clusters, rows.scales), torch.bfloat16)
+        shapes["value_scales"] = ((*clusters, rows.scales), torch.bfloat16)
     if config.refine:
         shapes["codes"] = ((*slots, tokens.code_bytes), torch.uint8)
         shapes["code_scales"] = (slots, torch.bfloat16)

@@ -71,6 +71,11 @@ def test_any_number_of_own_values_is_right(limit: int, device: str) -> None:
     assert_is_reference(filled)
 
 
+def test_several_tiles_of_own_values_give_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_triton, "own_clusters", lambda *_: 16)
+    assert_is_reference(Filled(config_of(estimate_clusters=10_000), device, group=1))
+
+
 @pytest.mark.parametrize(("least_own", "least_rest"), [(5, 1000), (20, 16)])
 def test_any_parts_give_the_same(least_own: int, least_rest: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grids, "LEAST_OWN", least_own)
@@ -135,15 +140,18 @@ def test_nothing_left_weighs_nothing(limit: int, device: str) -> None:
     assert_close(result.output[~empty], expected.output[~empty], torch.float32)
 
 
-def test_rows_of_which_nothing_is_left_are_not_read(device: str) -> None:
-    """An empty cluster's row holds anything; as bf16 it may be no number."""
-    filled = Filled(config_of(centroid_dtype="bf16", estimate_clusters=10_000), device)
+@pytest.mark.parametrize("centroid_dtype", ["int4", "bf16"])
+def test_rows_of_which_nothing_is_left_are_not_read(centroid_dtype: str, device: str) -> None:
+    """An empty cluster's row holds anything; its scales, or itself in bf16, may be no numbers."""
+    filled = Filled(config_of(centroid_dtype=centroid_dtype, estimate_clusters=10_000), device)
+    view = filled.index.layer(0)
+    numbers = view.value_rows.view(torch.bfloat16) if view.value_scales is None else view.value_scales
     w, left = filled.decoder.workspace, filled.recalled.left
     for b in range(2):
         rows = filled.index.cluster_rows(filled.step.pages[b]).flatten()
         gone = (left[b] == 0).all(0)[: len(rows)]
         gone[1] = True
-        filled.index.layer(0).value_rows.view(torch.bfloat16)[rows[gone]] = torch.nan
+        numbers[rows[gone]] = torch.nan
         w.left[b, :, 1] = 0
         left[b, :, 1] = 0
     result = estimated(filled)

@@ -30,8 +30,8 @@ class LayerArrays:
 
     def __init__(self, index: ClusterIndex, layer: int) -> None:
         view = index.layer(layer)
-        self.key_rows = row_views(view.key_rows)
-        self.value_rows = row_views(view.value_rows)
+        self.key_rows = row_views(view.key_rows, view.key_scales)
+        self.value_rows = row_views(view.value_rows, view.value_scales)
         self.spread = bits(view.spread)
         self.cluster_end = view.cluster_end.numpy()
         self.vectors = bits(view.segment_vectors)

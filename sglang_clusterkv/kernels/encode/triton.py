@@ -39,10 +39,12 @@ BORDER: tl.constexpr = tl.constexpr(LEVEL_BORDER)
 
 
 class Target(NamedTuple):
-    """The index's arrays of all layers, as words where they are packed; see `clusters.index.LayerView` for their meaning."""
+    """The index's arrays of all layers, as kernels write them; see `clusters.index.LayerView` for their meaning."""
 
-    key_rows: torch.Tensor  # int32 [L, clusters of the pool, H, row_bytes / 4]
-    value_rows: torch.Tensor  # likewise
+    key_rows: torch.Tensor  # [L, clusters of the pool, H, ...]: int32 words of int4, int8, or int16 (bits of bf16)
+    key_scales: torch.Tensor | None  # int16 (bits of bf16) [L, clusters of the pool, H, scales]; None for rows in bf16
+    value_rows: torch.Tensor  # as the keys'
+    value_scales: torch.Tensor | None
     spread: torch.Tensor  # int16 (bits of bf16) [L, clusters of the pool, H]
     cluster_end: torch.Tensor  # int16, likewise
     segment_vectors: torch.Tensor  # int16 (bits of bf16) [L, pages, H, 3, D/4]
@@ -51,18 +53,26 @@ class Target(NamedTuple):
     code_scales: torch.Tensor | None  # int16 (bits of bf16) [L, slots, H]
 
 
-def target_of(arrays: dict[str, torch.Tensor], code_bits: int) -> Target:
+_PACKED_DTYPES = {"int4": torch.int32, "int8": torch.int8, "bf16": torch.int16}
+
+
+def target_of(arrays: dict[str, torch.Tensor], rows: RowCodec, tokens: TokenCodec) -> Target:
     """View the arrays of `memory.device.index_shapes` as the kernels write them."""
-    codes, scales = arrays.get("codes"), arrays.get("code_scales")
+
+    def half_words(name: str) -> torch.Tensor | None:
+        return arrays[name].view(torch.int16) if name in arrays else None
+
     return Target(
-        key_rows=arrays["key_rows"].view(torch.int32),
-        value_rows=arrays["value_rows"].view(torch.int32),
+        key_rows=arrays["key_rows"].view(_PACKED_DTYPES[rows.name]),
+        key_scales=half_words("key_scales"),
+        value_rows=arrays["value_rows"].view(_PACKED_DTYPES[rows.name]),
+        value_scales=half_words("value_scales"),
         spread=arrays["spread"].view(torch.int16),
         cluster_end=arrays["cluster_end"],
         segment_vectors=arrays["segment_vectors"].view(torch.int16),
         members=arrays["members"],
-        codes=codes.view(torch.int16) if codes is not None and code_bits == 2 else codes,
-        code_scales=None if scales is None else scales.view(torch.int16),
+        codes=half_words("codes") if tokens.bits == 2 else arrays.get("codes"),
+        code_scales=half_words("code_scales"),
     )
 
 
@@ -111,16 +121,14 @@ def pool_row(slots_ptr, cluster, live, PAGE: tl.constexpr, PER_PAGE: tl.constexp
 
 @triton.jit
 def store_rows(
-    rows_ptr, place, live, x,
+    rows_ptr, scales_ptr, row, live, x,
     FORMAT: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, SCALES: tl.constexpr, CLUSTERS: tl.constexpr,
 ):  # fmt: skip
-    """Write fp32 [CLUSTERS, 8 * PAD] in the row format FORMAT; `place` int64 [CLUSTERS] counts 32-bit words."""
-    columns = tl.arange(0, 8 * PAD)
-    channels, real = sliced_channels(columns, D, PAD)
-    halves_ptr = rows_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+    """Write fp32 [CLUSTERS, 8 * PAD] in the row format FORMAT; `row` int64 [CLUSTERS] counts rows of all layers and heads."""
+    channels, real = sliced_channels(tl.arange(0, 8 * PAD), D, PAD)
     mask = live[:, None] & real[None, :]
     if FORMAT == "bf16":
-        tl.store(halves_ptr + 2 * place[:, None] + channels[None, :], bf16_bits(x), mask=mask)
+        tl.store(rows_ptr + row[:, None] * D + channels[None, :], bf16_bits(x), mask=mask)
     else:
         limit: tl.constexpr = 7.0 if FORMAT == "int4" else 127.0
         groups = tl.reshape(x, (CLUSTERS, SCALES, 8 * PAD // SCALES))
@@ -128,47 +136,39 @@ def store_rows(
         scale = bf16_value(bits)[:, :, None]
         levels = tl.where(scale > 0, tl.div_rn(groups, tl.where(scale > 0, scale, 1.0)), 0.0)
         levels = tl.minimum(tl.maximum(round_even(levels), -limit - 1), limit).to(tl.int32)
-        packed: tl.constexpr = D // 2 if FORMAT == "int4" else D
         if FORMAT == "int4":
             shifts = 4 * tl.arange(0, 8)
             nibbles = (tl.reshape(levels, (CLUSTERS, 8, PAD)) & 15) << shifts[None, :, None]
             words = tl.arange(0, PAD)
             tl.store(
-                rows_ptr + place[:, None] + words[None, :],
+                rows_ptr + row[:, None] * (D // 8) + words[None, :],
                 tl.sum(nibbles, 1),
                 mask=live[:, None] & (words < D // 8)[None, :],
             )
         else:
-            bytes_ptr = rows_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
             levels = tl.reshape(levels, (CLUSTERS, 8 * PAD)).to(tl.int8)
-            tl.store(bytes_ptr + 4 * place[:, None] + channels[None, :], levels, mask=mask)
+            tl.store(rows_ptr + row[:, None] * D + channels[None, :], levels, mask=mask)
         group = tl.arange(0, SCALES)
-        scales_ptr = halves_ptr + 2 * place + packed // 2
-        tl.store(scales_ptr[:, None] + group[None, :], bits, mask=live[:, None] & (group >= 0)[None, :])
-        if (packed // 2 + SCALES) % 2 == 1:
-            tl.store(scales_ptr + SCALES, tl.zeros((CLUSTERS,), tl.int16), mask=live)
+        tl.store(scales_ptr + row[:, None] * SCALES + group[None, :], bits, mask=live[:, None])
 
 
 @triton.jit
 def load_decoded(
-    rows_ptr, place, live, columns,
+    rows_ptr, scales_ptr, row, live, columns,
     FORMAT: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """Some columns of rows as a decode step reads them, fp32; zero where a column has no channel."""
     channels, real = sliced_channels(columns, D, PAD)
     mask = live[:, None] & real[None, :]
-    halves_ptr = rows_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     if FORMAT == "bf16":
-        return bf16_value(tl.load(halves_ptr + 2 * place[:, None] + channels[None, :], mask=mask, other=0))
-    packed: tl.constexpr = D // 2 if FORMAT == "int4" else D
+        return bf16_value(tl.load(rows_ptr + row[:, None] * D + channels[None, :], mask=mask, other=0))
     if FORMAT == "int4":
-        words = tl.load(rows_ptr + place[:, None] + (columns % PAD)[None, :], mask=mask, other=0)
+        words = tl.load(rows_ptr + row[:, None] * (D // 8) + (columns % PAD)[None, :], mask=mask, other=0)
         levels = words << (28 - 4 * (columns // PAD))[None, :] >> 28
     else:
-        bytes_ptr = rows_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
-        levels = tl.load(bytes_ptr + 4 * place[:, None] + channels[None, :], mask=mask, other=0).to(tl.int32)
+        levels = tl.load(rows_ptr + row[:, None] * D + channels[None, :], mask=mask, other=0).to(tl.int32)
     group = columns // (8 * PAD // SCALES)
-    scales = tl.load(halves_ptr + 2 * place[:, None] + packed // 2 + group[None, :], mask=mask, other=0)
+    scales = tl.load(scales_ptr + row[:, None] * SCALES + group[None, :], mask=mask, other=0)
     return levels.to(tl.float32) * bf16_value(scales)
 
 
@@ -176,10 +176,10 @@ def load_decoded(
 def describe_kernel(
     keys_ptr, key_offsets_ptr, values_ptr, value_offsets_ptr, slot_stride, head_stride,
     slots_ptr, token_begin_ptr, cluster_begin_ptr, center_ptr, members_ptr, cluster_end_ptr,
-    key_rows_ptr, value_rows_ptr, ends_ptr, variance_ptr, parts_ptr,
+    key_rows_ptr, key_scales_ptr, value_rows_ptr, value_scales_ptr, ends_ptr, variance_ptr, parts_ptr,
     tokens_of_call, clusters, tiles, rows_of_layer,
     H: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, PAGE: tl.constexpr, PER_PAGE: tl.constexpr,
-    FORMAT: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, CLUSTERS: tl.constexpr,
+    FORMAT: tl.constexpr, SCALES: tl.constexpr, CLUSTERS: tl.constexpr,
 ):  # fmt: skip
     """Centroids, mean values and ends of CLUSTERS clusters, written to their rows.
 
@@ -224,14 +224,13 @@ def describe_kernel(
         squares += apart * apart
 
     live = cluster < count
-    layer_row = (n // H).to(tl.int64) * rows_of_layer + pool_row(slots_ptr, cluster, live, PAGE, PER_PAGE)
-    place = (layer_row * H + n % H) * WORDS
+    row = ((n // H).to(tl.int64) * rows_of_layer + pool_row(slots_ptr, cluster, live, PAGE, PER_PAGE)) * H + n % H
     shift = center - bf16_value(bf16_bits(center))  # rows are relative to the mean as stored
     relative = tl.where(real[None, :], centroid + shift[None, :], 0.0)
-    store_rows(key_rows_ptr, place, live, relative, FORMAT, D, PAD, SCALES, CLUSTERS)
+    store_rows(key_rows_ptr, key_scales_ptr, row, live, relative, FORMAT, D, PAD, SCALES, CLUSTERS)
     mean_value = tl.div_rn(values, inverse)
-    store_rows(value_rows_ptr, place, live, mean_value, FORMAT, D, PAD, SCALES, CLUSTERS)
-    tl.store(ends_ptr + layer_row * H + n % H, (begin + size).to(tl.int16), mask=live)
+    store_rows(value_rows_ptr, value_scales_ptr, row, live, mean_value, FORMAT, D, PAD, SCALES, CLUSTERS)
+    tl.store(ends_ptr + row, (begin + size).to(tl.int16), mask=live)
     variance = tl.div_rn(tl.sum(squares, 1), tl.maximum(size, 1).to(tl.float32))
     tl.store(variance_ptr + n.to(tl.int64) * clusters + cluster_begin + cluster, variance, mask=live)
     part = (n.to(tl.int64) * tl.num_programs(2) + segment) * tiles + tl.program_id(0)
@@ -301,10 +300,11 @@ def members_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def code_kernel(
     keys_ptr, layer_offsets_ptr, slot_stride, head_stride,
-    slots_ptr, token_begin_ptr, center_ptr, labels_ptr, members_ptr, key_rows_ptr, rotation_ptr, codes_ptr, scales_ptr,
+    slots_ptr, token_begin_ptr, center_ptr, labels_ptr, members_ptr, key_rows_ptr, key_scales_ptr,
+    rotation_ptr, codes_ptr, scales_ptr,
     tokens_of_call, rows_of_layer, slots_of_layer,
     H: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, PAGE: tl.constexpr, PER_PAGE: tl.constexpr,
-    FORMAT: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
+    FORMAT: tl.constexpr, SCALES: tl.constexpr, BITS: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Codes of TOKENS tokens in the order of the member list, written to the segment's slots.
@@ -322,8 +322,7 @@ def code_kernel(
     cluster = tl.load(labels_ptr + head + member, mask=live, other=0).to(tl.int32)
     slots_ptr += token_begin
     slots = tl.load(slots_ptr + member, mask=live, other=0)
-    layer_row = (n // H).to(tl.int64) * rows_of_layer + pool_row(slots_ptr, cluster, live, PAGE, PER_PAGE)
-    place = (layer_row * H + n % H) * WORDS
+    row = ((n // H).to(tl.int64) * rows_of_layer + pool_row(slots_ptr, cluster, live, PAGE, PER_PAGE)) * H + n % H
     keys_ptr = head_pointer(keys_ptr, layer_offsets_ptr, n, head_stride, H)
     center_ptr += (n.to(tl.int64) * tl.num_programs(2) + segment) * D
 
@@ -335,13 +334,13 @@ def code_kernel(
         channels, real = sliced_channels(part, D, PAD)
         mean = bf16_value(bf16_bits(tl.load(center_ptr + channels, mask=real, other=0.0)))
         keys = load_columns(keys_ptr, slots, channels, live[:, None] & real[None, :], slot_stride)
-        residual = keys - (load_decoded(key_rows_ptr, place, live, part, FORMAT, D, PAD, SCALES) + mean[None, :])
+        stored = load_decoded(key_rows_ptr, key_scales_ptr, row, live, part, FORMAT, D, PAD, SCALES) + mean[None, :]
         both = real[:, None] & to_real[None, :]
         rotation = tl.load(rotation_ptr + to[None, :] * D + channels[:, None], mask=both, other=0.0)
-        y = tl.dot(residual, rotation, y, input_precision="tf32x3")
+        y = tl.dot(keys - stored, rotation, y, input_precision="tf32x3")
 
     slot = tl.load(slots_ptr + position, mask=live, other=0)
-    row = ((n // H).to(tl.int64) * slots_of_layer + slot) * H + n % H
+    place = ((n // H).to(tl.int64) * slots_of_layer + slot) * H + n % H
     size = tl.abs(y)
     negative = (y < 0).to(tl.int32)
     if BITS == 1:
@@ -357,8 +356,8 @@ def code_kernel(
     words = tl.sum(tl.reshape(crumbs, (TOKENS, 8, PAD)) << shifts[None, :, None], 1)
     word = tl.arange(0, PAD)
     mask = live[:, None] & (word < D // 8)[None, :]
-    tl.store(codes_ptr + row[:, None] * (D // 8) + word[None, :], words.to(codes_ptr.dtype.element_ty), mask=mask)
-    tl.store(scales_ptr + row, bf16_bits(scale), mask=live)
+    tl.store(codes_ptr + place[:, None] * (D // 8) + word[None, :], words.to(codes_ptr.dtype.element_ty), mask=mask)
+    tl.store(scales_ptr + place, bf16_bits(scale), mask=live)
 
 
 def write(
@@ -393,7 +392,7 @@ def write(
     sizes = {"H": heads, "D": head_dim}
     padded = triton.next_power_of_2(head_dim // SLICES)
     slices = {"PAD": padded}
-    form = {"FORMAT": rows.name, "SCALES": max(rows.scales, 1), "WORDS": rows.row_bytes // 4}
+    form = {"FORMAT": rows.name, "SCALES": rows.scales}
 
     def grid(longest: int, tile: int) -> tuple[int, int, int]:
         return triton.cdiv(longest, tile), n, segments.count
@@ -401,7 +400,7 @@ def write(
     describe_kernel[grid(segments.max_clusters, _CLUSTERS)](
         keys.first, keys.layer_offsets, values.first, values.layer_offsets, *strides, segments.slots, *ranges,
         found.center, found.members, found.cluster_end,
-        target.key_rows, target.value_rows, target.cluster_end, variance, parts,
+        target.key_rows, target.key_scales, target.value_rows, target.value_scales, target.cluster_end, variance, parts,
         segments.slots.numel(), clusters, tiles, rows_of_layer,
         **sizes, **slices, **pages, **form, CLUSTERS=_CLUSTERS, num_warps=_warps(head_dim),
     )  # fmt: skip
@@ -417,7 +416,7 @@ def write(
     if target.codes is not None:
         code_kernel[grid(segments.max_tokens, _TOKENS)](
             keys.first, keys.layer_offsets, *strides, segments.slots, segments.token_begin, found.center,
-            found.labels, found.members, target.key_rows, rotation_matrix(head_dim, str(device)),
+            found.labels, found.members, target.key_rows, target.key_scales, rotation_matrix(head_dim, str(device)),
             target.codes, target.code_scales, segments.slots.numel(), rows_of_layer, slots_of_layer,
             **sizes, **slices, **pages, **form, BITS=tokens.bits, TOKENS=_TOKENS, CHANNELS=min(_CHANNELS, SLICES * padded),
             num_warps=8, num_stages=2,
@@ -431,22 +430,24 @@ def _warps(head_dim: int) -> int:
 
 def _case(kernel: Any, head_dim: int, row_format: str = "int4", bits: int = 2, **holds: Any) -> CompileCase:
     """A case of one kernel at Llama's shape, or at another head_dim or format."""
+    codec = RowCodec(row_format, head_dim)
+    packed, scales = {"int4": "*i32", "int8": "*i8", "bf16": "*i16"}[row_format], ("key_scales_ptr", "value_scales_ptr")
     types = {
         "keys_ptr": "*bf16", "key_offsets_ptr": "*i64", "values_ptr": "*bf16", "value_offsets_ptr": "*i64",
         "layer_offsets_ptr": "*i64", "slot_stride": "i32", "head_stride": "i32", "slots_ptr": "*i64",
         "token_begin_ptr": "*i32", "cluster_begin_ptr": "*i32", "center_ptr": "*fp32", "labels_ptr": "*i16",
-        "members_ptr": "*i16", "cluster_end_ptr": "*i32", "key_rows_ptr": "*i32", "value_rows_ptr": "*i32",
+        "members_ptr": "*i16", "cluster_end_ptr": "*i32", "key_rows_ptr": packed, "value_rows_ptr": packed,
         "ends_ptr": "*i16", "variance_ptr": "*fp32", "parts_ptr": "*fp32", "spread_ptr": "*i16", "vectors_ptr": "*i16",
         "index_members_ptr": "*i16", "rotation_ptr": "*fp32", "codes_ptr": "*i16" if bits == 2 else "*u8",
         "scales_ptr": "*i16", "tokens_of_call": "i32", "clusters": "i32", "tiles": "i32", "rows_of_layer": "i32",
-        "slots_of_layer": "i32", "pages_of_layer": "i32",
+        "slots_of_layer": "i32", "pages_of_layer": "i32", **dict.fromkeys(scales if codec.scales else (), "*i16"),
     }  # fmt: skip
-    codec = RowCodec(row_format, head_dim)
     sizes = {
         "H": 8, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "PAGE": 16, "PER_PAGE": 2,
-        "PAD": triton.next_power_of_2(head_dim // SLICES), "FORMAT": row_format, "SCALES": max(codec.scales, 1),
-        "WORDS": codec.row_bytes // 4, "BITS": bits, "CLUSTERS": _CLUSTERS, "DESCRIBED": _DESCRIBED,
+        "PAD": triton.next_power_of_2(head_dim // SLICES), "FORMAT": row_format, "SCALES": codec.scales,
+        "BITS": bits, "CLUSTERS": _CLUSTERS, "DESCRIBED": _DESCRIBED,
         "TOKENS": _TOKENS if kernel is code_kernel else _COPIED, "CHANNELS": _CHANNELS,
+        **dict.fromkeys(() if codec.scales else scales),
     }  # fmt: skip
     signature = {name: types[name] for name in kernel.arg_names if name in types}
     return CompileCase(
@@ -465,7 +466,7 @@ COMPILE_CASES = [
     _case(describe_kernel, 256, "bf16", num_warps=_warps(256)),
     _case(finish_kernel, 128, num_warps=1),
     _case(members_kernel, 128, programs_per_sm=8),
-    _case(code_kernel, 128, num_warps=8, num_stages=2, tensor_cores=1, async_loads_128=1),
+    _case(code_kernel, 128, num_warps=8, num_stages=2, tensor_cores=1, async_loads_128=14),
     _case(code_kernel, 96, "int8", 1, num_warps=8, num_stages=2, tensor_cores=1),
     _case(code_kernel, 256, "int4", 2, num_warps=8, num_stages=2, tensor_cores=1),
 ]

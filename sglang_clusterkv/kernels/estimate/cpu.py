@@ -26,7 +26,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
-        words: Any, halves: Any, octets: Any, vectors: Any, pages: Any, segment_begin: Any, segment_count: Any,
+        words: Any, halves: Any, octets: Any, row_scales: Any, vectors: Any, pages: Any, segment_begin: Any, segment_count: Any,
         page_count: Any, per_page: Any, own_limit: Any, size: Any, taken: Any, weight: Any, peak: Any, total: Any,
         output: Any, lse: Any,
     ) -> None:  # fmt: skip
@@ -77,8 +77,9 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
                                 continue
                             cluster = pages[b, c // per_page] * per_page + c % per_page
                             decode_row(
-                                words, halves, octets, cluster, h, row_format, channels, per_scale, rows[waiting]
-                            )
+                                words, halves, octets, row_scales, cluster, h, row_format, channels, per_scale,
+                                rows[waiting],
+                            )  # fmt: skip
                             for g in range(group):
                                 weights[g, waiting] = left[g, c]
                             waiting += 1

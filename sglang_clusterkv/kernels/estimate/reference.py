@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_clusterkv.clusters.codec import rows_at
 from sglang_clusterkv.kernels.attend.reference import Partial
 from sglang_clusterkv.kernels.score.reference import Scores, segment_vectors
 
@@ -39,7 +40,7 @@ def estimate(scores: Scores, left: torch.Tensor, index: ClusterIndex, layer: int
     rows = index.cluster_rows(step.pages).flatten(1)
     own_rows = rows.unsqueeze(1).expand(-1, best.shape[1], -1).gather(-1, best)
     heads = torch.arange(best.shape[1], device=best.device).view(1, -1, 1)
-    values = index.row_codec.decode(view.value_rows[own_rows, heads])  # [B, H, own, D]
+    values = index.row_codec.decode(*rows_at(view.value_rows, view.value_scales, (own_rows, heads)))  # [B, H, own, D]
     at = best.unsqueeze(2).expand(-1, -1, weights.shape[2], -1)
     output = torch.einsum("bhgc,bhcd->bhgd", weights.gather(-1, at), values)
 

@@ -21,13 +21,15 @@ import triton.language as tl
 
 from sglang_clusterkv.clusters.codec import RowCodec
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.decode.grids import LEAST_OWN
 from sglang_clusterkv.kernels.triton_rows import (
     BF16,
     INT4,
-    INT8,
     is_interpreted,
     layer_arrays,
+    load_words,
     padded_group,
+    row_arguments,
     row_constants,
 )
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise, raise_peak
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from sglang_clusterkv.kernels.decode.workspace import Allocate, Workspace, WorkspaceShape
 
 MASSES_HELD = 16384  # by one program, in registers
-OWN_CLUSTERS = 32  # per tile of own mean values
 REST_CLUSTERS, REST_SEGMENTS = 128, 16  # per tile of the others
 STAGES = 2  # a third one spills registers
 NO_PLACE = tl.constexpr(2**31 - 1)
@@ -164,26 +165,21 @@ def left_logits(
 
 @triton.jit
 def mean_values(
-    words, octets, halves, row, live, EIGHTH_PAD: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr,
-    PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    rows, row_scales, row, live, EIGHTH_PAD: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr,
+    PER_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Stored rows as float32 [N, 8 * EIGHTH_PAD]: eight padded slices of channels; 0 where a row (int64 [N]) is not live."""
     EIGHTH: tl.constexpr = CHANNELS // 8
     j, i = tl.arange(0, 8), tl.arange(0, EIGHTH_PAD)
     channel = j[None, :, None] * EIGHTH + i[None, None, :]
     mask = live[:, None, None] & (i < EIGHTH)[None, None, :]
-    at = row[:, None, None]
     if FORMAT == INT4:
-        there = live[:, None] & (i < EIGHTH)[None, :]
-        packed = tl.load(words + row[:, None] * (ROW_BYTES // 4) + i[None, :], mask=there, other=0)
+        packed = load_words(rows, row[:, None], i[None, :], live[:, None] & (i < EIGHTH)[None, :], FORMAT, CHANNELS)
         values = ((packed[:, None, :] << (28 - 4 * j)[None, :, None]) >> 28).to(tl.float32)
-    elif FORMAT == INT8:
-        values = tl.load(octets + at * ROW_BYTES + channel, mask=mask, other=0).to(tl.float32)
     else:
-        values = tl.load(halves + at * (ROW_BYTES // 2) + channel, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(rows + row[:, None, None] * CHANNELS + channel, mask=mask, other=0).to(tl.float32)
     if FORMAT != BF16:
-        first: tl.constexpr = CHANNELS // 4 if FORMAT == INT4 else CHANNELS // 2  # half words before the scales
-        scales = halves + row[:, None] * (ROW_BYTES // 2) + first + (j * EIGHTH // PER_SCALE)[None, :]
+        scales = row_scales + row[:, None] * (CHANNELS // PER_SCALE) + (j * EIGHTH // PER_SCALE)[None, :]
         values *= tl.load(scales, mask=live[:, None], other=0.0).to(tl.float32)[:, :, None]
     return tl.reshape(values, (values.shape[0], 8 * EIGHTH_PAD))
 
@@ -203,10 +199,10 @@ def store_part(
 
 @triton.jit
 def own_part(
-    words, octets, halves, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin, end,
+    rows, row_scales, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin, end,
     estimate_spread, clusters_stride, segments_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
-    FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
     LIMITED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Attention to the clusters of rank [begin, end), each at its own mean value. Not LIMITED: the rank is the cluster."""
@@ -227,7 +223,7 @@ def own_part(
             GROUP, GROUP_PAD,
         )  # fmt: skip
         row = (tl.load(pages + page_at, mask=live, other=0) * PER_PAGE + c % PER_PAGE) * HEADS + h
-        values = mean_values(words, octets, halves, row, live, EIGHTH_PAD, FORMAT, CHANNELS, PER_SCALE, ROW_BYTES)
+        values = mean_values(rows, row_scales, row, live, EIGHTH_PAD, FORMAT, CHANNELS, PER_SCALE)
         sums, peak, weight = add_tile(sums, peak, weight, logits, values, DOT)
     store_part(output, lse, sums, peak, weight, GROUP, GROUP_PAD, CHANNELS, 8, EIGHTH_PAD)
 
@@ -280,11 +276,11 @@ def rest_part(
 
 @triton.jit(do_not_specialize=["own_parts", "rest_parts", "capacity", "pages_stride", "segment_begin_stride"])
 def estimate_kernel(
-    words, octets, halves, vectors, pages, segment_of_page, segment_begin, page_count, dot, segment_bonus, spread, left,
+    rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, dot, segment_bonus, spread, left,
     mass, own, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, pages_stride, segment_begin_stride,
     clusters_stride, segments_stride, own_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
-    QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
     PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, BLOCK_OWN: tl.constexpr,
     BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -316,9 +312,9 @@ def estimate_kernel(
             list_own(mass, clusters, border, last, begin, end, own, CHUNK)
             tl.debug_barrier()  # the list is read by other threads than wrote it
         own_part(
-            words, octets, halves, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin,
+            rows, row_scales, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin,
             end, estimate_spread, clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD,
-            FORMAT, PER_SCALE, ROW_BYTES, PER_PAGE, BLOCK_OWN, LIMITED, DOT,
+            FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN, LIMITED, DOT,
         )  # fmt: skip
     elif LIMITED:
         share = tl.cdiv(tl.cdiv(clusters, BLOCK_REST), rest_parts) * BLOCK_REST
@@ -341,6 +337,11 @@ def warps(block: int) -> int:
     return 4 if block <= 4096 else 16
 
 
+def own_clusters(codec: RowCodec, count: int) -> int:
+    """Clusters per tile of own mean values, of a program of `count` warps: enough for each thread to load 16 bytes of a row."""
+    return max(32, min(LEAST_OWN, 16 * 32 * count // triton.next_power_of_2(codec.packed_bytes)))
+
+
 def estimate_constants(
     codec: RowCodec, per_page: int, limit: int, heads: int, group: int, clusters: int, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -357,7 +358,7 @@ def estimate_constants(
         "BLOCK": block,
         "CHUNK": min(block, 256 * warps(block)),  # 8 for each thread
         "HELD": clusters <= block,
-        "BLOCK_OWN": OWN_CLUSTERS,
+        "BLOCK_OWN": own_clusters(codec, warps(block)),
         "BLOCK_REST": REST_CLUSTERS,
         "SEGMENTS": REST_SEGMENTS,
         "LIMITED": clusters > limit,
@@ -399,16 +400,16 @@ def estimate(
         dtype,
     )
     estimate_kernel[(step.batch * shape.heads, parts.own + parts.rest)](
-        *arrays.value_rows, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin, step.page_count, w.dot,
-        w.segment_bonus, w.spread, w.left, buffers.mass, buffers.own, w.rest_output, w.rest_lse, parts.own, parts.rest,
-        shape.parts, index.config.estimate_clusters, index.config.estimate_spread, step.pages.stride(0),
+        arrays.value_rows, arrays.value_scales, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin,
+        step.page_count, w.dot, w.segment_bonus, w.spread, w.left, buffers.mass, buffers.own, w.rest_output, w.rest_lse,
+        parts.own, parts.rest, shape.parts, index.config.estimate_clusters, index.config.estimate_spread, step.pages.stride(0),
         step.segment_begin.stride(0), shape.clusters, shape.segments, buffers.own.shape[2], **constants,
         num_warps=warps(constants["BLOCK"]), num_stages=STAGES,
     )  # fmt: skip
 
 
 _TYPES = {
-    **{"words": "*i32", "octets": "*i8", "halves": "*bf16", "vectors": "*bf16", "spread": "*bf16"},
+    **{"vectors": "*bf16", "spread": "*bf16"},
     **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "page_count"), "*i64"),
     **dict.fromkeys(("dot", "segment_bonus", "mass", "output", "lse"), "*fp32"),
     **dict.fromkeys(("left", "own"), "*i32"),
@@ -422,27 +423,31 @@ _TYPES = {
 
 def _case(codec: RowCodec, clusters: int, group: int = 4, **holds: Any) -> CompileCase:
     """A case of 2 clusters per page and 512 of their own mean value."""
+    row_types, no_scales = row_arguments(codec)
+    types = _TYPES | row_types
     constants = estimate_constants(codec, 2, 512, 8, group, clusters, torch.bfloat16) | {"DOT": tl.bfloat16}
     return CompileCase(
         f"estimate {codec.name} D={codec.head_dim} G={group} C={clusters:,}",
         estimate_kernel,
-        _TYPES,
-        constants,
-        tuple(name for name, kind in _TYPES.items() if kind[0] == "*" or name == "clusters_stride"),
+        types,
+        constants | no_scales,
+        tuple(name for name, kind in types.items() if kind[0] == "*" or name == "clusters_stride"),
         num_warps=warps(constants["BLOCK"]),
         num_stages=STAGES,
         **holds,
     )
 
 
+# loads_128: those of a tile's packed rows, twice for they are pipelined, and of segments' mean values where those are so wide.
 COMPILE_CASES = [
-    _case(RowCodec("int4", 128), 512, tensor_cores=8, programs_per_sm=3),
-    _case(RowCodec("int4", 64), 4096, tensor_cores=8, programs_per_sm=3),
-    _case(RowCodec("int4", 128), 4096, tensor_cores=16, programs_per_sm=3),
-    _case(RowCodec("int4", 256), 4096, tensor_cores=16, programs_per_sm=2),
-    _case(RowCodec("int4", 128), 8192, tensor_cores=8),
-    _case(RowCodec("int4", 128), 16384, tensor_cores=8),
-    _case(RowCodec("int4", 128), 32768, tensor_cores=8),
-    _case(RowCodec("int8", 128), 4096, group=8, tensor_cores=16, programs_per_sm=2),
-    _case(RowCodec("bf16", 128), 4096, tensor_cores=16, programs_per_sm=2),
+    _case(RowCodec("int4", 128), 512, loads_128=2, tensor_cores=8, programs_per_sm=3),
+    _case(RowCodec("int4", 64), 4096, loads_128=4, tensor_cores=8, programs_per_sm=3),
+    _case(RowCodec("int4", 96), 4096, loads_128=6, tensor_cores=8, programs_per_sm=3),
+    _case(RowCodec("int4", 128), 4096, loads_128=6, tensor_cores=16, programs_per_sm=3),
+    _case(RowCodec("int4", 256), 4096, loads_128=12, tensor_cores=16, programs_per_sm=2),
+    _case(RowCodec("int4", 128), 8192, loads_128=2, tensor_cores=8),
+    _case(RowCodec("int4", 128), 16384, loads_128=2, tensor_cores=8),
+    _case(RowCodec("int4", 128), 32768, loads_128=2, tensor_cores=8),
+    _case(RowCodec("int8", 128), 4096, group=8, loads_128=8, tensor_cores=16, programs_per_sm=2),
+    _case(RowCodec("bf16", 128), 4096, loads_128=12, tensor_cores=16, programs_per_sm=2),
 ]

@@ -30,8 +30,8 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
-        q: Any, keys: Any, words: Any, halves: Any, octets: Any, spread: Any, cluster_end: Any, vectors: Any,
-        pages: Any, segment_begin: Any, segment_count: Any, page_count: Any, base_slots: Any, base_count: Any,
+        q: Any, keys: Any, words: Any, halves: Any, octets: Any, row_scales: Any, spread: Any, cluster_end: Any,
+        vectors: Any, pages: Any, segment_begin: Any, segment_count: Any, page_count: Any, base_slots: Any, base_count: Any,
         scale: Any, choice_spread: Any, estimate_spread: Any, page_size: Any, per_page: Any,
         size: Any, begin: Any, dot: Any, weight: Any, mass: Any, base_logit: Any, peak: Any, total: Any,
     ) -> None:  # fmt: skip
@@ -72,7 +72,9 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
                             size[b, h, c] = end - previous
                             begin[b, h, c] = first * page_size + previous
                             previous = end
-                            decode_row(words, halves, octets, cluster, h, row_format, channels, per_scale, row)
+                            decode_row(
+                                words, halves, octets, row_scales, cluster, h, row_format, channels, per_scale, row
+                            )
                             wide = float_of_bf16(spread[cluster, h])
                             dot_group(q[b, h], row, group, channels, dots)
                             for g in range(group):

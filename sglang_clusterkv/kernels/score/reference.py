@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sglang_clusterkv.clusters.codec import rows_at
+
 if TYPE_CHECKING:
     from sglang_clusterkv.clusters.index import ClusterIndex
     from sglang_clusterkv.clusters.step import SparseStep
@@ -97,7 +99,7 @@ def score(
     q_mean = torch.einsum("bhgd,bshd->bhgs", q, mean_key).gather(-1, of_cluster)
     q_variance = torch.einsum("bhgd,bshd->bhgs", q.square(), variance).gather(-1, of_cluster)
 
-    centroids = index.row_codec.decode(view.key_rows[rows]).transpose(1, 2)  # [B, H, C, D]
+    centroids = index.row_codec.decode(*rows_at(view.key_rows, view.key_scales, rows)).transpose(1, 2)  # [B, H, C, D]
     dot = scale * (torch.einsum("bhgd,bhcd->bhgc", q, centroids) + q_mean)
     spread = view.spread[rows].float().transpose(1, 2).unsqueeze(2)
     bonus = 0.5 * scale * scale * spread * q_variance

@@ -26,6 +26,7 @@ from sglang_clusterkv.kernels.triton_rows import (
     load_words,
     padded_group,
     padded_slice,
+    row_arguments,
     row_constants,
     slice_levels,
     slice_scales,
@@ -47,11 +48,11 @@ def log_sum_exp(x):
 
 @triton.jit
 def _score_clusters(
-    q, words, octets, halves, spread, cluster_end, vectors, pages, segment_of_page, segment_begin,
+    q, rows, row_scales, spread, cluster_end, vectors, pages, segment_of_page, segment_begin,
     segment_bonus, dot, spread_out, choice_lse, estimate_lse, left,
     head, tile, clusters, clusters_stride, lse_stride, segments_stride, scale, choice_spread, estimate_spread,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
-    CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
     PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One tile of clusters. Pointers are at this request's and kv head's first element (the index's at its own first)."""
@@ -67,10 +68,10 @@ def _score_clusters(
 
     # Rows first, where there are registers to wait for them in: they are what takes long to come.
     i = tl.arange(0, SLICE_PAD)
-    rows, channel = row[None, :], i[:, None]
-    mask = live[None, :] & (channel < EIGHTH)
+    real = i < EIGHTH
+    mask = live[None, :] & real[:, None]
     if CHANNELS <= 128:
-        packed = load_words(words, rows, channel, mask, FORMAT, CHANNELS, ROW_BYTES)  # [SLICE_PAD, BLOCK]
+        packed = load_words(rows, row[None, :], i[:, None], mask, FORMAT, CHANNELS)  # [SLICE_PAD, BLOCK]
     wide = tl.load(spread + row, mask=live, other=0.0)
 
     # Sizes: a cluster begins where its predecessor in the segment ends.
@@ -111,16 +112,16 @@ def _score_clusters(
 
     # The dots with the rows as stored, relative to the segments' means.
     if CHANNELS > 128:
-        packed = load_words(words, rows, channel, mask, FORMAT, CHANNELS, ROW_BYTES)
+        packed = load_words(rows, row[None, :], i[:, None], mask, FORMAT, CHANNELS)
     SLICES_PER_SCALE: tl.constexpr = PER_SCALE // EIGHTH
-    q_mask = real_head[:, None] & (i < EIGHTH)[None, :]
+    q_mask = real_head[:, None] & real[None, :]
     part = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
     for j in tl.static_range(8):
-        levels = slice_levels(packed, octets, halves, rows, channel, mask, j, FORMAT, CHANNELS, ROW_BYTES, DOT)
+        levels = slice_levels(packed, rows, row, i, live, real, j, FORMAT, CHANNELS, DOT)
         q_slice = tl.load(q + g[:, None] * CHANNELS + j * EIGHTH + i[None, :], mask=q_mask, other=0.0).to(DOT)
         part = tl.dot(q_slice, levels, part, input_precision="ieee")
         if FORMAT != BF16 and (j + 1) % SLICES_PER_SCALE == 0:
-            dots += part * slice_scales(halves, row, live, j, FORMAT, CHANNELS, PER_SCALE, ROW_BYTES)[None, :]
+            dots += part * slice_scales(row_scales, row, live, j, CHANNELS, PER_SCALE)[None, :]
             part = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
     dots += part
 
@@ -188,13 +189,13 @@ def _rotate(
 
 @triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride", "base_slots_stride", "lse_stride", "base_tiles"])
 def score_kernel(
-    q, keys, words, octets, halves, spread, cluster_end, vectors, signs,
+    q, keys, rows, row_scales, spread, cluster_end, vectors, signs,
     pages, segment_of_page, segment_begin, page_count, base_slots, base_count,
     rotated, segment_bonus, dot, spread_out, base_logit, choice_lse, estimate_lse, left,
     pages_stride, segment_begin_stride, base_slots_stride,
     clusters_stride, segments_stride, base_stride, lse_stride, base_tiles, scale, choice_spread, estimate_spread, norm,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
-    CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
     PER_PAGE: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, ROTATE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, tiles, requests): kv heads first, for their rows of one cluster share cache lines.
@@ -234,13 +235,13 @@ def score_kernel(
             clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
             if tile * CLUSTERS < clusters:
                 _score_clusters(
-                    q, words, octets, halves, spread, cluster_end, vectors, pages + request * pages_stride,
+                    q, rows, row_scales, spread, cluster_end, vectors, pages + request * pages_stride,
                     segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
                     segment_bonus + queries * segments_stride, dot + queries * clusters_stride,
                     spread_out + pair * clusters_stride, choice_lse, estimate_lse, left + pair * clusters_stride,
                     head, tile, clusters, clusters_stride, lse_stride, segments_stride, scale, choice_spread,
                     estimate_spread, HEADS, GROUP, GROUP_PAD, CHANNELS, SLICE_PAD, CHANNELS_PAD, FORMAT, PER_SCALE,
-                    ROW_BYTES, PER_PAGE, CLUSTERS, DOT,
+                    PER_PAGE, CLUSTERS, DOT,
                 )  # fmt: skip
 
 
@@ -298,7 +299,7 @@ def score(
     tokens = base_tiles(step)
     grid = (heads, int(config.refine) + tokens + cluster_tiles(step, index.clusters_per_page), step.batch)
     score_kernel[grid](
-        q, keys, *arrays.key_rows, arrays.spread, arrays.cluster_end, arrays.vectors, signs,
+        q, keys, arrays.key_rows, arrays.key_scales, arrays.spread, arrays.cluster_end, arrays.vectors, signs,
         step.pages, step.segment_of_page, step.segment_begin, step.page_count, step.base_slots, step.base_count,
         w.rotated, w.segment_bonus, w.dot, w.spread, w.base_logit, w.choice_lse, w.estimate_lse, w.left,
         step.pages.stride(0), step.segment_begin.stride(0), step.base_slots.stride(0),
@@ -309,26 +310,39 @@ def score(
 
 
 _TYPES = {
-    **dict.fromkeys(("q", "keys", "halves", "spread", "vectors", "signs", "spread_out"), "*bf16"),
-    **{"words": "*i32", "octets": "*i8", "cluster_end": "*i16", "left": "*i32"},
+    **dict.fromkeys(("q", "keys", "spread", "vectors", "signs", "spread_out"), "*bf16"),
+    **{"cluster_end": "*i16", "left": "*i32"},
     **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "page_count", "base_slots", "base_count"), "*i64"),
     **dict.fromkeys(("rotated", "segment_bonus", "dot", "base_logit", "choice_lse", "estimate_lse"), "*fp32"),
     **dict.fromkeys(("pages_stride", "segment_begin_stride", "base_slots_stride", "lse_stride", "base_tiles"), "i32"),
     **dict.fromkeys(("clusters_stride", "segments_stride", "base_stride"), "i32"),
     **dict.fromkeys(("scale", "choice_spread", "estimate_spread", "norm"), "fp32"),
 }
-_ALIGNED = (
-    *(name for name, kind in _TYPES.items() if kind[0] == "*"), "clusters_stride", "segments_stride", "base_stride",
-)  # fmt: skip
 
+
+def _case(codec: RowCodec, group: int, **holds: Any) -> CompileCase:
+    """A case of 2 clusters per page that rotates the query."""
+    row_types, no_scales = row_arguments(codec)
+    types = _TYPES | row_types
+    strides = ("clusters_stride", "segments_stride", "base_stride")
+    return CompileCase(
+        f"score {codec.name} D={codec.head_dim} G={group}",
+        score_kernel,
+        types,
+        constants(codec, 8, group, 2, True) | no_scales | {"DOT": tl.bfloat16},
+        (*(name for name, kind in types.items() if kind[0] == "*"), *strides),
+        tensor_cores=48,
+        **holds,
+    )
+
+
+# loads_128: those of queries, keys and signs, and of a tile's packed rows; fewer, and rows are loaded piecewise.
 COMPILE_CASES = [
-    CompileCase(
-        f"score {name} D={channels} G={group}", score_kernel, _TYPES,
-        constants(RowCodec(name, channels), 8, group, 2, True) | {"DOT": tl.bfloat16}, _ALIGNED,
-        tensor_cores=48, programs_per_sm=4 if channels <= 128 else 2,
-    )
-    for name, channels, group in (
-        ("int4", 64, 3), ("int4", 96, 4), ("int4", 128, 4), ("int4", 128, 8), ("int4", 256, 4),
-        ("int8", 128, 4), ("bf16", 128, 4),
-    )
-]  # fmt: skip
+    _case(RowCodec("int4", 64), 3, loads_128=16, programs_per_sm=4),
+    _case(RowCodec("int4", 96), 4, loads_128=34, programs_per_sm=4),
+    _case(RowCodec("int4", 128), 4, loads_128=38, programs_per_sm=4),
+    _case(RowCodec("int4", 128), 8, loads_128=38, programs_per_sm=4),
+    _case(RowCodec("int4", 256), 4, loads_128=106, programs_per_sm=2),
+    _case(RowCodec("int8", 128), 4, loads_128=42, programs_per_sm=4),
+    _case(RowCodec("bf16", 128), 4, loads_128=50, programs_per_sm=4),
+]

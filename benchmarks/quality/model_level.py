@@ -318,6 +318,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
         except KeyboardInterrupt:
             if not documents:
                 raise
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the server's stop, and the results
             print(f"\ninterrupted: {len(documents)} of {len(made)} documents are done", flush=True)
     return documents, source
 

@@ -424,21 +424,23 @@ def test_the_objective_is_the_distance_to_the_clusters_mean() -> None:
     assert key_objective(keys, torch.tensor([[0, 1, 2, 2]]), 3) == pytest.approx(0.5)
 
 
-def model_level_result(folder: Path, name: str, arm: str = "ours-128", setting: str = "SmolLM2, 7000 tokens") -> Path:
-    """What model_level writes, of one document with one arm."""
-    document = {"arms": {arm: {"kl": [0.1]}}, "dense": {}, "sizes": {}}
+def model_level_result(folder: Path, name: str, arms: list[str], setting: str = "SmolLM2, 7000 tokens") -> Path:
+    """What model_level writes, of one document."""
+    document = {"arms": {arm: {"kl": [0.1]} for arm in arms}, "dense": {}, "sizes": {}}
     file = folder / f"{name}.json"
     file.write_text(json.dumps({"setting": setting, "results": {"documents": [document]}}))
     return file
 
 
-def test_results_of_the_same_arms_and_setting_are_joined(tmp_path: Path) -> None:
-    files = [model_level_result(tmp_path, name) for name in ("a", "b")]
+def test_results_of_one_setting_are_joined_by_their_common_arms(tmp_path: Path) -> None:
+    files = [model_level_result(tmp_path, "a", ["x", "y", "z"]), model_level_result(tmp_path, "b", ["y", "z", "u"])]
     documents, setting = model_level.join(files)
-    assert len(documents) == 2 and setting == "SmolLM2, 7000 tokens"
-    for other in ({"arm": "ours-256"}, {"setting": "SmolLM2, 4000 tokens"}):
-        with pytest.raises(SystemExit, match="differ"):
-            model_level.join([*files, model_level_result(tmp_path, "c", **other)])
+    assert [list(document["arms"]) for document in documents] == [["y", "z"]] * 2
+    assert setting == "SmolLM2, 7000 tokens"
+    with pytest.raises(SystemExit, match="no policy"):
+        model_level.join([*files, model_level_result(tmp_path, "c", ["v"])])
+    with pytest.raises(SystemExit, match="differ"):
+        model_level.join([*files, model_level_result(tmp_path, "c", ["y"], "SmolLM2, 4000 tokens")])
     (tmp_path / "d.json").write_text("{}")
     with pytest.raises(SystemExit, match="d.json is not a result"):
         model_level.join([*files, tmp_path / "d.json"])

@@ -13,7 +13,7 @@ parts of 32 tokens. Writes JSON, Markdown and SVG to benchmarks/results/.
 
     python -m benchmarks.quality.model_level --join benchmarks/results/quality-model-*.json
 
-puts the documents of several runs into one table; the same arms must have been run on each.
+puts the documents of several runs into one table, with the arms that all have.
 """
 
 from __future__ import annotations
@@ -273,8 +273,8 @@ def main() -> None:
 
 
 def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
-    """The documents of several results and what all of them say of their setting; SystemExit where they differ."""
-    documents, settings, arms = [], set(), set()
+    """The documents of several results, with the arms that all have, and their setting; SystemExit where that differs."""
+    documents, settings = [], set()
     for file in files:
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
@@ -282,11 +282,13 @@ def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
         except (OSError, ValueError, KeyError) as error:
             raise SystemExit(f"{file} is not a result of this benchmark ({error!r}): name its JSON files") from None
         settings.add(about["setting"])
-        arms |= {tuple(document["arms"]) for document in about["results"]["documents"]}
-    if len(settings) > 1 or len(arms) > 1:
-        raise SystemExit(
-            f"these results differ in setting or arms ({'; '.join(sorted(settings))}): join like with like"
-        )
+    if len(settings) > 1:
+        raise SystemExit(f"these results differ in their setting ({'; '.join(sorted(settings))}): join like with like")
+    common = set.intersection(*(set(document["arms"]) for document in documents))
+    if not common:
+        raise SystemExit("these results have no policy at the same budget in common: join like with like")
+    for document in documents:
+        document["arms"] = {name: arm for name, arm in document["arms"].items() if name in common}
     return documents, settings.pop()
 
 

@@ -98,6 +98,7 @@ bench: dev-env demo-model
 	$(PY) -m benchmarks.serving
 	$(PY) -m benchmarks.latency
 	$(PY) -m benchmarks.quality.model_level --budgets 128 256 512 1024
+	$(PY) -m benchmarks.quality.precision
 	$(PY) -m benchmarks.quality.attention_level
 	$(PY) -m benchmarks.quality.drift
 	$(PY) -m benchmarks.quality.tasks --samples $(BENCH_SAMPLES)

@@ -2,8 +2,9 @@
 
 One server on the demo model, with a budget so small that prompts of a few hundred tokens, and longer answers, go the sparse
 way. What fails for `torch_native` too is in FAILS with its reason: a model of 135M parameters can't do all that they ask.
-`CLUSTERKV_PEERS_BACKEND=torch_native` runs all of it against that backend, which is how the table was checked;
-`CLUSTERKV_PEERS=all` adds what takes too long for every change. The attention unit kit is in test_attention_kit.py.
+`CLUSTERKV_PEERS_BACKEND=torch_native` runs all of it against that backend, which is how the table was checked. EVERY_CHANGE and
+the clients are part of `make test`, the rest of `make test-long`; `CLUSTERKV_PEERS=all` adds the slowest. The attention
+unit kit is in test_attention_kit.py.
 
 Red when: a client of SGLang's gets an error or another result than it asserts, the load with a shared prefix is not decoded
 sparsely or clusters its prefixes again, or a kit has a test that no list here names.
@@ -63,6 +64,17 @@ SLOW = {
     "test_stream": 12,
     "test_parallel_decoding": 50,
 }
+
+# Kits and programs of each kind that run for every change.
+EVERY_CHANGE = (
+    "basic_api_contract_kit",
+    "matched_stop_kit",
+    "regex_constrained_kit.RegexConstrainedMixin.test_regex_generate_greeting",
+    "json_constrained_kit.JSONConstrainedMixin.test_json_openai",
+    "test_few_shot_qa",
+    "test_mt_bench",
+    "test_select",
+)
 
 KITS = {
     "basic_api_contract_kit.BasicAPIContractMixin": [
@@ -137,6 +149,8 @@ def cases(names: list[str]) -> list[Any]:
             fails = FAILS[name]
             also = "torch_native fails too" if fails.native_too else "torch_native passes"
             marks.append(pytest.mark.xfail(reason=f"{fails.reason} ({also})", strict=fails.strict, run=fails.run))
+        if not name.startswith(EVERY_CHANGE):
+            marks.append(pytest.mark.long)
         if name in SLOW and not ALL:
             marks.append(pytest.mark.skip(reason=f"takes {SLOW[name]} s: set CLUSTERKV_PEERS=all"))
         found.append(pytest.param(name, marks=marks))

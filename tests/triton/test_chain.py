@@ -116,7 +116,9 @@ def test_the_chain_is_exact_in_float64(device: str) -> None:
         for head in range(2):
             keys, values = (ex.f64(buffer[0][slots, head].numpy()) for buffer in (chain.scene.keys, chain.scene.values))
             q = ex.f64(chain.q[row - 1, head : head + 1].cpu().numpy())
-            whole = ex.request_output(q, keys, values, SCALE, recallable, rotation, options)
+            whole = ex.request_output(
+                q, keys, values, SCALE, recallable, rotation, options, outlier_share=config.outlier_share
+            )
             torch.testing.assert_close(
                 result[row - 1, head : head + 1].double(), torch.from_numpy(whole.output), atol=1e-4, rtol=1e-3
             )

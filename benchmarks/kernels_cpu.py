@@ -80,7 +80,9 @@ def clustering(scene: Scene) -> list[Clustering]:
 
     def labels() -> None:
         for layer in centered:
-            kmeans.labels_of(layer, clusters, config.kmeans_passes, int(clusters * config.outlier_share))
+            kmeans.labels_of(
+                layer, clusters, config.kmeans_passes, kmeans.outlier_count(clusters, config.outlier_share)
+            )
 
     def tables() -> None:
         for layer_keys, layer_values in zip(keys, values, strict=True):

@@ -43,9 +43,10 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
     config = index.config
     tokens = keys.shape[1]
     clusters = tokens // config.tokens_per_cluster
+    outliers = kmeans.outlier_count(clusters, config.outlier_share)
     center = keys.mean(1)
     centered = keys - center.unsqueeze(1)
-    labels = kmeans.labels_of(centered, clusters, config.kmeans_passes, int(clusters * config.outlier_share))
+    labels = kmeans.labels_of(centered, clusters, config.kmeans_passes, outliers)
 
     members = labels.argsort(dim=1, stable=True)
     sizes = torch.zeros((keys.shape[0], clusters), dtype=torch.int64, device=keys.device)

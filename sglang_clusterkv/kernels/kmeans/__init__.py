@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 
 from sglang_clusterkv.kernels.kmeans import reference
+from sglang_clusterkv.kernels.kmeans.reference import outlier_count
+
+__all__ = ["labels_of", "outlier_count", "sum_by_label"]
 
 
 def labels_of(keys: torch.Tensor, clusters: int, passes: int, outliers: int = 0) -> torch.Tensor:

@@ -38,6 +38,11 @@ def sum_by_label(rows: torch.Tensor, labels: torch.Tensor, clusters: int) -> tor
     return torch.bmm(one_hot.transpose(1, 2), rows)
 
 
+def outlier_count(clusters: int, share: float) -> int:
+    """How many of a segment's clusters may be given to outliers."""
+    return int(clusters * share)
+
+
 def costs_to_leave(centroids: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """What a cluster's members would lose without it: its size by the squared distance to the nearest larger cluster.
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.kmeans.reference import outlier_count
 
 _ROWS = 64  # keys per program where a tile of keys is read
 _CENTROIDS = 32  # centroids per step of an assignment
@@ -24,13 +25,8 @@ _MEANS = 16  # clusters per program where members are summed
 _LISTS = 128  # clusters per program where members are listed
 _SCANNED = 32  # labels per step there
 _RANKED = 1024  # numbers per step where the largest are searched
-LENGTHS = (
-    "tokens_of_call",
-    "clusters",
-    "outliers",
-    "length",
-    "tiles",
-)  # differ from call to call: no variant for 1 and multiples of 16
+# These differ from call to call: no variant for 1 and multiples of 16.
+LENGTHS = ("tokens_of_call", "clusters", "outliers", "length", "tiles")
 _DOT = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16  # the interpreter multiplies the bits of bf16
 
 
@@ -96,7 +92,7 @@ def segments_of(slots: list[torch.Tensor], tokens_per_cluster: int, outlier_shar
     tokens = [segment.numel() for segment in slots]
     clusters = [count // tokens_per_cluster for count in tokens]
     assert min(clusters) > 0, f"a segment of {min(tokens)} tokens has no cluster"
-    outliers = [int(count * outlier_share) for count in clusters]
+    outliers = [outlier_count(count, outlier_share) for count in clusters]
     lengths = torch.tensor([[0, *tokens], [0, *clusters], [0, *outliers]], dtype=torch.int32)
     begins = lengths.cumsum(1, dtype=torch.int32)
     device = slots[0].device

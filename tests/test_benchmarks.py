@@ -426,7 +426,7 @@ def test_the_objective_is_the_distance_to_the_clusters_mean() -> None:
 
 def model_level_result(folder: Path, name: str, arms: list[str], setting: str = "SmolLM2, 7000 tokens") -> Path:
     """What model_level writes, of one document."""
-    document = {"arms": {arm: {"kl": [0.1]} for arm in arms}, "dense": {}, "sizes": {}}
+    document = {"arms": {arm: {"kl": [0.1]} for arm in arms}, "dense": {"surprise": [name]}, "sizes": {}}
     file = folder / f"{name}.json"
     file.write_text(json.dumps({"setting": setting, "results": {"documents": [document]}}))
     return file
@@ -437,6 +437,8 @@ def test_results_of_one_setting_are_joined_by_their_common_arms(tmp_path: Path) 
     documents, setting = model_level.join(files)
     assert [list(document["arms"]) for document in documents] == [["y", "z"]] * 2
     assert setting == "SmolLM2, 7000 tokens"
+    with pytest.raises(SystemExit, match="one document"):
+        model_level.join([*files, files[0]])
     with pytest.raises(SystemExit, match="no policy"):
         model_level.join([*files, model_level_result(tmp_path, "c", ["v"])])
     with pytest.raises(SystemExit, match="differ"):

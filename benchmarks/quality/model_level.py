@@ -11,7 +11,7 @@ decode step, layer and kv head as bf16 KV would have them: metadata, recalled to
 `equal-bytes` rows give the published policy the budget at which it reads what ours reads. Intervals are 95 %, by bootstrap over
 parts of 32 tokens. Writes JSON, Markdown and SVG to benchmarks/results/.
 
-    python -m benchmarks.quality.model_level --join benchmarks/results/quality-model-*.json
+    python -m benchmarks.quality.model_level --join RESULT.json RESULT.json
 
 puts the documents of several runs into one table, with the arms that all have.
 """
@@ -19,6 +19,7 @@ puts the documents of several runs into one table, with the arms that all have.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import tempfile
@@ -284,6 +285,8 @@ def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
         settings.add(about["setting"])
     if len(settings) > 1:
         raise SystemExit(f"these results differ in their setting ({'; '.join(sorted(settings))}): join like with like")
+    if any(first["dense"] == second["dense"] for first, second in itertools.combinations(documents, 2)):
+        raise SystemExit("one document is in two of these results: name the results of different documents")
     common = set.intersection(*(set(document["arms"]) for document in documents))
     if not common:
         raise SystemExit("these results have no policy at the same budget in common: join like with like")

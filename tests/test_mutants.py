@@ -8,6 +8,9 @@ import pytest
 from mutants import MUTANTS, verdict
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+FIRST, *OTHERS = MUTANTS
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def test_the_state_machine_notices(name: str) -> None:
     assert verdict(MUTANTS[name], worlds=300), f"{name} survived"

@@ -424,6 +424,28 @@ def test_the_objective_is_the_distance_to_the_clusters_mean() -> None:
     assert key_objective(keys, torch.tensor([[0, 1, 2, 2]]), 3) == pytest.approx(0.5)
 
 
+def test_changes_are_arms_of_ours_at_every_budget() -> None:
+    changes = [{"choice_spread": 0.5}, {"candidate_tokens": 512}]
+    arms = model_level.arms_of(["ours", "oracle"], [128, 256], None, changes)
+    names = [arm.name for arm in arms]
+    assert names[:4] == ["ours-128", "ours-256", "oracle-128", "oracle-256"]
+    assert names[4:6] == ["ours-128-choice_spread 0.5", "ours-128-candidate_tokens 512"]
+    assert len(names) == len(set(names))
+    assert arms[5].options == {"budget_tokens": 128, "candidate_tokens": 512}
+    assert [model_level.changed(arm.options) for arm in arms[3:5]] == [{}, {"choice_spread": 0.5}]
+
+
+def test_bytes_are_those_of_the_servers_configuration() -> None:
+    (arm,) = model_level.arms_of(["ours"], [256])
+
+    def read(config: dict[str, Any]) -> float:
+        return model_level.step_bytes(arm, model_level.Sizes(6800, 150, 64, 30, config))
+
+    # Twice the clusters: another row of 36 bytes, a spread and an end of 2 each; 512 own mean values as before.
+    assert read({"tokens_per_cluster": 4}) - read({}) == pytest.approx(6800 / 8 * (36 + 4))
+    assert read({"code_bits": 1}) == pytest.approx(read({}) - 2048 * 64 / 8)
+
+
 def model_level_result(folder: Path, name: str, arms: list[str], setting: str = "SmolLM2, 7000 tokens") -> Path:
     """What model_level writes, of one document."""
     document = {"arms": {arm: {"kl": [0.1]} for arm in arms}, "dense": {"surprise": [name]}, "sizes": {}}

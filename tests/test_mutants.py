@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 from mutants import MUTANTS, verdict
 
-
 FIRST, *OTHERS = MUTANTS
 
 

@@ -19,22 +19,25 @@ def _pyplot() -> Any:
 
 
 def quality_against_bytes(lines: list[dict[str, Any]]) -> Any:
-    """KL to dense over KiB read per step, one curve per policy, both axes logarithmic.
+    """KL to dense over KiB read per step, one curve per policy and change of its options, both axes logarithmic.
 
     Args:
         lines: of `model_level.summary`; equal-bytes rows join their policy's curve.
     """
     figure, axes = _pyplot().subplots(figsize=(8, 5), layout="constrained")
-    for name, policy in POLICIES.items():
-        points = sorted((line["bytes"] / 1024, max(line["kl"], 1e-6)) for line in lines if line["policy"] == name)
-        if not points:
-            continue
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for line in lines:
+        curve = curves.setdefault((line["policy"], line["change"]), [])
+        curve.append((line["bytes"] / 1024, max(line["kl"], 1e-6)))
+    for name, change in sorted(curves, key=lambda curve: list(POLICIES).index(curve[0])):
+        policy = POLICIES[name]
         style = {
             "linestyle": "-" if policy.is_method else ":",
             "marker": "o",
-            "linewidth": 2.5 if name == "ours" else 1.2,
+            "linewidth": 2.5 if name == "ours" and not change else 1.2,
         }
-        axes.plot(*zip(*points, strict=True), label=policy.title, **style)
+        label = f"{policy.title}, {change}" if change else policy.title
+        axes.plot(*zip(*sorted(curves[name, change]), strict=True), label=label, **style)
     axes.set(xscale="log", yscale="log", xlabel="KiB read per decode step, layer and kv head (bf16 KV)")
     axes.set_ylabel("mean KL(dense || policy) per token, nats")
     axes.grid(which="both", alpha=0.3)

@@ -48,6 +48,8 @@ SMALL_BUDGET = 128  # half of the candidates do up to here
 SERVER_FLAGS = [*FLAGS, "--max-total-tokens", "20000", "--page-size", "16", "--sleep-on-idle"]
 QUICK_POLICIES = ["window", "quest", "published", "ours", "oracle"]
 MINIMUM_EQUAL_BUDGET = 16
+OURS = "ours"
+SIZE_OPTIONS = ("budget_tokens", "candidate_tokens")  # columns of their own
 
 
 class Arm(NamedTuple):
@@ -65,8 +67,20 @@ def options_of(budget: int, candidates: int | None = None) -> dict[str, Any]:
     return {"budget_tokens": budget, "candidate_tokens": max(budget, candidates)}
 
 
-def arms_of(policies: list[str], budgets: list[int], candidates: list[int] | None = None) -> list[Arm]:
-    """Every policy at every budget, and at every number of candidates where some are given."""
+def arms_of(
+    policies: list[str],
+    budgets: list[int],
+    candidates: list[int] | None = None,
+    changes: Sequence[dict[str, Any]] = (),
+) -> list[Arm]:
+    """Every policy at every budget, and at every number of candidates where some are given; then ours with each change.
+
+    Args:
+        policies: of `POLICIES`.
+        budgets: tokens.
+        candidates: tokens; None: `options_of` chooses.
+        changes: step options of ours, each to be compared at every budget.
+    """
     arms = []
     counts: Sequence[int | None] = candidates or [None]
     for policy in policies:
@@ -74,21 +88,34 @@ def arms_of(policies: list[str], budgets: list[int], candidates: list[int] | Non
             for count in counts:
                 name = f"{policy}-{budget}" + (f"-{count}" if count else "")
                 arms.append(Arm(name, policy, options_of(budget, count)))
+    for budget, change in itertools.product(budgets, changes):
+        arms.append(Arm(f"{OURS}-{budget}-{change_text(change)}", OURS, options_of(budget) | change))
     return arms
 
 
+def changed(options: dict[str, Any]) -> dict[str, Any]:
+    """Step options beside the budget and the candidates."""
+    return {name: value for name, value in options.items() if name not in SIZE_OPTIONS}
+
+
+def change_text(options: dict[str, Any]) -> str:
+    """Options as `name value, name value`."""
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
 class Sizes(NamedTuple):
-    """What a step had before it, and the model's shape."""
+    """What a step had before it, the model's shape, and the server's configuration."""
 
     clustered: int
     base: int
     head_dim: int
     layers: int
+    config: dict[str, Any]
 
 
 def step_bytes(arm: Arm, sizes: Sizes) -> float:
     """Bytes per decode step, layer and kv head."""
-    reading = Reading(sizes.clustered, sizes.base, sizes.head_dim, ClusterKVConfig(**arm.options))
+    reading = Reading(sizes.clustered, sizes.base, sizes.head_dim, ClusterKVConfig(**(sizes.config | arm.options)))
     return POLICIES[arm.policy].step_bytes(reading, sizes.layers)
 
 
@@ -133,7 +160,7 @@ def compare(document: Document, reference: np.ndarray, rows: np.ndarray) -> dict
     }
 
 
-def sizes_of(server_counts: dict[str, Any], document: Document, model: dict[str, int]) -> Sizes:
+def sizes_of(server_counts: dict[str, Any], document: Document, model: dict[str, Any]) -> Sizes:
     """Clustered and always-attended tokens of a mean sparse step of the document."""
     clustered = server_counts["tokens_available"] / server_counts["sparse_steps"]
     length = len(document.prompt) + len(document.decoded) / 2
@@ -141,7 +168,7 @@ def sizes_of(server_counts: dict[str, Any], document: Document, model: dict[str,
 
 
 def run_document(
-    server: Server, document: Document, arms: list[Arm], model: dict[str, int], equal: bool
+    server: Server, document: Document, arms: list[Arm], model: dict[str, Any], equal: bool
 ) -> dict[str, Any]:
     """All arms over one document."""
     server.flush()
@@ -167,7 +194,7 @@ def run_document(
             "options": arm.options,
             "bytes": step_bytes(arm, sizes),
         }
-        if equal and arm.policy == "ours":
+        if equal and arm.policy == OURS and not changed(arm.options):
             queue.append(equal_bytes("published", arm, sizes))
             bar.total += 1
         bar.update()
@@ -188,6 +215,7 @@ def summary(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "policy": parts[0]["policy"],
+                "change": change_text(changed(parts[0]["options"])),
                 "budget": parts[0]["options"]["budget_tokens"],
                 "candidates": parts[0]["options"]["candidate_tokens"],
                 "bytes": mean([[part["bytes"]] for part in parts]),
@@ -220,7 +248,8 @@ def table(lines: list[dict[str, Any]], documents: list[dict[str, Any]]) -> str:
     for line in lines:
         low, high = line["kl_interval"]
         title = POLICIES[line["policy"]].title + (" (equal bytes)" if "equal-bytes" in line["name"] else "")
-        candidates = line["candidates"] if line["policy"].startswith("ours") else "-"
+        title += f", {line['change']}" if line["change"] else ""
+        candidates = line["candidates"] if line["policy"].startswith(OURS) else "-"
         out.append(
             f"| {title} | {line['budget']} | {candidates} | {line['bytes'] / 1024:.0f} | 1/{everything / line['bytes']:.1f} "
             f"| {line['kl']:.5f} ({low:.5f} to {high:.5f}) | {100 * line['same']:.1f} % | {line['answer_kl']:.4f} "
@@ -241,6 +270,9 @@ def main() -> None:
         "--candidates", type=int, nargs="+", help="candidate tokens to compare, instead of the defaults'"
     )
     parser.add_argument(
+        "--changes", type=json.loads, nargs="+", default=[], help="step options of ours, JSON each, beside the defaults"
+    )
+    parser.add_argument(
         "--policies", nargs="+", choices=POLICIES, default=[name for name in POLICIES if name != "dense"]
     )
     parser.add_argument("--text", help="another text, a file")
@@ -259,6 +291,7 @@ def main() -> None:
     else:
         documents, source = run(args)
         setting = f"SmolLM2-135M-Instruct, float32, {source}, {args.tokens} tokens"
+        setting += f", {change_text(args.config)}" if args.config else ""
     lines = summary(documents)
     body = table(lines, documents)
     print(f"\n{body}\n")
@@ -295,7 +328,7 @@ def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
     return documents, settings.pop()
 
 
-def model_shape() -> dict[str, int]:
+def model_shape() -> dict[str, Any]:
     """head_dim and layers of the demo model."""
     shape = AutoConfig.from_pretrained(default_out())
     return {"head_dim": shape.hidden_size // shape.num_attention_heads, "layers": shape.num_hidden_layers}
@@ -309,11 +342,11 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     tokenizer = AutoTokenizer.from_pretrained(default_out())
     source, text = read_text(args.text)
     made = make_documents(tokenizer, text, args.first + args.documents, args.tokens, args.natural)[args.first :]
-    arms = arms_of(args.policies, args.budgets, args.candidates)
+    arms = arms_of(args.policies, args.budgets, args.candidates, args.changes)
     log = Path(tempfile.mkdtemp(prefix="quality-")) / "server.log"
     print(f"starting a server; its log: {log}", flush=True)
     documents = []
-    model = model_shape()
+    model = model_shape() | {"config": args.config}
     with serve(default_out(), log, *SERVER_FLAGS, config=args.config) as server:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -15,7 +15,7 @@ from sglang_clusterkv import runtime
 from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.clusters.step import DenseStep, dense_step
-from sglang_clusterkv.clusters.warmup import compile_cpu_kernels
+from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
@@ -63,7 +63,7 @@ class ClusterKVAttnBackend(AttentionBackend):
         arguments = runner.server_args
         ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
         self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks, self._threads)
-        if self.prefill is None and self.engine is not None:
+        if self.engine is not None:
             _warm_up(runner, self.engine)
         self._step: DecodeStep | None = None
         self._all_dense: DenseStep | None = None
@@ -225,15 +225,17 @@ class ClusterKVAttnBackend(AttentionBackend):
 
 
 def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:
-    """Compile what the model's layers will run on the CPU."""
+    """Compile what the model's layers will run."""
     geometry, model = engine.index.geometry, runner.model_config
-    compile_cpu_kernels(
+    compile_kernels(
         engine.config,
+        engine.index.device,
         page_size=geometry.page_size,
         kv_heads=geometry.kv_heads,
         group=model.num_attention_heads // model.get_total_num_kv_heads(),
         head_dim=geometry.head_dim,
         dtype=engine.key_buffers[0].dtype,
+        context_tokens=min(model.context_len, geometry.slots),
     )
 
 

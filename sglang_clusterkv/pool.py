@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.memory.device import Geometry
+from sglang_clusterkv.memory.device import Geometry, index_pages
 
 
 class ClusterKVPool(MHATokenToKVPool):
@@ -40,7 +40,7 @@ class ClusterKVPool(MHATokenToKVPool):
             kv_heads=self.head_num,
             head_dim=self.head_dim,
             page_size=self.page_size,
-            pages=-(-(self.size + self.page_size) // self.page_size),
+            pages=index_pages(-(-(self.size + self.page_size) // self.page_size)),
         )
         self.cluster_index = ClusterIndex(config, geometry, torch.device(self.device).type)
 

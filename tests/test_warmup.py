@@ -1,14 +1,21 @@
 """The kernels that a server runs are compiled when it starts, whatever its configuration.
 
-Red when: the warm-up decodes densely, or misses a configuration that the server accepts.
+Red when: the warm-up decodes densely, or misses a configuration that the server accepts; or when a request's length, its
+place in a batch, or a segment's length makes Triton compile a kernel after it.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from sglang_clusterkv.clusters.warmup import compile_cpu_kernels
+from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.refine.cpu import value_kernel
 
@@ -19,5 +26,19 @@ from sglang_clusterkv.kernels.refine.cpu import value_kernel
 )
 def test_any_configuration_is_warmed_up(fields: dict[str, object]) -> None:
     config = ClusterKVConfig(**fields)
-    compile_cpu_kernels(config, page_size=16, kv_heads=2, group=3, head_dim=64, dtype=torch.float32)
+    compile_kernels(
+        config, "cpu", page_size=16, kv_heads=2, group=3, head_dim=64, dtype=torch.float32, context_tokens=8192
+    )
     assert value_kernel(64, 3, 2).signatures or not config.refine
+
+
+def test_triton_compiles_nothing_after_the_warm_up() -> None:
+    tests = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests)])
+    done = subprocess.run(
+        [sys.executable, str(tests / "launches.py")], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["late"] == [] and found["at_start"] > 15

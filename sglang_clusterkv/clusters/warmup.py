@@ -1,4 +1,4 @@
-"""Compile the CPU kernels at start instead of in somebody's first request."""
+"""Compile the kernels at start instead of in somebody's first request."""
 
 from __future__ import annotations
 
@@ -12,58 +12,116 @@ import torch
 from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.clusters.step import SparseStep
+from sglang_clusterkv.config import MIN_SEGMENT_PAGES, ClusterKVConfig
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
-from sglang_clusterkv.memory.device import Geometry
+from sglang_clusterkv.memory.device import Geometry, index_pages
 
 logger = logging.getLogger(__name__)
 
 _SLOW_S = 5.0
+_SEGMENT_CLUSTERS = 128  # of the segments here: requests of every size can be put together from them
 
 
-def compile_cpu_kernels(
-    config: ClusterKVConfig, *, page_size: int, kv_heads: int, group: int, head_dim: int, dtype: torch.dtype
+def compile_kernels(
+    config: ClusterKVConfig,
+    device: str,
+    *,
+    page_size: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    context_tokens: int,
 ) -> None:
-    """Run prefill, clustering, sparse and dense decode once on a small pool of the same types.
+    """Run prefill, clustering, sparse and dense decode on a small pool of the same types, at every size that is compiled for.
 
-    numba keeps what it compiles on disk, so this takes half a minute once and a second later on.
+    numba and Triton keep what they compile on disk, so this takes half a minute once and a second later on.
 
     Args:
         config: the resolved configuration; what depends on it is compiled for it.
+        device: type of the KV pool's device.
         page_size: tokens per page.
         kv_heads: of this rank.
         group: query heads per kv head.
         head_dim: channels of a head.
         dtype: of the KV pool.
+        context_tokens: the longest request.
     """
     begin = time.perf_counter()
-    # Sizes do not matter to what is compiled, so they are small; nothing may go the dense way.
+    by_size = _compiles_by_size(device)
+    segment_tokens = max(MIN_SEGMENT_PAGES, _SEGMENT_CLUSTERS * config.tokens_per_cluster // page_size) * page_size
     config = msgspec.structs.replace(
         config,
-        dense_below_tokens=0,
-        budget_tokens=min(config.budget_tokens, 64),
-        candidate_tokens=min(config.candidate_tokens, 128),
+        dense_below_tokens=0,  # nothing may go the dense way
+        segment_tokens=min(config.segment_tokens, segment_tokens),
+        recluster_every=min(config.recluster_every, segment_tokens),
     )
+    if not by_size:
+        config = msgspec.structs.replace(
+            config, budget_tokens=min(config.budget_tokens, 64), candidate_tokens=min(config.candidate_tokens, 128)
+        )
     tokens = config.sink_tokens + config.budget_tokens + 2 * config.segment_tokens + config.window_tokens
-    pages = -(-tokens // page_size) + 1
+    pages = index_pages(-(-tokens // page_size) + 2)
+    shape = (pages * page_size, kv_heads, head_dim)
     engine = ClusterEngine(
-        ClusterIndex(config, Geometry(1, kv_heads, head_dim, page_size, pages + 1), "cpu"),
-        [torch.randn((pages + 1) * page_size, kv_heads, head_dim).to(dtype)],
-        [torch.randn((pages + 1) * page_size, kv_heads, head_dim).to(dtype)],
-        torch.arange(page_size, (pages + 1) * page_size, dtype=torch.int32).repeat(2, 1),
+        ClusterIndex(config, Geometry(1, kv_heads, head_dim, page_size, pages), device),
+        [torch.randn(shape, device=device).to(dtype)],
+        [torch.randn(shape, device=device).to(dtype)],
+        torch.arange(page_size, pages * page_size, dtype=torch.int32, device=device).repeat(2, 1),
         HandedOut(),
     )
     engine.begin_extend([Extend(1, "warm-up", 0, tokens, tokens, last_chunk=True)])
     step = engine.begin_decode(np.array([1]), np.array([tokens + 1]))
     keys, values = engine.key_buffers[0], engine.value_buffers[0]
-    q = torch.randn(1, kv_heads * group, head_dim).to(dtype)
+    q = torch.randn(1, kv_heads * group, head_dim, device=device).to(dtype)
     assert step.sparse is not None, f"the warm-up's {tokens} tokens were decoded densely"
-    sparse_decode(q, keys, values, engine.index, 0, step.sparse, 1.0)
+    steps = [step.sparse]
+    if by_size:
+        per_segment = config.segment_tokens // config.tokens_per_cluster
+        counts = _segment_counts(per_segment, context_tokens // config.tokens_per_cluster)
+        steps += [_repeated(step.sparse, count) for count in counts]
+    for sparse in steps:
+        sparse_decode(q, keys, values, engine.index, 0, sparse, 1.0)
     slots = engine.req_to_token[1, : tokens + 1].long()
-    dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1]), 1.0)
-    extend(q, keys, values, slots, 1.0)
+    dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0)
+    if device == "cpu":  # elsewhere SGLang's own backend prefills
+        extend(q, keys, values, slots, 1.0)
     took_s = time.perf_counter() - begin
     if took_s > _SLOW_S:
-        logger.info("clusterkv: compiled the CPU kernels in %.0f s; they are kept for the next start", took_s)
+        logger.info("clusterkv: compiled the kernels in %.0f s; they are kept for the next start", took_s)
+
+
+def _compiles_by_size(device: str) -> bool:
+    """Whether kernels know the budget, and the clusters of a request up to a power of two: Triton's do, numba's do not."""
+    return device != "cpu"
+
+
+def _segment_counts(per_segment: int, most: int) -> list[int]:
+    """Segments of a request, with the least and the most clusters of every power of two.
+
+    Args:
+        per_segment: clusters of a segment.
+        most: clusters of the longest request.
+    """
+    counts, power = {1}, 1
+    while power < most:  # those with more than `power` clusters and at most twice as many
+        counts |= {power // per_segment + 1, 2 * power // per_segment}
+        power *= 2
+    return sorted(count for count in counts if count)
+
+
+def _repeated(step: SparseStep, segments: int) -> SparseStep:
+    """A step of one request with so many recallable segments, each the first one of `step`."""
+    pages = int(step.segment_begin[0, 1])
+    segment = torch.arange(segments, device=step.pages.device)
+    return step._replace(
+        pages=step.pages[:, :pages].repeat(1, segments),
+        page_count=torch.full_like(step.page_count, segments * pages),
+        segment_of_page=segment.repeat_interleave(pages).unsqueeze(0),
+        segment_begin=segment.mul(pages).unsqueeze(0),
+        segment_count=torch.full_like(step.segment_count, segments),
+        recallable_tokens=step.recallable_tokens // step.pages.shape[1] * pages * segments,
+    )

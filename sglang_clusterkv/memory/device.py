@@ -24,7 +24,7 @@ class Geometry:
         kv_heads: kv heads of this rank.
         head_dim: channels of a key and of a value.
         page_size: tokens per page.
-        pages: pages of the pool, its padding page 0 included.
+        pages: pages of the pool, its padding page 0 included; see `index_pages`.
     """
 
     layers: int
@@ -37,6 +37,14 @@ class Geometry:
     def slots(self) -> int:
         """Token slots of the pool."""
         return self.pages * self.page_size
+
+
+def index_pages(pool_pages: int) -> int:
+    """Pages that an index has room for: so many that every layer's part of every array begins at 16 bytes.
+
+    Wide loads need that, and Triton would compile its kernels once more for parts that begin elsewhere.
+    """
+    return -(-pool_pages // 8) * 8
 
 
 def index_shapes(config: ClusterKVConfig, geometry: Geometry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -76,6 +76,10 @@ def target_of(arrays: dict[str, torch.Tensor], rows: RowCodec, tokens: TokenCode
     )
 
 
+# Of calls and of pools: no variants for 1 and multiples of 16.
+SIZES = (*LENGTHS, "rows_of_layer", "slots_of_layer", "pages_of_layer")
+
+
 @triton.jit
 def bf16_bits(x):
     """Bits of the nearest bf16, ties to even, as int16 (a cast would truncate in the interpreter)."""
@@ -172,7 +176,7 @@ def load_decoded(
     return levels.to(tl.float32) * bf16_value(scales)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def describe_kernel(
     keys_ptr, key_offsets_ptr, values_ptr, value_offsets_ptr, slot_stride, head_stride,
     slots_ptr, token_begin_ptr, cluster_begin_ptr, center_ptr, members_ptr, cluster_end_ptr,
@@ -238,7 +242,7 @@ def describe_kernel(
     tl.store(parts_ptr + part * (2 * D) + D + channels, tl.sum(values, 0), mask=real)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
     slots_ptr, token_begin_ptr, cluster_begin_ptr, center_ptr, variance_ptr, parts_ptr, spread_ptr, vectors_ptr,
     clusters, tiles, rows_of_layer, pages_of_layer,
@@ -282,7 +286,7 @@ def finish_kernel(
         tl.store(spread_ptr + layer_row * H + n % H, bf16_bits(spread), mask=live)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def members_kernel(
     slots_ptr, token_begin_ptr, members_ptr, index_members_ptr, tokens_of_call, slots_of_layer,
     H: tl.constexpr, TOKENS: tl.constexpr,
@@ -297,7 +301,7 @@ def members_kernel(
     tl.store(index_members_ptr + ((n // H).to(tl.int64) * slots_of_layer + slot) * H + n % H, member, mask=live)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def code_kernel(
     keys_ptr, layer_offsets_ptr, slot_stride, head_stride,
     slots_ptr, token_begin_ptr, center_ptr, labels_ptr, members_ptr, key_rows_ptr, key_scales_ptr,

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sglang_clusterkv.kernels.decode.workspace import Allocate, Workspace, WorkspaceShape
 
 MASSES_HELD = 16384  # by one program, in registers
+LEAST_HELD = 256  # fewer make no program faster, and every size is a compilation
 REST_CLUSTERS, REST_SEGMENTS = 128, 16  # per tile of the others
 STAGES = 2  # a third one spills registers
 NO_PLACE = tl.constexpr(2**31 - 1)
@@ -347,7 +348,7 @@ def estimate_constants(
 ) -> dict[str, Any]:
     """The kernel's constants, by argument name, for `clusters` listed clusters of which `limit` use their own value."""
     channels = codec.head_dim
-    block = min(triton.next_power_of_2(clusters), MASSES_HELD)
+    block = min(max(LEAST_HELD, triton.next_power_of_2(clusters)), MASSES_HELD)
     return {
         "HEADS": heads,
         "GROUP": group,

@@ -93,13 +93,15 @@ def segments_of(slots: list[torch.Tensor], tokens_per_cluster: int, outlier_shar
     clusters = [count // tokens_per_cluster for count in tokens]
     assert min(clusters) > 0, f"a segment of {min(tokens)} tokens has no cluster"
     outliers = [outlier_count(count, outlier_share) for count in clusters]
-    lengths = torch.tensor([[0, *tokens], [0, *clusters], [0, *outliers]], dtype=torch.int32)
+    # Rows of whole 16 bytes: Triton compiles kernels anew for a pointer that is aligned otherwise.
+    unused = [0] * (-(len(slots) + 1) % 4)
+    lengths = torch.tensor([[0, *numbers, *unused] for numbers in (tokens, clusters, outliers)], dtype=torch.int32)
     begins = lengths.cumsum(1, dtype=torch.int32)
     device = slots[0].device
     if device.type != "cpu":
         begins = begins.pin_memory().to(device, non_blocking=True)
     longest, sums = (max(tokens), max(clusters), max(outliers)), (sum(clusters), sum(outliers))
-    return Segments(torch.cat(slots), *begins.unbind(), *longest, *sums)
+    return Segments(torch.cat(slots), *begins[:, : len(slots) + 1].unbind(), *longest, *sums)
 
 
 @triton.jit

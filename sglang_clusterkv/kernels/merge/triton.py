@@ -5,8 +5,6 @@ One program has one query head: the parts are few (splits of attend, parts of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -22,10 +20,13 @@ PARTS_AT_ONCE = 32
 
 
 @triton.jit
-def highest_lse(lse, first, parts, GROUP: tl.constexpr, PARTS_PAD: tl.constexpr):
+def highest_lse(lse, first, parts, GROUP: tl.constexpr, BLOCK_P: tl.constexpr):
     """The largest of `parts` log-sum-exps, `GROUP` apart, the first at `first`."""
-    p = tl.arange(0, PARTS_PAD)
-    return tl.max(tl.load(lse + first + p * GROUP, mask=p < parts, other=float("-inf")), 0)
+    highest = tl.full((BLOCK_P,), float("-inf"), tl.float32)
+    for begin in range(0, parts, BLOCK_P):
+        p = begin + tl.arange(0, BLOCK_P)
+        highest = tl.maximum(highest, tl.load(lse + first + p * GROUP, mask=p < parts, other=float("-inf")))
+    return tl.max(highest, 0)
 
 
 @triton.jit
@@ -49,12 +50,15 @@ def sum_parts(
     return total, weight
 
 
-@triton.jit(do_not_specialize=["queries"])
+COUNTS = ("splits", "parts", "exact_capacity", "rest_capacity", "queries")  # they change from step to step
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
     exact_output, exact_lse, rest_output, rest_lse, total, merged, mass, splits, parts, exact_capacity, rest_capacity,
     queries,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    SPLITS_PAD: tl.constexpr, PARTS_PAD: tl.constexpr, ESTIMATED: tl.constexpr, NOTED: tl.constexpr,
+    ESTIMATED: tl.constexpr, NOTED: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, query heads of a group).
 
@@ -64,11 +68,11 @@ def merge_kernel(
     """
     pair, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     exact_first = pair * exact_capacity * GROUP + g
-    exact_peak = highest_lse(exact_lse, exact_first, splits, GROUP, SPLITS_PAD)
+    exact_peak = highest_lse(exact_lse, exact_first, splits, GROUP, BLOCK_P)
     peak = exact_peak
     if ESTIMATED:
         rest_first = pair * rest_capacity * GROUP + g
-        peak = tl.maximum(peak, highest_lse(rest_lse, rest_first, parts, GROUP, PARTS_PAD))
+        peak = tl.maximum(peak, highest_lse(rest_lse, rest_first, parts, GROUP, BLOCK_P))
     sums, exact = sum_parts(exact_output, exact_lse, exact_first, splits, peak, GROUP, CHANNELS, BLOCK_D, BLOCK_P)
     whole = exact
     if ESTIMATED:
@@ -104,7 +108,6 @@ def _launch(
         *exact, rest_output, rest_lse, total, merged, mass, splits, parts, exact[1].shape[2],
         0 if rest_lse is None else rest_lse.shape[2], batch * heads * group,
         GROUP=group, CHANNELS=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_P=PARTS_AT_ONCE,
-        SPLITS_PAD=triton.next_power_of_2(splits), PARTS_PAD=triton.next_power_of_2(max(parts, 1)),
         ESTIMATED=rest is not None, NOTED=mass is not None,
     )  # fmt: skip
 
@@ -141,25 +144,23 @@ def merge_parts(output: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> 
 _TYPES = {
     **dict.fromkeys(("exact_output", "exact_lse", "rest_output", "rest_lse", "total"), "*fp32"),
     **{"merged": "*bf16", "mass": "*fp64"},
-    **dict.fromkeys(("splits", "parts", "exact_capacity", "rest_capacity", "queries"), "i32"),
+    **dict.fromkeys(COUNTS, "i32"),
 }
 
 
-def _case(channels: int, ones: Sequence[str] = ()) -> CompileCase:
-    """A case of Llama's group; `ones` are arguments of 1, constants to the compiler."""
+def _case(channels: int) -> CompileCase:
+    """A case of Llama's group."""
     constants = {
-        "GROUP": 4, "CHANNELS": channels, "BLOCK_D": channels, "BLOCK_P": PARTS_AT_ONCE, "SPLITS_PAD": 8,
-        "PARTS_PAD": 32, "ESTIMATED": True, "NOTED": True,
+        "GROUP": 4, "CHANNELS": channels, "BLOCK_D": channels, "BLOCK_P": PARTS_AT_ONCE, "ESTIMATED": True, "NOTED": True,
     }  # fmt: skip
-    signature = {name: kind for name, kind in _TYPES.items() if name not in ones}
     return CompileCase(
-        f"merge D={channels}" + (" ones" if ones else ""),
+        f"merge D={channels}",
         merge_kernel,
-        signature,
-        constants | dict.fromkeys(ones, 1),
-        tuple(name for name, kind in signature.items() if kind[0] == "*" and name != "mass"),
+        _TYPES,
+        constants,
+        tuple(name for name, kind in _TYPES.items() if kind[0] == "*" and name != "mass"),
         programs_per_sm=4,
     )
 
 
-COMPILE_CASES = [_case(64), _case(128), _case(256), _case(128, ("splits", "parts", "exact_capacity", "rest_capacity"))]
+COMPILE_CASES = [_case(64), _case(128), _case(256)]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sglang_clusterkv.clusters.index import ClusterIndex
     from sglang_clusterkv.clusters.step import SparseStep
 
+LEAST_TOKEN_TILES = 8  # of always-attended tokens: half as many are usual
 LEAST_HELD = 256  # clusters; fewer make no program faster, and every size is a compilation
 _LAST = tl.constexpr(2**31 - 2)
 
@@ -155,7 +156,8 @@ def constants(heads: int, group: int, per_page: int, clusters: int, token_tiles:
         "PER_PAGE": per_page,
         "HELD": held,
         "BLOCK": min(held, 256 * warps(held)),  # eight per thread
-        "TILES": triton.next_power_of_2(token_tiles + triton.cdiv(clusters, SCORE_CLUSTERS)),
+        # Of all that it may hold, so that this depends on one thing only.
+        "TILES": triton.next_power_of_2(max(token_tiles, LEAST_TOKEN_TILES) + held // SCORE_CLUSTERS),
         "CANDIDATES": triton.next_power_of_2(limit),
         "CLUSTERS": SCORE_CLUSTERS,
         "TOKENS": SCORE_TOKENS,

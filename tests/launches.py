@@ -1,0 +1,133 @@
+"""What Triton would compile for launches, found out without a GPU: its launcher runs up to the point where it compiles.
+
+Run as a process of its own, in which kernels are not interpreted:
+
+    python tests/launches.py
+
+prints, as JSON, how many kernels the warm-up of a server compiles, and which are compiled after it: [occasion, kernel].
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from scenes import PAGE, Scene
+from triton.backends.compiler import GPUTarget
+
+from sglang_clusterkv.clusters import build, warmup
+from sglang_clusterkv.clusters.build import write_in_place
+from sglang_clusterkv.clusters.index import ClusterIndex
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.attend.triton import dense_decode
+from sglang_clusterkv.kernels.decode.triton import sparse_decode
+from sglang_clusterkv.memory.device import index_pages
+
+HEADS, GROUP, HEAD_DIM, DTYPE = 2, 4, 128, torch.bfloat16
+CONTEXT = 10240
+
+
+class NoGpu:
+    """What Triton's launcher asks of a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        """An H100."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """The first."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
+
+
+class Compiled:
+    """The kernels that Triton was about to compile, each once; nothing is compiled or launched."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, str]] = set()
+        self.late: list[tuple[str, str]] = []
+        self.occasion = ""
+        triton.runtime.driver.set_active(NoGpu())
+        triton.knobs.runtime.jit_cache_hook = self._hook
+
+    def _hook(self, *, key: str, fn: Any, **_: Any) -> bool:
+        if (fn.name, key) not in self.seen:
+            self.seen.add((fn.name, key))
+            self.late.append((self.occasion, fn.name))
+        return True
+
+
+def build_segment(
+    index: ClusterIndex, segment_id: int, slots: torch.Tensor, keys: Any, values: Any, layers_per_call: int
+) -> None:
+    """What `build.build_segment` does on a GPU."""
+    write_in_place(index, [slots], keys, values)
+    index.mark(segment_id, slots[::PAGE] // PAGE)
+
+
+def decode(config: ClusterKVConfig, lengths: list[int]) -> None:
+    """One sparse and one dense step of the second of two layers, for requests of these lengths."""
+    pages = sum(lengths) // PAGE + 2 * len(lengths) + 1
+    scene = Scene(
+        config, layers=2, kv_heads=HEADS, head_dim=HEAD_DIM, pages=index_pages(pages), rows=len(lengths) + 1, context=CONTEXT,
+        dtype=DTYPE,
+    )  # fmt: skip
+    rows = [*range(1, len(lengths) + 1)]
+    for row, length in zip(rows, lengths, strict=True):
+        scene.prefill(row, length - 1)
+    step = scene.decode(rows, lengths)
+    assert step.sparse is not None and step.dense is None, "it must decode sparsely"
+    q = torch.zeros(len(rows), HEADS * GROUP, HEAD_DIM, dtype=DTYPE)
+    sparse_decode(q, scene.keys[1], scene.values[1], scene.index, 1, step.sparse, 0.1)
+    slots = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    dense_decode(q, scene.keys[1], scene.values[1], slots, torch.tensor(lengths), 0.1)
+
+
+def cluster(config: ClusterKVConfig, lengths: list[int]) -> None:
+    """Segments of these lengths, in one call."""
+    pages = sum(lengths) // PAGE + 1
+    scene = Scene(config, layers=2, kv_heads=HEADS, head_dim=HEAD_DIM, pages=index_pages(pages), dtype=DTYPE)
+    segments = torch.arange(PAGE, PAGE + sum(lengths)).split(lengths)
+    write_in_place(scene.index, list(segments), scene.keys, scene.values)
+
+
+def main() -> None:
+    """Warm up, then everything else."""
+    config = ClusterKVConfig()
+    compiled = Compiled()
+    warmup.compile_kernels(
+        config,
+        "cpu",
+        page_size=PAGE,
+        kv_heads=HEADS,
+        group=GROUP,
+        head_dim=HEAD_DIM,
+        dtype=DTYPE,
+        context_tokens=CONTEXT,
+    )
+    at_start = len(compiled.late)
+    compiled.late.clear()
+    for lengths in ([700], [3001], [9000], [701, 1500], [2000, 900, 5017], [1000] * 8, [777] * 33):
+        compiled.occasion = f"decode {lengths[:8]}"
+        decode(config, lengths)
+    for lengths in ([64], [80], [256], [272], [1008], [1024], [1024, 1024], [512, 64, 96]):
+        compiled.occasion = f"cluster {lengths}"
+        cluster(config, lengths)
+    print(json.dumps({"at_start": at_start, "late": compiled.late}))
+
+
+if __name__ == "__main__":
+    with (
+        patch.object(build, "build_segment", build_segment),
+        patch.object(warmup, "_compiles_by_size", lambda device: True),
+        patch.object(warmup, "sparse_decode", sparse_decode),
+        patch.object(warmup, "dense_decode", dense_decode),
+        patch.object(warmup, "extend", lambda *_: None),
+    ):
+        main()

@@ -18,9 +18,11 @@ from benchmarks.policies.baselines import BinaryCodes, PublishedTables, Quest, W
 from benchmarks.policies.control import switch
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from benchmarks.policies.recorder import Recorder
+from benchmarks.policies.reuse import ReusedChoice
 from sglang_clusterkv.clusters.step import SparseStep, dense_step
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.kernels.attend.reference import dense_decode
+from sglang_clusterkv.kernels.decode.cpu import decoder_of
 
 SCALE = 0.2
 LENGTHS = [700, 333]
@@ -68,12 +70,10 @@ def test_what_the_request_does_not_own_is_never_read(scene: Scene, name: str) ->
     torch.testing.assert_close(run(scene, step, q), before)
 
 
-@pytest.mark.parametrize("name", [name for name in SPARSE if POLICIES[name].make is not None])
+@pytest.mark.parametrize("name", SPARSE)
 def test_a_budget_of_everything_is_dense(scene: Scene, name: str) -> None:
     step = step_of(scene)
-    make = POLICIES[name].make
-    assert make is not None
-    scene.engine.sparse_decode = make(1024)
+    switch(scene.engine, name, {"budget_tokens": 1024, "candidate_tokens": 1024})
     q = scene.queries(2, 4)
     torch.testing.assert_close(run(scene, step, q), dense(scene, q), atol=1e-5, rtol=1e-5)
 
@@ -184,6 +184,25 @@ def test_published_tables_grow_and_start_over() -> None:
     assert len(tables.of(keys, 0, 1)) == 1, "another request has its own"
 
 
+def test_a_choice_serves_some_steps_while_queries_are_alike(scene: Scene) -> None:
+    step = step_of(scene)
+    first, other = scene.queries(2, 4), scene.queries(2, 4)
+
+    def recalled(policy: ReusedChoice, *queries: torch.Tensor) -> list[list[int]]:
+        """Slots that the last of these steps recalled for the first head of the first request, each step's in turn."""
+        found = []
+        for q in queries:
+            policy(q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+            buffers = decoder_of(scene.index, 2, False).buffers
+            found.append(sorted(buffers.recalled[0, 0, : buffers.recalled_count[0, 0]].tolist()))
+        return found
+
+    anew = recalled(ReusedChoice(1), first, other)
+    assert anew[0] != anew[1]
+    assert recalled(ReusedChoice(2), first, other, other) == [anew[0], anew[0], anew[1]]
+    assert recalled(ReusedChoice(9, 0.9), first, 2 * first, other, first) == [anew[0], anew[0], anew[1], anew[0]]
+
+
 def test_codes_find_the_strongest_token() -> None:
     torch.manual_seed(3)
     keys = torch.randn(1, 200, 64)
@@ -207,6 +226,7 @@ def test_bytes_by_hand() -> None:
         "ours": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 36 + 1024 * 20,
         "ours-no-estimate": recalled + 500 * 40 + 4000 / 1024 * 384 + 1024 * 20,
         "ours-whole-clusters": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 36 + 2 * 128,
+        "ours-reused-4": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 36 + 1024 * 20 / 4,
         "dense": 256 * 4200,
     }
     for name, expected in by_hand.items():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import msgspec
+
 from benchmarks.policies.baselines import (
     PUBLISHED_TOKENS_PER_CLUSTER,
     QUEST_PAGE,
@@ -12,6 +16,7 @@ from benchmarks.policies.baselines import (
     Window,
 )
 from benchmarks.policies.policy import Policy, Reading, kv_bytes
+from benchmarks.policies.reuse import ReusedChoice
 from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
 
 EVERYTHING = 1 << 30
@@ -31,6 +36,17 @@ def _ours(reading: Reading) -> float:
         )
         return found + 2 * min(reading.clustered, config.candidate_tokens)
     return found + 2 * config.budget_tokens
+
+
+def _reused(steps: int) -> Callable[[Reading], float]:
+    """As ours, with the candidates' codes and offsets read in one of so many steps."""
+
+    def metadata_bytes(reading: Reading) -> float:
+        whole = msgspec.structs.replace(reading.config, refine=False)
+        scored = _ours(reading._replace(config=whole)) - 2 * reading.config.budget_tokens
+        return scored + (_ours(reading) - scored) / steps
+
+    return metadata_bytes
 
 
 def _quest(reading: Reading) -> float:
@@ -62,6 +78,12 @@ POLICIES: dict[str, Policy] = {
     "ours-no-estimate": Policy("ours without the estimate", _ours, {"estimate": False}),
     "ours-no-spread": Policy("ours without spread", _ours, {"choice_spread": 0.0, "estimate_spread": 0.0}),
     "ours-whole-clusters": Policy("ours, whole clusters (no refining)", _ours, {"refine": False}),
+    "ours-reused-2": Policy("ours, a choice serves 2 steps", _reused(2), make=lambda budget: ReusedChoice(2)),
+    "ours-reused-4": Policy("ours, a choice serves 4 steps", _reused(4), make=lambda budget: ReusedChoice(4)),
+    # Bytes as if a head never reused.
+    "ours-reused-4-alike": Policy(
+        "ours, a choice serves 4 steps while cosine >= .9", _ours, make=lambda budget: ReusedChoice(4, 0.9)
+    ),
     "oracle": Policy("oracle: exact top-B tokens", lambda r: 0.0, make=Oracle, is_method=False),
 }
 

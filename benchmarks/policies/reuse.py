@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     age: np.ndarray  # int [B, H], steps since then
     taken: np.ndarray  # int32 [B, H, C], tokens recalled of each cluster
     recalled: np.ndarray  # int64 [B, H, budget]
-    count: np.ndarray  # int32 [B, H]
+    counts: np.ndarray  # int32 [B, H]
 
 
 class ReusedChoice:
@@ -89,7 +89,7 @@ class ReusedChoice:
         else:
             alike = torch.cosine_similarity(q, kept.q, dim=-1).amin(-1).numpy() >= self._least_cosine
             chosen = (kept.age + 1 >= self._steps) | ~alike
-            for old, new in ((kept.taken, taken), (kept.recalled, recalled), (kept.count, count)):
+            for old, new in ((kept.taken, taken), (kept.recalled, recalled), (kept.counts, count)):
                 old[chosen] = new[chosen]
                 new[...] = old
             kept.q[torch.from_numpy(chosen)] = q[torch.from_numpy(chosen)]

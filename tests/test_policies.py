@@ -15,10 +15,10 @@ from scenes import PAGE, Scene
 
 from benchmarks.policies import EVERYTHING, POLICIES, Reading, kv_bytes
 from benchmarks.policies.baselines import BinaryCodes, PublishedTables, Quest, Window
+from benchmarks.policies.choices import ReusedChoice, SharedBudget
 from benchmarks.policies.control import switch
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from benchmarks.policies.recorder import Recorder
-from benchmarks.policies.reuse import ReusedChoice
 from sglang_clusterkv.clusters.step import SparseStep, dense_step
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.kernels.attend.reference import dense_decode
@@ -201,6 +201,25 @@ def test_a_choice_serves_some_steps_while_queries_are_alike(scene: Scene) -> Non
     assert anew[0] != anew[1]
     assert recalled(ReusedChoice(2), first, other, other) == [anew[0], anew[0], anew[1]]
     assert recalled(ReusedChoice(9, 0.9), first, 2 * first, other, first) == [anew[0], anew[0], anew[1], anew[0]]
+
+
+def test_heads_that_share_a_budget_take_the_best_of_all_candidates(scene: Scene) -> None:
+    step, q = step_of(scene), scene.queries(2, 4)
+    for least, most in ((0.0, 9.0), (0.5, 1.25)):
+        budget = CONFIG.budget_tokens
+        SharedBudget(budget, least, most)(q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+        u = decoder_of(scene.index, 2, False).buffers
+        assert u.recalled_count.sum(1).tolist() == [2 * budget] * 2
+        assert u.recalled_count.min() >= least * budget and u.recalled_count.max() <= most * budget
+        assert (u.taken.sum(2) == u.recalled_count).all()
+        for b in range(2):
+            recalled = [set(u.recalled[b, h, : u.recalled_count[b, h]].tolist()) for h in range(2)]
+            if not least:
+                pages = step.pages[b].numpy()
+                slots = [pages[u.place[b, h] // PAGE] * PAGE + u.place[b, h] % PAGE for h in range(2)]
+                listed = [(u.value[b, h, k], h, int(slots[h][k])) for h in range(2) for k in range(u.candidates[b, h])]
+                best = sorted(listed, reverse=True)[: 2 * budget]
+                assert [{slot for _, head, slot in best if head == h} for h in range(2)] == recalled
 
 
 def test_codes_find_the_strongest_token() -> None:

@@ -15,8 +15,8 @@ from benchmarks.policies.baselines import (
     Quest,
     Window,
 )
+from benchmarks.policies.choices import ReusedChoice, SharedBudget
 from benchmarks.policies.policy import Policy, Reading, kv_bytes
-from benchmarks.policies.reuse import ReusedChoice
 from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
 
 EVERYTHING = 1 << 30
@@ -84,6 +84,7 @@ POLICIES: dict[str, Policy] = {
     "ours-reused-4-alike": Policy(
         "ours, a choice serves 4 steps while cosine >= .9", _ours, make=lambda budget: ReusedChoice(4, 0.9)
     ),
+    "ours-shared-budget": Policy("ours, heads of a layer share their budgets", _ours, make=SharedBudget),
     "oracle": Policy("oracle: exact top-B tokens", lambda r: 0.0, make=Oracle, is_method=False),
 }
 

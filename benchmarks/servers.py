@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,11 +22,17 @@ START_TIMEOUT_S = 300
 CPU_FLAGS = ("--device", "cpu", "--dtype", "float32")
 
 
+# Below those that Linux hands to outgoing connections, for a server binds its port a minute after it was chosen.
+PORTS = range(20000, 32000)
+
+
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, and that no outgoing connection is given either."""
+    while True:
+        port = random.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
@@ -137,7 +144,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
     begin = time.monotonic()
     while time.monotonic() - begin < START_TIMEOUT_S:
-        if process.poll() is not None:
+        # SGLang stays up when it can't bind its port.
+        if process.poll() is not None or "address already in use" in server.log.read_text():
             break
         try:
             if requests.get(f"{server.url}/health_generate", timeout=20).status_code == 200:

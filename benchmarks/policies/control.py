@@ -60,6 +60,27 @@ def switch(engine: ClusterEngine, policy: str, options: dict[str, Any], record: 
     engine.sparse_decode = decode
 
 
+class ForgetClusters(CustomLogitProcessor):
+    """Runs in the scheduler: every page is unclustered from the next forward on, and its KV stays."""
+
+    def __call__(self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> torch.Tensor:
+        """Forget, and leave the logits as they are."""
+        engine = runtime.engine()
+        assert engine is not None, "the server was not started with --attention-backend clusterkv"
+        engine.stream.run(engine.index.invalidate_all)
+        return logits
+
+
+def forget_clusters(server: Server) -> None:
+    """Whoever finds KV in the radix cache from now on clusters it afresh."""
+    server.generate(
+        [1, 2, 3],
+        1,
+        sampling_params={"temperature": 0, "max_new_tokens": 1},
+        custom_logit_processor=ForgetClusters.to_str(),
+    )
+
+
 def use(server: Server, policy: str, *, record: dict[str, Any] | None = None, **options: Any) -> None:
     """Switch a running server to a policy of `POLICIES`, with step options such as `budget_tokens`; `record`: see `switch`."""
     assert policy in POLICIES, f"{policy} is none of {', '.join(POLICIES)}"

@@ -45,14 +45,21 @@ def quality_against_bytes(lines: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def kl_over_answer(kl: list[float], afresh: list[float], width: int = 100) -> Any:
-    """Running mean of the KL over an answer's tokens, and the mean of its tail over a fresh prefix."""
+def kl_over_answer(kl: np.ndarray, afresh: dict[str, float], tail: int, width: int = 100) -> Any:
+    """Running mean of the KL over an answer's tokens, and the mean of its tail, so and over fresh prefixes.
+
+    Args:
+        kl: float [tokens].
+        afresh: mean KL of the tail over each fresh prefix.
+        tail: tokens of the tail.
+        width: tokens of the running mean.
+    """
     figure, axes = _pyplot().subplots(figsize=(8, 4), layout="constrained")
     running = np.convolve(kl, np.ones(width) / width, mode="valid")
     axes.plot(np.arange(len(running)) + width, running, label=f"decoded in one go, mean of {width} tokens")
-    tail = len(kl) - len(afresh)
-    axes.hlines(np.mean(afresh), tail, len(kl), colors="black", label="the same tokens over a fresh prefix")
-    axes.hlines(np.mean(kl[tail:]), tail, len(kl), colors="tab:red", label="the tail, decoded in one go")
+    lines = {"the tail, decoded in one go": float(np.mean(kl[-tail:]))} | afresh
+    for (label, value), color in zip(lines.items(), ("tab:red", "black", "tab:gray"), strict=True):
+        axes.hlines(value, len(kl) - tail, len(kl), colors=color, label=label)
     axes.set(xlabel="token of the answer", ylabel="KL(dense || ours), nats", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from benchmarks.policies.baselines import (
     PUBLISHED_TOKENS_PER_CLUSTER,
@@ -15,7 +18,7 @@ from benchmarks.policies.baselines import (
     Quest,
     Window,
 )
-from benchmarks.policies.choices import ReusedChoice, SharedBudget
+from benchmarks.policies.choices import LayerBudgets, ReusedChoice, SharedBudget
 from benchmarks.policies.policy import Policy, Reading, kv_bytes
 from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
 
@@ -63,6 +66,15 @@ def _codes(reading: Reading) -> float:
     return reading.clustered * (TokenCodec(1, reading.head_dim).code_bytes + 2)
 
 
+# Of SmolLM2-135M, by benchmarks.quality.attention_level.
+ERRORS = Path(__file__).parents[1] / "results" / "quality-attention-20261128-084441.json"
+
+
+def _by_error(budget: int) -> LayerBudgets:
+    found = json.loads(ERRORS.read_text())["results"]["ours, 256"]
+    return LayerBudgets(budget, np.array(found["error"]).mean(1))
+
+
 POLICIES: dict[str, Policy] = {
     "dense": Policy(
         "dense", lambda r: 0.0, {"budget_tokens": EVERYTHING, "candidate_tokens": EVERYTHING}, is_method=False
@@ -85,6 +97,7 @@ POLICIES: dict[str, Policy] = {
         "ours, a choice serves 4 steps while cosine >= .9", _ours, make=lambda budget: ReusedChoice(4, 0.9)
     ),
     "ours-shared-budget": Policy("ours, heads of a layer share their budgets", _ours, make=SharedBudget),
+    "ours-layer-budgets": Policy("ours, budgets of layers by their errors", _ours, make=_by_error),
     "oracle": Policy("oracle: exact top-B tokens", lambda r: 0.0, make=Oracle, is_method=False),
 }
 

@@ -1,4 +1,5 @@
-"""Ours, with the recalled tokens chosen otherwise: by several steps together, or by the heads of a layer together.
+"""Ours, with the recalled tokens chosen otherwise: by several steps together, by the heads of a layer together, with another
+budget for each layer.
 
 Every step chooses as it always does, and what it chose is then replaced: this measures accuracy, not time.
 """
@@ -121,13 +122,12 @@ class SharedBudget(ChangedChoice):
 
     def change(self, q: torch.Tensor, layer: int, step: SparseStep, decoder: CpuDecoder) -> None:
         """Recall the candidates that are the best of all heads together."""
-        u, pages, page_size = decoder.buffers, decoder.pages, decoder.index.geometry.page_size
+        u = decoder.buffers
         batch, heads = u.candidates.shape
         most = min(self._most, u.value.shape[2])
-        if u.recalled.shape[2] < most:  # the step's buffers hold a budget
-            u.recalled = np.zeros((batch, heads, most), np.int64)
+        _make_room(decoder, most)
         for b in range(batch):
-            best = [np.argsort(-u.value[b, h, : u.candidates[b, h]], kind="stable")[:most] for h in range(heads)]
+            best = [_best(decoder, b, h, most) for h in range(heads)]
             # Above every value: what a head gets in any case.
             values = [
                 np.where(np.arange(len(at)) < self._least, np.inf, u.value[b, h, at]) for h, at in enumerate(best)
@@ -135,8 +135,53 @@ class SharedBudget(ChangedChoice):
             everything = np.sort(np.concatenate(values))[::-1]
             border = everything[min(heads * self._budget, len(everything)) - 1]
             for h, at in enumerate(best):
-                chosen = np.sort(at[values[h] >= border])
-                place = u.place[b, h, chosen].astype(np.int64)
-                u.recalled[b, h, : len(chosen)] = pages[b, place // page_size] * page_size + place % page_size
-                u.recalled_count[b, h] = len(chosen)
-                u.taken[b, h] = np.bincount(u.of_cluster[b, h, chosen], minlength=u.taken.shape[2])
+                _recall(decoder, b, h, at[values[h] >= border])
+
+
+class LayerBudgets(ChangedChoice):
+    """Layers share the budget by what each was measured to lose: of the same total, more where the output's error is larger.
+
+    Args:
+        budget_tokens: of a layer, on average.
+        errors: output error of each layer, any unit.
+        least: share of the average that every layer gets.
+        most: times of it that a layer gets at most.
+    """
+
+    def __init__(self, budget_tokens: int, errors: np.ndarray, least: float = 0.25, most: float = 3.0) -> None:
+        self._budget = budget_tokens
+        shares = np.clip(errors / errors.mean(), least, most)
+        self._budgets = np.floor(budget_tokens * shares / shares.mean()).astype(int)
+
+    def change(self, q: torch.Tensor, layer: int, step: SparseStep, decoder: CpuDecoder) -> None:
+        """Recall this layer's number of the best candidates; where a budget covers all candidates, all of them."""
+        _make_room(decoder, int(self._budgets[layer]))
+        batch, heads = decoder.buffers.candidates.shape
+        for b in range(batch):
+            for h in range(heads):
+                if decoder.buffers.candidates[b, h] > self._budget:
+                    _recall(decoder, b, h, _best(decoder, b, h, int(self._budgets[layer])))
+
+
+def _make_room(decoder: CpuDecoder, tokens: int) -> None:
+    """For so many recalled tokens of a head; the step's buffers hold a budget. What was recalled stays."""
+    u = decoder.buffers
+    more = tokens - u.recalled.shape[2]
+    if more > 0:
+        u.recalled = np.pad(u.recalled, ((0, 0), (0, 0), (0, more)))
+
+
+def _best(decoder: CpuDecoder, b: int, h: int, most: int) -> np.ndarray:
+    """Places of a head's best candidates by their codes, the best first."""
+    u = decoder.buffers
+    return np.argsort(-u.value[b, h, : u.candidates[b, h]], kind="stable")[:most]
+
+
+def _recall(decoder: CpuDecoder, b: int, h: int, candidates: np.ndarray) -> None:
+    """Make these candidates what a head recalls."""
+    u, page_size = decoder.buffers, decoder.index.geometry.page_size
+    chosen = np.sort(candidates)
+    place = u.place[b, h, chosen].astype(np.int64)
+    u.recalled[b, h, : len(chosen)] = decoder.pages[b, place // page_size] * page_size + place % page_size
+    u.recalled_count[b, h] = len(chosen)
+    u.taken[b, h] = np.bincount(u.of_cluster[b, h, chosen], minlength=u.taken.shape[2])

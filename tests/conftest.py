@@ -1,4 +1,4 @@
-"""The server on the tiny model; each file that asks for it has one of its own. And where Triton's kernels run."""
+"""Two servers that several files share, for a start takes a minute; and where Triton's kernels run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,21 @@ from tiny_model import tiny_model
 from traffic import CONFIG, logging_of_requests
 
 from benchmarks.servers import Server, serve
+from sglang_clusterkv.demo_model import default_out
 
 CHUNK = 2048
 POOL = 8192
+DEMO_CHUNK = 512
+# One dense layer, so that a step has layers of both kinds. Counts of tokens clustered are exact without merging.
+DEMO_CONFIG = {
+    "budget_tokens": 128,
+    "candidate_tokens": 512,
+    "segment_tokens": 256,
+    "recluster_every": 64,
+    "dense_layers": 1,
+    "merge_segments": False,
+}
+ASLEEP = "--sleep-on-idle"  # without it an idle server takes most of a core from the tests that follow
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,16 +46,47 @@ def tiny() -> Path:
     return tiny_model()
 
 
-@pytest.fixture(scope="module")  # an idle server takes most of a core from the tests that follow
+@pytest.fixture(scope="session")
 def tiny_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that admits more than its pool holds, so that requests are retracted where they are many."""
     folder = tmp_path_factory.mktemp("tiny")
     arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL), "--max-running-requests", "8"]
-    # Without the last one an idle server takes most of a core from those that follow.
-    arguments += ["--schedule-conservativeness", "0.05", "--sleep-on-idle"]
+    arguments += ["--schedule-conservativeness", "0.05", ASLEEP]
     environment = logging_of_requests(folder) | {
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
         "SGLANG_EXPOSE_OWN_ENV_VARS": "1",
     }
     with serve(tiny, folder / "server.log", *arguments, config=CONFIG, environment=environment) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """The demo model's folder."""
+    path = default_out()
+    assert (path / "config.json").exists(), f"{path} has no model: run `make demo-model`"
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(model: Path) -> list[int]:
+    """Ids of some thousand tokens of English text."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)((Path(__file__).parents[1] / "LICENSE").read_text()).input_ids
+
+
+@pytest.fixture(scope="session")
+def demo_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on the demo model, with budget and segments so small that short prompts show them."""
+    log = tmp_path_factory.mktemp("demo") / "server.log"
+    arguments = [
+        "--chunked-prefill-size",
+        str(DEMO_CHUNK),
+        "--max-total-tokens",
+        "12000",
+        "--max-running-requests",
+        "8",
+    ]
+    with serve(model, log, *arguments, "--enable-metrics", ASLEEP, config=DEMO_CONFIG) as running:
         yield running

@@ -21,13 +21,12 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from scenes import Scene
 
-from benchmarks.servers import Server, serve
+from benchmarks.servers import Server
 from sglang_clusterkv import metrics
 from sglang_clusterkv.clusters import engine as engine_module
 from sglang_clusterkv.clusters.mass import mean_by_group
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.demo_model import default_out
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.metrics import Exporter
 
@@ -330,22 +329,16 @@ def samples_of(families: list[Any]) -> Samples:
 
 
 @pytest.mark.server
-def test_a_live_server_has_what_the_table_and_the_board_name(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    model = default_out()
-    assert (model / "config.json").exists(), f"{model} has no model: run `make demo-model`"
-    text = AutoTokenizer.from_pretrained(model)((DOCS.parent / "LICENSE").read_text()).input_ids
-    arguments = ["--enable-metrics", "--max-total-tokens", "6000", "--max-running-requests", "4"]
-    with serve(model, tmp_path / "server.log", *arguments, config=CONFIG | {"dense_layers": 1}) as server:
-        server.generate(text[:100], 2)  # shorter than the budget
-        server.generate(text[:560], 6)
-        server.stream(text[:400] + text[2000:2080], 6)  # shares a prefix and cuts a segment
-        time.sleep(1)  # the scheduler is idle, and nobody has asked for /server_info
-        families = scrape(server)
-        counts = server.counts()
-        afterwards = samples_of(scrape(server))
-        log = server.log.read_text()
+def test_a_live_server_has_what_the_table_and_the_board_name(demo_server: Server, text: list[int]) -> None:
+    server = demo_server
+    server.generate(text[:100], 2)  # shorter than the budget
+    server.generate(text[:560], 6)
+    server.stream(text[:400] + text[2000:2080], 6)  # shares a prefix and cuts a segment
+    time.sleep(1)  # the scheduler is idle, and nobody has asked for /server_info
+    families = scrape(server)
+    counts = server.counts()
+    afterwards = samples_of(scrape(server))
+    log = server.log.read_text()
     samples = samples_of(families)
     assert without_times(samples) == without_times(afterwards) == expected(counts)
     assert samples["build_seconds_total", ""] == pytest.approx(counts["build_ms"] / 1000, abs=1e-3)

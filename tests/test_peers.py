@@ -200,6 +200,7 @@ def test_a_load_with_shared_prefixes_is_decoded_sparsely(server: Server, tmp_pat
         assert grew["tokens_clustered"] < 4 * 464 and grew["tokens_reused"] > 3 * 256, grew
 
 
+@pytest.mark.long
 def test_deterministic_single(server: Server, tmp_path: Path) -> None:
     arguments = ["--test-mode", "single", "--n-trials", "4", "--n-start", "1", "--max-new-tokens", "24"]
     out = client(server, tmp_path, "sglang.test.test_deterministic", *arguments)

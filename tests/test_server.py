@@ -8,9 +8,6 @@ anything is left over when all is done.
 from __future__ import annotations
 
 import contextlib
-import os
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,46 +16,16 @@ import pytest
 import requests
 
 from benchmarks.servers import Server, serve
-from sglang_clusterkv.demo_model import default_out
 
 pytestmark = pytest.mark.server
 
-# One dense layer, so that a step has layers of both kinds. Counts of tokens clustered are exact without merging.
-CONFIG = {
-    "budget_tokens": 128,
-    "candidate_tokens": 512,
-    "segment_tokens": 256,
-    "recluster_every": 64,
-    "dense_layers": 1,
-    "merge_segments": False,
-}
-CHUNK = 512
 ROUNDING = 0.01  # of a log-probability; 0.0007 was seen between a batch and single requests
 BORDERS = 0.1  # of a log-probability, with other segment borders; 0.036 was seen
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    path = default_out()
-    assert (path / "config.json").exists(), f"{path} has no model: run `make demo-model`"
-    return path
-
-
-@pytest.fixture(scope="module")
-def text() -> list[int]:
-    """Ids of some thousand tokens of English text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(default_out())
-    return tokenizer((Path(__file__).parents[1] / "LICENSE").read_text()).input_ids
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", "12000", "--max-running-requests", "8"]
-    with serve(model, log, *arguments, config=CONFIG) as running:
-        yield running
+def server(demo_server: Server) -> Server:
+    return demo_server
 
 
 def grew(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
@@ -211,26 +178,16 @@ def test_the_server_is_still_well(server: Server) -> None:
     assert server.counts()["build_conflicts"] == 0
 
 
-def test_budget_over_context_equals_the_dense_path_of_sglang(model: Path, text: list[int]) -> None:
-    """sgl.Engine, configured through the environment, against torch_native: the same greedy tokens."""
-    import sglang as sgl
-
+def test_budget_over_context_equals_the_dense_path_of_sglang(model: Path, text: list[int], tmp_path: Path) -> None:
+    """Configured through the environment, against torch_native: the same greedy tokens."""
     prompts = [text[:700], text[300:420], text[1000:2100]]
-    outputs = {}
-    os.environ["SGLANG_CLUSTERKV_CONFIG"] = '{"budget_tokens": 8192, "candidate_tokens": 8192}'
-    try:
-        for backend in ("clusterkv", "torch_native"):
-            engine = sgl.Engine(
-                model_path=str(model), device="cpu", dtype="float32", attention_backend=backend, max_total_tokens=6000
-            )
-            try:
-                sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
-                outputs[backend] = [
-                    engine.generate(input_ids=prompt, sampling_params=sampling)["output_ids"] for prompt in prompts
-                ]
-            finally:
-                engine.shutdown()
-                time.sleep(2)
-    finally:
-        del os.environ["SGLANG_CLUSTERKV_CONFIG"]
-    assert outputs["clusterkv"] == outputs["torch_native"]
+    config = {"SGLANG_CLUSTERKV_CONFIG": '{"budget_tokens": 8192, "candidate_tokens": 8192}'}
+
+    def tokens(backend: str) -> list[list[int]]:
+        log = tmp_path / f"{backend}.log"
+        with serve(model, log, "--max-total-tokens", "6000", backend=backend, environment=config) as server:
+            return [server.generate(prompt, 24)["output_ids"] for prompt in prompts]
+
+    with ThreadPoolExecutor(2) as pool:  # two starts at once
+        ours, native = pool.map(tokens, ("clusterkv", "torch_native"))
+    assert ours == native

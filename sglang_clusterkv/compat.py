@@ -110,6 +110,28 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
         "--enable-two-batch-overlap splits the batch that its plan is made for: leave it out",
     ),
     Refusal(
+        "pipeline parallelism",
+        lambda a, m: a.pp_size > 1,
+        f"pipeline parallelism has several batches under way, against the order its clusters need: leave out --pp-size "
+        f"(--tp-size is served) or {_OTHER}",
+    ),
+    Refusal(
+        "padded batches",
+        lambda a, m: (
+            a.enable_dp_attention
+            or a.attn_dp_size > 1
+            or a.moe_a2a_backend != "none"
+            or a.moe_dense_tp_size is not None
+        ),
+        f"data-parallel attention and MoE all-to-all pad decode batches, which it does not do: leave out "
+        f"--enable-dp-attention, --moe-a2a-backend and --moe-dense-tp-size or {_OTHER}",
+    ),
+    Refusal(
+        "KV canary",
+        lambda a, m: a.kv_canary != "none",
+        "--kv-canary knows SGLang's own KV pools only: leave it out",
+    ),
+    Refusal(
         "quantized KV",
         lambda a, m: a.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
         "it clusters 16-bit keys: leave out --kv-cache-dtype or use bf16",
@@ -214,14 +236,14 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
         f"this model mixes in Mamba or linear attention, which is not supported: {_OTHER}",
     ),
     Refusal(
-        "hybrid SWA",
-        lambda a, m: m.hybrid_swa,
-        "this model's sliding-window layers have a KV pool of their own: pass --disable-hybrid-swa-memory",
-    ),
-    Refusal(
         "chunked attention",
         lambda a, m: m.chunked_attention,
         f"this model's chunked attention is not supported: {_OTHER}",
+    ),
+    Refusal(
+        "hybrid SWA",
+        lambda a, m: m.hybrid_swa,
+        "this model's sliding-window layers have a KV pool of their own: pass --disable-hybrid-swa-memory",
     ),
     Refusal(
         "no generation",
@@ -270,10 +292,13 @@ server does the same at start and ends with one sentence where something differs
   ...), key and value heads of one size that is a multiple of 16, KV in bf16, fp16 or fp32. Run here: SmolLM2-135M and a random
   Llama, on the CPU.
 - The radix cache, chunked prefill, overlap scheduling, retraction, aborts, streaming, grammars (regex, JSON), `n` > 1,
-  tensor parallelism, `sgl.Engine`, SGLang frontend programs, `--enable-metrics`.
+  tensor parallelism, data parallelism by whole replicas, `sgl.Engine`, SGLang frontend programs, `--enable-metrics`.
+- Not beam search: SGLang answers it with 400 at any page size but 1.
 - Page sizes from 2; 16 unless set.
-- CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton; decode runs the torch references, without CUDA graphs. CUDA
-  has not been run yet.
+- LoRA, sessions, weight updates, pausing and priorities: nothing in them touches clusters but through pages (read in SGLang's
+  source, not run here). With `--enable-memory-saver` a released server keeps its clusters' memory, up to 13 % of the KV cache.
+- CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton, clustering and decode on our Triton kernels, without CUDA
+  graphs. CUDA has not been run yet.
 
 ## Served densely
 

@@ -222,6 +222,11 @@ def _differs(differences: list[hooks.Difference]) -> str:
 
 
 def _after_publish(context: Any, server_args: Any, *, role: str, ranks: Any = None, **rest: Any) -> None:
+    if config_of(server_args) is None and _chosen(server_args) is not None:
+        raise ConfigError(
+            "the server's arguments were resolved before SGLang's plugins were loaded, so nothing would be clustered: call "
+            "sglang.srt.plugins.load_plugins() before ServerArgs is made, or start through sglang.launch_server or sgl.Engine"
+        )
     if role == "tokenizer" and config_of(server_args) is not None:
         from sglang_clusterkv import request_checks
 

@@ -32,6 +32,12 @@ SERVED = {
     "encoder_only": False,
     "enable_pdmux": False,
     "enable_two_batch_overlap": False,
+    "pp_size": 1,
+    "enable_dp_attention": False,
+    "attn_dp_size": 1,
+    "moe_a2a_backend": "none",
+    "moe_dense_tp_size": None,
+    "kv_canary": "none",
     "kv_cache_dtype": "auto",
     "dcp_size": 1,
     "enable_prefill_cp": False,
@@ -72,6 +78,12 @@ CASES = [
     ("PD disaggregation", {"encoder_only": True}, {}, {}),
     ("PD multiplexing", {"enable_pdmux": True}, {}, {}),
     ("two-batch overlap", {"enable_two_batch_overlap": True}, {}, {}),
+    ("pipeline parallelism", {"pp_size": 2}, {}, {}),
+    ("padded batches", {"enable_dp_attention": True}, {}, {}),
+    ("padded batches", {"attn_dp_size": 2}, {}, {}),
+    ("padded batches", {"moe_a2a_backend": "deepep"}, {}, {}),
+    ("padded batches", {"moe_dense_tp_size": 1}, {}, {}),
+    ("KV canary", {"kv_canary": "log"}, {}, {}),
     ("quantized KV", {"kv_cache_dtype": "fp8_e4m3"}, {}, {}),
     ("quantized KV", {"kv_cache_dtype": "nvfp4"}, {}, {}),
     ("decode context parallelism", {"dcp_size": 2}, {}, {}),
@@ -194,6 +206,15 @@ def test_the_flag_reaches_every_process(resolve, monkeypatch):
     assert plugin.config_of(record).budget_tokens == 100
 
 
+def test_arguments_that_were_resolved_without_the_plugin_end_the_start(resolve):
+    """As in a program that makes ServerArgs before it loads SGLang's plugins: everything would be served densely."""
+    record, _ = resolve(*CLUSTERKV)
+    delattr(record, plugin._RESOLVED)
+    for role in ("tokenizer", "scheduler"):
+        with pytest.raises(plugin.ConfigError, match="load_plugins"):
+            plugin._after_publish(None, record, role=role)
+
+
 def test_without_the_backend_nothing_is_declared(resolve):
     record, view = resolve("--attention-backend", "torch_native")
     assert plugin.config_of(record) is None and view.page_size == 1
@@ -212,6 +233,9 @@ def test_without_the_backend_nothing_is_declared(resolve):
         (("--decode-attention-backend", "torch_native"), "prefill and decode must both use it"),
         (("--enable-deterministic-inference",), "deterministic inference"),
         (("--cuda-graph-backend-prefill", "full"), "use --cuda-graph-backend-prefill breakable"),
+        (("--pp-size", "2"), "leave out --pp-size"),
+        (("--attn-dp-size", "2", "--tp-size", "2"), "data-parallel attention"),
+        (("--kv-canary", "log"), "--kv-canary knows SGLang's own KV pools only"),
         (("--clusterkv-config", '{"tokens_per_cluster": 12}'), "tokens_per_cluster=12: use 4, 8 or 16"),
         (("--clusterkv-config", '{"budget_token": 12}'), "did you mean budget_tokens?"),
     ],

@@ -63,6 +63,8 @@ class ClusterKVAttnBackend(AttentionBackend):
         arguments = runner.server_args
         ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
         self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks, self._threads)
+        # SGLang's warm-ups ask for the second; the inner backend knows.
+        self.extend_dummy_seqs_capped_by_req_pool = getattr(self.prefill, "extend_dummy_seqs_capped_by_req_pool", False)
         if self.engine is not None:
             _warm_up(runner, self.engine)
         self._step: DecodeStep | None = None
@@ -73,6 +75,10 @@ class ClusterKVAttnBackend(AttentionBackend):
     def support_triton(self) -> bool:
         """Whether SGLang may run its Triton helpers for us."""
         return self.prefill is not None
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Tokens of a made-up request in SGLang's warm-ups."""
+        return 1
 
     # -- per forward ----------------------------------------------------------------------------------------------
 

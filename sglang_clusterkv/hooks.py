@@ -292,17 +292,17 @@ BACKEND = (
     ),
     Symbol(
         "layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_out_graph",
-        "overridden",
+        "for decode graphs",
         "self forward_batch in_capture",
     ),
     Symbol(
         "layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_in_graph",
-        "overridden",
+        "for decode graphs",
         "self forward_batch",
     ),
     Symbol(
         "layers.attention.base_attn_backend.AttentionBackend.init_cuda_graph_state",
-        "overridden",
+        "for decode graphs",
         "self max_bs max_num_tokens",
     ),
     Symbol(

@@ -35,6 +35,9 @@ def _before_validation(manager: Any, obj: Any, input_ids: Any, *args: Any, **kwa
     # Inputs that bring embeddings, images or sound fill places of their own.
     if plugin.active_config() is None or obj.contains_mm_input() or getattr(obj, "input_embeds", None) is not None:
         return
+    # A session's history may be all there is; SGLang looks itself whether anything is left.
+    if not input_ids and getattr(obj, "session_params", None):
+        return
     if problem := problem_of(input_ids, manager.model_config.vocab_size):
         raise ValueError(problem)
 

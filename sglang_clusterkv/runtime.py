@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _engine: ClusterEngine | None = None
 _step: DecodeStep | None = None  # made when a decode batch is launched, taken by its init_forward_metadata
-_inserted_until: int = 0  # InsertResult.prefix_len of the first insert of the checkpoint under way
+_inserted_until: int | None = None  # InsertResult.prefix_len of the first insert of the checkpoint under way
 _in_checkpoint = False
 
 
@@ -138,21 +138,21 @@ def around_checkpoint(original: Callable[..., Any], cache: Any, req: Any, *args:
     if _engine is None:
         return original(cache, req, *args, **kwargs)
     protected = req.kv.cache_protected_len
-    _in_checkpoint, _inserted_until = True, 0
+    _in_checkpoint, _inserted_until = True, None
     try:
         result = original(cache, req, *args, **kwargs)
     finally:
         _in_checkpoint = False
     # The tree already held [protected, inserted until): the row now names the tree's slots there.
     if req.kv.req_pool_idx is not None:
-        _engine.row_rewritten(req.kv.req_pool_idx, protected, _inserted_until)
+        _engine.row_rewritten(req.kv.req_pool_idx, protected, _inserted_until or 0)
     return result
 
 
 def after_insert(result: Any, *args: Any, **kwargs: Any) -> None:
     """The tree tells how much of an insert it already had (AFTER insert)."""
     global _inserted_until
-    if _in_checkpoint and _inserted_until == 0:
+    if _in_checkpoint and _inserted_until is None:
         _inserted_until = result.prefix_len
 
 

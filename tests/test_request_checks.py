@@ -44,3 +44,12 @@ def test_inputs_of_other_kinds_and_other_backends_are_left_alone(
         monkeypatch.setattr(plugin, "active_config", object)
         request = SimpleNamespace(contains_mm_input=lambda: False)
         request_checks._before_validation(manager, request, [-1])
+
+
+def test_a_sessions_history_may_be_the_whole_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "active_config", object)
+    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100))
+    request = SimpleNamespace(contains_mm_input=lambda: False, session_params={"id": "a"})
+    request_checks._before_validation(manager, request, [])
+    with pytest.raises(ValueError, match="outside the model's vocabulary"):
+        request_checks._before_validation(manager, request, [100])

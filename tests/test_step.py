@@ -116,7 +116,7 @@ def test_the_dense_list_is_the_row() -> None:
 
 
 def test_segments_that_reach_into_the_window_are_not_recallable() -> None:
-    tables = RowTables(rows=3, max_segments=5, window_tokens=64)
+    tables = RowTables(rows=3, window_tokens=64)
     segments = [Segment(7, 16, 272), Segment(9, 320, 400), Segment(8, 400, 480)]
     tables.write(Row(row=2, prompt_len=0, found_end=0, length=0, segments=segments))
     tables.write(Row(row=1, prompt_len=0, found_end=0, length=0))
@@ -126,3 +126,9 @@ def test_segments_that_reach_into_the_window_are_not_recallable() -> None:
     assert tables.covered[2, :4].tolist() == [0, 256, 336, 416]
     tables.write(Row(row=2, prompt_len=0, found_end=0, length=0, segments=segments[:1]))
     assert tables.recallable(np.array([2]), np.array([2000])).tolist() == [1]
+    # More than there is room for: the other rows' stay.
+    many = [Segment(i, 16 + 64 * i, 80 + 64 * i) for i in range(100)]
+    tables.write(Row(row=0, prompt_len=0, found_end=0, length=0, segments=many))
+    found = tables.recallable(np.array([0, 0, 1, 2]), np.array([20000, 16 + 64 * 51, 2000, 2000]))
+    assert found.tolist() == [100, 50, 0, 1]
+    assert tables.covered[0, :101].tolist() == list(range(0, 6401, 64)) and tables.covered[2, 1] == 256

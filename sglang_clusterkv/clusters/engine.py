@@ -30,7 +30,6 @@ from sglang_clusterkv.clusters.step import DenseStep, RowBorders, SparseStep, de
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ConfigError, validate
 from sglang_clusterkv.kernels.decode import sparse_decode
-from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +102,8 @@ class ClusterEngine:
         self.value_buffers = value_buffers
         self.req_to_token = req_to_token
         self.planner = Planner(self.config, self.page_size)
-        rows, context = req_to_token.shape
-        most_segments = context // (SEGMENT_VECTOR_PAGES * self.page_size) + 1
-        self.tables = RowTables(rows, most_segments, self.config.window_tokens)
+        rows = len(req_to_token)
+        self.tables = RowTables(rows, self.config.window_tokens)
         self.counters = Counters()
         self.faults = Faults(self.counters.faults)
         self.stream = stream or ForwardStream(index.device)
@@ -151,7 +149,7 @@ class ClusterEngine:
     def rows_cleared(self) -> None:
         """All rows were freed."""
         self.planner.clear()
-        self.tables.known[:] = False
+        self.tables.clear()
 
     def row_rewritten(self, row: int, begin: int, end: int) -> None:
         """The row's slots for positions [begin, end) were replaced by the tree's."""
@@ -174,7 +172,8 @@ class ClusterEngine:
         """Note a request's chunk; None where that failed, and the request will decode densely."""
         try:
             record = self.planner.rows.get(extend.row)
-            if record is None or record.rid != extend.rid:
+            # A session's next turn has the row and the id of the last one.
+            if record is None or record.rid != extend.rid or not record.prefilling:
                 record = self.planner.admit(
                     extend.row, rid=extend.rid, found_tokens=extend.prefix_tokens, prompt_len=extend.prompt_len
                 )

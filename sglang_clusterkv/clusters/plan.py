@@ -24,6 +24,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 
 _MOST_BRANCH_ENDS = 1 << 16
+_MOST_IDS = np.iinfo(np.int32).max  # as a page's state holds them
 
 
 class Snapshot(NamedTuple):
@@ -343,7 +344,7 @@ class Planner:
         return end - begin > self.recluster_pages and begin + SEGMENT_VECTOR_PAGES <= border < end
 
     def _make(self, row: int, first_page: int, pages: int, record: Row, plan: Plan) -> int:
-        self._next_id += 1
+        self._next_id = self._next_id % _MOST_IDS + 1
         plan.operations.append(Make(self._next_id, row, first_page, pages))
         record.clustered_tokens += pages * self.page_size
         return self._next_id

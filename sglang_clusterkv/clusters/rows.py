@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 _NEVER = np.iinfo(np.int32).max
+_COLUMNS = 16  # at first
 
 
 class Segment(NamedTuple):
@@ -82,25 +83,28 @@ class Row:
 class RowTables:
     """Segment borders of all rows as arrays, for one vectorised look-up per decode step.
 
+    Their columns, a segment each, are as many as some row has needed: a model's longest context would take many more.
+
     Args:
         rows: lines of req_to_token.
-        max_segments: most segments that a row can see.
         window_tokens: the window's least length.
     """
 
-    def __init__(self, rows: int, max_segments: int, window_tokens: int) -> None:
+    def __init__(self, rows: int, window_tokens: int) -> None:
         self.window_tokens = window_tokens
         self.known = np.zeros(rows, bool)
         self.dirty = np.zeros(rows, bool)
-        self.begin = np.full((rows, max_segments), _NEVER, np.int32)
-        self.end = np.full((rows, max_segments), _NEVER, np.int32)
-        self.covered = np.zeros((rows, max_segments + 1), np.int32)  # tokens of the first i segments
+        self.begin = np.full((rows, _COLUMNS), _NEVER, np.int32)
+        self.end = np.full((rows, _COLUMNS), _NEVER, np.int32)
+        self.covered = np.zeros((rows, _COLUMNS + 1), np.int32)  # tokens of the first i segments
         self.waits_from = np.zeros(rows, np.int32)
         self.look_from = np.zeros(rows, np.int64)  # launch from which a row may be looked at, after a fault
 
     def write(self, row: Row) -> None:
         """Publish a row's record to the decode steps that are launched from now on."""
         count = len(row.segments)
+        while count > self.begin.shape[1]:
+            self._widen()
         borders = np.array([(s.begin, s.end) for s in row.segments], np.int32).reshape(-1, 2)
         self.known[row.row] = True
         self.dirty[row.row] = row.dirty
@@ -112,6 +116,18 @@ class RowTables:
         lengths = borders[:, 1] - borders[:, 0]
         self.covered[row.row, 0] = 0
         self.covered[row.row, 1 : count + 1] = np.cumsum(lengths)
+
+    def _widen(self) -> None:
+        """Twice the columns."""
+        more = ((0, 0), (0, self.begin.shape[1]))
+        self.begin = np.pad(self.begin, more, constant_values=_NEVER)
+        self.end = np.pad(self.end, more, constant_values=_NEVER)
+        self.covered = np.pad(self.covered, more)
+
+    def clear(self) -> None:
+        """All rows were freed."""
+        self.known[:] = False
+        self.look_from[:] = 0
 
     def drop(self, row: int) -> None:
         """The row was freed."""

@@ -256,6 +256,11 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
         f"this model's values and keys differ in size: {_OTHER}",
     ),
     Refusal(
+        "large head size",
+        lambda a, m: m.head_dim > 256 and (a.device or "cpu").startswith("cuda"),
+        f"its kernels for a GPU hold heads of up to 256: {_OTHER}",
+    ),
+    Refusal(
         "odd head size",
         lambda a, m: m.head_dim < 16 or m.head_dim % 16 != 0,
         f"this model's head size is not a multiple of 16: {_OTHER}",

@@ -71,8 +71,8 @@ def build_segment(
     index.mark(segment_id, slots[::PAGE] // PAGE)
 
 
-def decode(config: ClusterKVConfig, lengths: list[int]) -> None:
-    """One sparse and one dense step of the second of two layers, for requests of these lengths."""
+def decode(config: ClusterKVConfig, lengths: list[int], waiting: int = 0) -> None:
+    """One sparse and one dense step of the second of two layers, for requests of these lengths, and tokens that wait."""
     pages = sum(lengths) // PAGE + 2 * len(lengths) + 1
     scene = Scene(
         config, layers=2, kv_heads=HEADS, head_dim=HEAD_DIM, pages=index_pages(pages), rows=len(lengths) + 1, context=CONTEXT,
@@ -81,7 +81,7 @@ def decode(config: ClusterKVConfig, lengths: list[int]) -> None:
     rows = [*range(1, len(lengths) + 1)]
     for row, length in zip(rows, lengths, strict=True):
         scene.prefill(row, length - 1)
-    step = scene.decode(rows, lengths)
+    step = scene.decode(rows, [length + waiting for length in lengths])
     assert step.sparse is not None and step.dense is None, "it must decode sparsely"
     q = torch.zeros(len(rows), HEADS * GROUP, HEAD_DIM, dtype=DTYPE)
     sparse_decode(q, scene.keys[1], scene.values[1], scene.index, 1, step.sparse, 0.1)
@@ -116,6 +116,9 @@ def main() -> None:
     for lengths in ([700], [3001], [9000], [701, 1500], [2000, 900, 5017], [1000] * 8, [777] * 33):
         compiled.occasion = f"decode {lengths[:8]}"
         decode(config, lengths)
+    for waiting in (500, 1000, 1800):
+        compiled.occasion = f"decode, {waiting} tokens wait"
+        decode(config, [7000], waiting)
     for lengths in ([64], [80], [256], [272], [1008], [1024], [1024, 1024], [512, 64, 96]):
         compiled.occasion = f"cluster {lengths}"
         cluster(config, lengths)

@@ -118,6 +118,7 @@ CASES = [
     ("no generation", {"is_embedding": True}, {}, {}),
     ("no generation", {}, {"generates": False}, {}),
     ("different value size", {}, {"v_head_dim": 128}, {}),
+    ("large head size", {"device": "cuda"}, {"head_dim": 512, "v_head_dim": 512}, {}),
     ("odd head size", {}, {"head_dim": 72, "v_head_dim": 72}, {}),
 ]
 

@@ -26,7 +26,7 @@ from sglang_clusterkv.clusters.mass import mean_by_group
 from sglang_clusterkv.clusters.plan import Make, Plan, Planner
 from sglang_clusterkv.clusters.rows import DenseReason, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
-from sglang_clusterkv.clusters.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step
+from sglang_clusterkv.clusters.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step, to_device
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ConfigError, validate
 from sglang_clusterkv.kernels.decode import sparse_decode
@@ -366,12 +366,11 @@ class ClusterEngine:
         self.counters.sparse_steps += len(sparse)
         self.counters.tokens_available += int(covered[sparse].sum())
         self.counters.tokens_recalled += int(np.minimum(covered[sparse], config.budget_tokens).sum())
-        device = self.req_to_token.device
-        at = [torch.from_numpy(part).to(device, non_blocking=True) for part in (sparse, dense)]
+        device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
         return DecodeStep(
-            sparse_at=at[0] if len(dense) else None,
+            sparse_at=to_device(sparse, device) if mixed else None,
             sparse=self._sparse_step(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
-            dense_at=at[1] if len(sparse) else None,
+            dense_at=to_device(dense, device) if mixed else None,
             dense=dense_step(rows[dense], seq_lens[dense], self.req_to_token) if len(dense) else None,
             rows=rows,
             seq_lens=seq_lens,

@@ -45,7 +45,8 @@ class RowBorders(NamedTuple):
     covered: np.ndarray  # [B, S + 1], tokens of the first i segments
 
 
-def _to_device(array: np.ndarray, device: str) -> torch.Tensor:
+def to_device(array: np.ndarray, device: str) -> torch.Tensor:
+    """Host numbers as int64 on a device of this type, through pinned memory: the copy waits for nothing."""
     tensor = torch.from_numpy(array.astype(np.int64))
     if device != "cpu":
         tensor = tensor.pin_memory().to(device, non_blocking=True)
@@ -70,24 +71,24 @@ def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int)
     base_before = np.where(inside, borders.begin[:, :most] - borders.covered[:, :most], never)
     base = borders.seq_lens - covered
 
-    rows = _to_device(borders.rows, device).unsqueeze(1)
-    begins, befores = _to_device(begin, device), _to_device(before, device)
-    totals = _to_device(borders.covered[:, : most + 1], device)
+    rows = to_device(borders.rows, device).unsqueeze(1)
+    begins, befores = to_device(begin, device), to_device(before, device)
+    totals = to_device(borders.covered[:, : most + 1], device)
 
     # Recallable page j of a row lies in the segment with the largest `before` <= j.
     page_before = befores // page_size
     listed = torch.arange(int(covered.max()) // page_size, device=req_to_token.device).expand(len(borders.rows), -1)
     ordinal = torch.searchsorted(page_before, listed.contiguous(), right=True) - 1
     position = begins.gather(1, ordinal) + (listed - page_before.gather(1, ordinal)) * page_size
-    page_count = _to_device(covered // page_size, device)
+    page_count = to_device(covered // page_size, device)
     real = listed < page_count.unsqueeze(1)
     pages = req_to_token[rows, torch.where(real, position, 0)].long() // page_size
 
     # Always-attended token j follows every segment that begins after j or fewer of them.
-    base_count = _to_device(base, device)
+    base_count = to_device(base, device)
     tokens = torch.arange(int(base.max()), device=req_to_token.device).expand(len(borders.rows), -1)
-    passed = torch.searchsorted(_to_device(base_before, device), tokens.contiguous(), right=True)
-    passed = torch.minimum(passed, _to_device(borders.recallable, device).unsqueeze(1))
+    passed = torch.searchsorted(to_device(base_before, device), tokens.contiguous(), right=True)
+    passed = torch.minimum(passed, to_device(borders.recallable, device).unsqueeze(1))
     base_position = tokens + totals.gather(1, passed)
     base_real = tokens < base_count.unsqueeze(1)
     base_slots = req_to_token[rows, torch.where(base_real, base_position, 0)].long()
@@ -97,7 +98,7 @@ def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int)
         page_count=page_count,
         segment_of_page=torch.where(real, ordinal, 0),
         segment_begin=page_before,
-        segment_count=_to_device(borders.recallable, device),
+        segment_count=to_device(borders.recallable, device),
         base_slots=torch.where(base_real, base_slots, 0),
         base_count=base_count,
         recallable_tokens=int(covered.max()),
@@ -114,7 +115,7 @@ def dense_step(rows: np.ndarray, seq_lens: np.ndarray, req_to_token: torch.Tenso
     """
     device = req_to_token.device.type
     longest = int(seq_lens.max())
-    lengths = _to_device(seq_lens, device)
-    slots = req_to_token[_to_device(rows, device), :longest].long()
+    lengths = to_device(seq_lens, device)
+    slots = req_to_token[to_device(rows, device), :longest].long()
     real = torch.arange(longest, device=req_to_token.device) < lengths.unsqueeze(1)
     return DenseStep(len(rows), torch.where(real, slots, 0), lengths)

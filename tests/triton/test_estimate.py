@@ -123,6 +123,17 @@ def test_masses_of_nothing_are_taken_in_order(device: str) -> None:
     assert filled.decoder.buffers.own[1].tolist() == [list(range(20))] * 2
 
 
+def test_masses_are_never_nan(device: str) -> None:
+    """A GPU's NaN would be the largest of all by its bits, and a list that is made by bits would stay unwritten."""
+    filled = Filled(CONFIG, device, group=1)
+    w, clusters = filled.decoder.workspace, int(filled.step.page_count[1]) * 2
+    w.total[1] = torch.nan
+    w.left[1, :, :clusters] = 8
+    estimated(filled)
+    assert (filled.decoder.buffers.mass[1, :, :clusters] == torch.inf).all()
+    assert filled.decoder.buffers.own[1].tolist() == [list(range(20))] * 2
+
+
 def everything_recalled(filled: Filled) -> None:
     """As if every token of request 1 and head 0 of request 0 had been recalled."""
     filled.decoder.workspace.left[1] = 0

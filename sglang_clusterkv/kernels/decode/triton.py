@@ -74,6 +74,8 @@ class TritonDecoder:
             parts=max(1, sum(self.parts)),
         ).rounded()
         if not self._shape.holds(needed):
+            if self._shape.batch:  # not two at once
+                del self.workspace, self.buffers
             self._shape = WorkspaceShape(*map(max, self._shape, needed))
             self.workspace: Workspace = make_workspace(self._shape, self.index.device, self._allocate)
             self.buffers = estimate_triton.make_buffers(self._shape, self.config.estimate_clusters, self._allocate)

@@ -84,6 +84,8 @@ def mass_tile(
         logit += wide * tl.load(segment_bonus + query * segments_stride + segment, mask=listed, other=0.0)
         sums += tl.exp2((logit - tl.load(total + query)) * LOG2_E)
     result = tl.where(tokens > 0, tokens.to(tl.float32) * sums / GROUP, 0.0)
+    # A GPU's NaN has all bits set, and the list is made by bits: a border could not lie above it.
+    result = tl.where(result == result, result, float("inf"))
     tl.store(mass + pair * clusters_stride + c, result, mask=listed)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sglang_clusterkv.clusters.index import ClusterIndex
     from sglang_clusterkv.clusters.step import SparseStep
 
-LEAST_TOKEN_TILES = 8  # of always-attended tokens: half as many are usual
+BASE_TILES = 8  # of always-attended tokens at a time: half as many are usual
 LEAST_HELD = 256  # clusters; fewer make no program faster, and every size is a compilation
 _LAST = tl.constexpr(2**31 - 2)
 
@@ -90,7 +90,8 @@ def select_kernel(
     mass, total, candidates, candidate_count,
     pages_stride, clusters_stride, segments_stride, lse_stride, candidates_stride, base_tiles, limit, choice_spread,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, HELD: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, CANDIDATES: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, BASE_TILES: tl.constexpr, CANDIDATES: tl.constexpr,
+    CLUSTERS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, requests).
 
@@ -100,8 +101,8 @@ def select_kernel(
     Args, beside the arrays of the step and the workspace:
         limit: candidates at most.
         HELD: clusters, padded. BLOCK: of them at a time.
-        TILES: tiles of score, padded. CANDIDATES: `limit`, padded.
-        CLUSTERS, TOKENS: of one tile of score.
+        TILES: score's tiles of clusters, padded. BASE_TILES: its tiles of always-attended tokens at a time.
+        CANDIDATES: `limit`, padded. CLUSTERS, TOKENS: of one tile of score.
     """
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
@@ -110,15 +111,21 @@ def select_kernel(
     clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
     tokens = tl.load(base_count + request).to(tl.int32)
 
-    tile = tl.arange(0, TILES)
-    used = ((tile < base_tiles) & (tile * TOKENS < tokens)) | (
-        (tile >= base_tiles) & ((tile - base_tiles) * CLUSTERS < clusters)
-    )
     g = tl.arange(0, GROUP_PAD)
-    lse_at = (queries + g)[:, None] * lse_stride + tile[None, :]
-    lse_mask = (g < GROUP)[:, None] & used[None, :]
-    normaliser = log_sum_exp(tl.load(choice_lse + lse_at, mask=lse_mask, other=float("-inf")))
-    whole = log_sum_exp(tl.load(estimate_lse + lse_at, mask=lse_mask, other=float("-inf")))
+    lse_at = (queries + g)[:, None] * lse_stride
+    tile = tl.arange(0, TILES)
+    used = (g < GROUP)[:, None] & (tile * CLUSTERS < clusters)[None, :]
+    at = lse_at + (base_tiles + tile)[None, :]
+    normaliser = log_sum_exp(tl.load(choice_lse + at, mask=used, other=float("-inf")))
+    whole = log_sum_exp(tl.load(estimate_lse + at, mask=used, other=float("-inf")))
+    for first in range(0, tokens, BASE_TILES * TOKENS):
+        base = first // TOKENS + tl.arange(0, BASE_TILES)
+        used_base = (g < GROUP)[:, None] & (base * TOKENS < tokens)[None, :]
+        at_base = lse_at + base[None, :]
+        more = log_sum_exp(tl.load(choice_lse + at_base, mask=used_base, other=float("-inf")))
+        normaliser = log_sum_exp(tl.join(normaliser, more))
+        more = log_sum_exp(tl.load(estimate_lse + at_base, mask=used_base, other=float("-inf")))
+        whole = log_sum_exp(tl.join(whole, more))
     tl.store(total + queries + g, whole, mask=g < GROUP)
 
     mass += pair * clusters_stride
@@ -146,7 +153,7 @@ def select_kernel(
     tl.store(candidate_count + pair, count)
 
 
-def constants(heads: int, group: int, per_page: int, clusters: int, token_tiles: int, limit: int) -> dict[str, Any]:
+def constants(heads: int, group: int, per_page: int, clusters: int, limit: int) -> dict[str, Any]:
     """The kernel's constants, by argument name."""
     held = max(LEAST_HELD, triton.next_power_of_2(clusters))
     return {
@@ -156,8 +163,8 @@ def constants(heads: int, group: int, per_page: int, clusters: int, token_tiles:
         "PER_PAGE": per_page,
         "HELD": held,
         "BLOCK": min(held, 256 * warps(held)),  # eight per thread
-        # Of all that it may hold, so that this depends on one thing only.
-        "TILES": triton.next_power_of_2(max(token_tiles, LEAST_TOKEN_TILES) + held // SCORE_CLUSTERS),
+        "TILES": triton.next_power_of_2(triton.cdiv(held, SCORE_CLUSTERS)),
+        "BASE_TILES": BASE_TILES,
         "CANDIDATES": triton.next_power_of_2(limit),
         "CLUSTERS": SCORE_CLUSTERS,
         "TOKENS": SCORE_TOKENS,
@@ -181,7 +188,7 @@ def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
     assert limit <= w.shape.candidates, (limit, w.shape)
     clusters = step.pages.shape[1] * index.clusters_per_page
     tokens = base_tiles(step)
-    fixed = constants(w.shape.heads, w.shape.group, index.clusters_per_page, clusters, tokens, limit)
+    fixed = constants(w.shape.heads, w.shape.group, index.clusters_per_page, clusters, limit)
     select_kernel[(w.shape.heads, step.batch)](
         step.page_count, step.base_count, step.segment_of_page, w.segment_bonus, w.dot, w.spread, w.choice_lse,
         w.estimate_lse, w.left, w.mass, w.total, w.candidates, w.candidate_count,
@@ -205,7 +212,7 @@ _ALIGNED = (
 
 COMPILE_CASES = [
     CompileCase(
-        f"select C={clusters} G={group}", select_kernel, _TYPES, constants(8, group, 2, clusters, 6, 2048), _ALIGNED,
+        f"select C={clusters} G={group}", select_kernel, _TYPES, constants(8, group, 2, clusters, 2048), _ALIGNED,
         num_warps=warps(clusters), programs_per_sm=2 if clusters <= 4096 else 1,
     )
     for clusters, group in ((512, 3), (1024, 4), (4096, 4), (4096, 8), (16384, 4))

@@ -28,7 +28,12 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Bind each rank's threads unless the user did; the ranks, started later, inherit it by the environment."""
+        """Bind each rank's threads unless the user did; the ranks, started later, inherit it by the environment.
+
+        Their threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise: threads that spin hold up whatever else
+        runs on the cores, and themselves by it.
+        """
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if os.environ.get(OMP_BINDING) in (None, "", self._written_binding):
             ranks = server_args.dp_size * server_args.tp_size * server_args.pp_size
             binding = default_omp_binding(sorted(os.sched_getaffinity(0)), ranks)

@@ -91,13 +91,17 @@ def test_a_later_engine_gets_a_binding_of_its_own_but_never_instead_of_the_users
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(ClusterKVCpuPlatform, "_written_binding", None)
     monkeypatch.setenv(OMP_BINDING, "")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     platform = ClusterKVCpuPlatform()
     for tp_size, binding in ((1, "0"), (2, "0|1")):
         platform.apply_server_args_defaults(SimpleNamespace(dp_size=1, tp_size=tp_size, pp_size=1))
         assert os.environ[OMP_BINDING] == binding
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv(OMP_BINDING, "0-1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     platform.apply_server_args_defaults(SimpleNamespace(dp_size=1, tp_size=1, pp_size=1))
-    assert os.environ[OMP_BINDING] == "0-1"
+    assert os.environ[OMP_BINDING] == "0-1" and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_pool_and_allocator_are_sglangs_unless_clusterkv_is_active(monkeypatch):

@@ -181,11 +181,15 @@ def test_the_server_is_still_well(server: Server) -> None:
 def test_budget_over_context_equals_the_dense_path_of_sglang(model: Path, text: list[int], tmp_path: Path) -> None:
     """Configured through the environment, against torch_native: the same greedy tokens."""
     prompts = [text[:700], text[300:420], text[1000:2100]]
-    config = {"SGLANG_CLUSTERKV_CONFIG": '{"budget_tokens": 8192, "candidate_tokens": 8192}'}
+    # One thread each: two servers of two threads on two cores hold each other up.
+    environment = {
+        "SGLANG_CLUSTERKV_CONFIG": '{"budget_tokens": 8192, "candidate_tokens": 8192}',
+        "OMP_NUM_THREADS": "1",
+    }
 
     def tokens(backend: str) -> list[list[int]]:
         log = tmp_path / f"{backend}.log"
-        with serve(model, log, "--max-total-tokens", "6000", backend=backend, environment=config) as server:
+        with serve(model, log, "--max-total-tokens", "6000", backend=backend, environment=environment) as server:
             return [server.generate(prompt, 24)["output_ids"] for prompt in prompts]
 
     with ThreadPoolExecutor(2) as pool:  # two starts at once

@@ -97,6 +97,7 @@ RESOLUTION = (
         "configs.model_config.ModelConfig.get_num_kv_heads", "kv heads of a rank", "self tensor_parallel_size dcp_size"
     ),
     Symbol("runtime_context.get_server_args", "the config of this process", ""),
+    Symbol("configs.model_config.ModelConfig.get_num_attention_heads", "of a rank", "self tensor_parallel_size"),
     Symbol("runtime_context.get_parallel", "ranks, head split", ""),
     Symbol("runtime_context.get_schedule", "page size", ""),
 )

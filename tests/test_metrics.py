@@ -331,6 +331,7 @@ def samples_of(families: list[Any]) -> Samples:
 @pytest.mark.server
 def test_a_live_server_has_what_the_table_and_the_board_name(demo_server: Server, text: list[int]) -> None:
     server = demo_server
+    server.flush()
     server.generate(text[:100], 2)  # shorter than the budget
     server.generate(text[:560], 6)
     server.stream(text[:400] + text[2000:2080], 6)  # shares a prefix and cuts a segment

@@ -35,8 +35,6 @@ from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
 QUARTERS = 4
-
-
 FRESH = {"clustered": "same KV, clustered afresh", "prefilled": "prefilled and clustered afresh"}
 
 

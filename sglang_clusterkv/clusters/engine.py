@@ -102,8 +102,7 @@ class ClusterEngine:
         self.value_buffers = value_buffers
         self.req_to_token = req_to_token
         self.planner = Planner(self.config, self.page_size)
-        rows = len(req_to_token)
-        self.tables = RowTables(rows, self.config.window_tokens)
+        self.tables = RowTables(len(req_to_token), self.config.window_tokens)
         self.counters = Counters()
         self.faults = Faults(self.counters.faults)
         self.stream = stream or ForwardStream(index.device)

@@ -34,7 +34,7 @@ help:
 	@echo "make test    environment with test tools (once), demo model (once), then all tests: 'make test-unit test-servers'"
 	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word'"
 	@echo "make test-unit     the tests that need no server, a process per core"
-	@echo "make test-servers  those against real servers, one at a time"
+	@echo "make test-servers  those against real servers, two at a time"
 	@echo "make test-long  the tests that make test leaves out: churn, kill, tensor parallelism on servers; 8 minutes"
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
 	@echo "make bench-quick  KL against bytes read, each operation's time, servers under load: the essential tables, 10 minutes"
@@ -96,8 +96,9 @@ test-unit: dev-env demo-model
 	$(PYTEST) -m 'not long and not server and not peers' -n auto --dist loadfile $(PYTEST_ARGS) $(OR_NONE)
 
 test-servers: dev-env demo-model
-	@echo "Running the tests against real servers; each start takes a minute."
-	@$(PYTEST) -m 'not long and (server or peers)' $(PYTEST_ARGS) $(OR_NONE)
+	@echo "Running the tests against real servers, two at a time; each start takes a minute."
+	@export OMP_NUM_THREADS=1; \
+	$(PYTEST) -m 'not long and (server or peers)' -n 2 --dist loadgroup $(PYTEST_ARGS) $(OR_NONE)
 
 test-long: dev-env demo-model
 	$(PY) -m pytest $(TESTS) --durations=10 -m long $(PYTEST_ARGS)

@@ -357,7 +357,7 @@ def parse() -> argparse.Namespace:
     args.arms = args.arms or ARMS[args.device.partition(":")[0]]
     if args.quick:
         args.arms = list(dict.fromkeys((args.arms[0], args.arms[-1])))
-        args.contexts, args.concurrency, args.output_tokens, args.turns = [1000], [1, 4], 16, 2
+        args.contexts, args.concurrency, args.output_tokens, args.turns = [1000], [1, 4], 12, 2
     return args
 
 

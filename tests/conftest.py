@@ -1,8 +1,9 @@
-"""Two servers that several files share, for a start takes a minute; and where Triton's kernels run."""
+"""Servers that several files share, for a start takes a minute; and where Triton's kernels run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
@@ -40,24 +41,57 @@ def pytest_configure(config: pytest.Config) -> None:
         import triton.language  # noqa: F401
 
 
+class OneServer:
+    """Keeps the server that was last asked for: one may serve several files in turn, and no two are up at a time."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._server: Server | None = None
+        self._running = ExitStack()
+
+    def get(self, name: str, start: Callable[[], AbstractContextManager[Server]]) -> Server:
+        """The server of that name; ends another one and starts it where need be."""
+        if self._server is None or name != self._name:
+            self.end()
+            self._server = self._running.enter_context(start())
+            self._name = name
+        return self._server
+
+    def end(self) -> None:
+        """End the server, if there is one."""
+        self._server = None
+        self._running.close()
+
+
+@pytest.fixture(scope="session")
+def one_server() -> Iterator[OneServer]:
+    """Files that share a server, or follow one another with their own: mark them as one `xdist_group` each."""
+    servers = OneServer()
+    yield servers
+    servers.end()
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The tiny model's folder."""
     return tiny_model()
 
 
-@pytest.fixture(scope="session")
-def tiny_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def tiny_server(one_server: OneServer, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A server that admits more than its pool holds, so that requests are retracted where they are many."""
-    folder = tmp_path_factory.mktemp("tiny")
+
+    def start() -> AbstractContextManager[Server]:
+        folder = tmp_path_factory.mktemp("tiny")
+        environment = logging_of_requests(folder) | {
+            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+            "SGLANG_EXPOSE_OWN_ENV_VARS": "1",
+        }
+        return serve(tiny, folder / "server.log", *arguments, config=CONFIG, environment=environment)
+
     arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL), "--max-running-requests", "8"]
     arguments += ["--schedule-conservativeness", "0.05", ASLEEP]
-    environment = logging_of_requests(folder) | {
-        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-        "SGLANG_EXPOSE_OWN_ENV_VARS": "1",
-    }
-    with serve(tiny, folder / "server.log", *arguments, config=CONFIG, environment=environment) as running:
-        yield running
+    return one_server.get("tiny", start)
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +110,9 @@ def text(model: Path) -> list[int]:
     return AutoTokenizer.from_pretrained(model)((Path(__file__).parents[1] / "LICENSE").read_text()).input_ids
 
 
-@pytest.fixture(scope="session")
-def demo_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def demo_server(one_server: OneServer, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A server on the demo model, with budget and segments so small that short prompts show them."""
-    log = tmp_path_factory.mktemp("demo") / "server.log"
     arguments = [
         "--chunked-prefill-size",
         str(DEMO_CHUNK),
@@ -87,6 +120,11 @@ def demo_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "12000",
         "--max-running-requests",
         "8",
+        "--enable-metrics",
+        ASLEEP,
     ]
-    with serve(model, log, *arguments, "--enable-metrics", ASLEEP, config=DEMO_CONFIG) as running:
-        yield running
+
+    def start() -> AbstractContextManager[Server]:
+        return serve(model, tmp_path_factory.mktemp("demo") / "server.log", *arguments, config=DEMO_CONFIG)
+
+    return one_server.get("demo", start)

@@ -13,15 +13,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from conftest import OneServer
 
 from benchmarks.servers import Server, free_port, serve
-from sglang_clusterkv.demo_model import default_out
 from sglang_clusterkv.haystack import FACTS
 
 pytestmark = pytest.mark.server
@@ -88,16 +88,17 @@ def grew(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
     return after[name] - before[name]
 
 
-@pytest.fixture(scope="class")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = default_out()
-    assert (model / "config.json").exists(), f"{model} has no model: run `make demo-model`"
+@pytest.fixture(scope="module")
+def server(one_server: OneServer, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    def start() -> AbstractContextManager[Server]:
+        return serve(model, log, *arguments, config={"budget_tokens": 256})
+
     log = tmp_path_factory.mktemp("examples") / "server.log"
     arguments = ["--max-total-tokens", "12000", "--enable-cache-report"]
-    with serve(model, log, *arguments, config={"budget_tokens": 256}) as running:
-        yield running
+    return one_server.get("examples", start)
 
 
+@pytest.mark.xdist_group("examples")
 class TestAgainstAServer:
     def test_a_frontend_program_clusters_its_document_once(self, server: Server) -> None:
         before = server.counts()

@@ -17,16 +17,17 @@ import os
 import subprocess
 import sys
 import unittest
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from conftest import OneServer
 
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
-pytestmark = [pytest.mark.server, pytest.mark.peers]
+pytestmark = [pytest.mark.server, pytest.mark.peers, pytest.mark.xdist_group("peers")]
 
 BACKEND = os.environ.get("CLUSTERKV_PEERS_BACKEND", "clusterkv")
 ALL = os.environ.get("CLUSTERKV_PEERS") == "all"
@@ -130,14 +131,14 @@ PROGRAMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = default_out()
-    assert (model / "config.json").exists(), f"{model} has no model: run `make demo-model`"
+def server(one_server: OneServer, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    def start() -> AbstractContextManager[Server]:
+        return serve(model, log, *arguments, config=config, backend=BACKEND)
+
     log = tmp_path_factory.mktemp("peers") / "server.log"
     arguments = ["--page-size", "16", "--chunked-prefill-size", "512", "--max-total-tokens", "24000"]
     config = CONFIG if BACKEND == "clusterkv" else None
-    with serve(model, log, *arguments, config=config, backend=BACKEND) as running:
-        yield running
+    return one_server.get("peers", start)
 
 
 def cases(names: list[str]) -> list[Any]:

@@ -17,7 +17,7 @@ import requests
 
 from benchmarks.servers import Server, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("demo")]
 
 ROUNDING = 0.01  # of a log-probability; 0.0007 was seen between a batch and single requests
 BORDERS = 0.1  # of a log-probability, with other segment borders; 0.036 was seen
@@ -178,6 +178,7 @@ def test_the_server_is_still_well(server: Server) -> None:
     assert server.counts()["build_conflicts"] == 0
 
 
+@pytest.mark.xdist_group("dense")
 def test_budget_over_context_equals_the_dense_path_of_sglang(model: Path, text: list[int], tmp_path: Path) -> None:
     """Configured through the environment, against torch_native: the same greedy tokens."""
     prompts = [text[:700], text[300:420], text[1000:2100]]

@@ -22,6 +22,7 @@ from benchmarks.servers import Server
 
 # An idle server would take a core from whoever makes the next prompt.
 SERVER_FLAGS = [*FLAGS, "--page-size", "16", "--sleep-on-idle"]
+TOGETHER = 4  # prompts that are asked for at once under every arm, before the next
 
 
 class ForcedQuestion(CustomLogitProcessor):
@@ -109,9 +110,10 @@ class Steps:
         return {arm: self.sparse[arm] / max(1, steps) for arm, steps in self.all.items()}
 
 
-def prefill(server: Server, document: list[int]) -> None:
-    """Bring a document into the empty radix cache, clustered, and cut where a prompt ends: alike for every arm from then on."""
+def prefill(server: Server, *documents: list[int]) -> None:
+    """Bring documents into the empty radix cache, clustered, and cut where a prompt ends: alike for every arm from then on."""
     server.flush()
     use(server, DENSE)
-    for _ in range(2):
-        server.generate(document, 1)
+    for document in documents:
+        for _ in range(2):
+            server.generate(document, 1)

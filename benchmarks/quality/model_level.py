@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--join", nargs="+", type=Path, help="results of runs to put together; runs nothing")
     args = parser.parse_args()
     if args.quick:
-        args.documents, args.tokens, args.natural = 1, min(args.tokens, 3000), 32
+        args.documents, args.tokens, args.natural = 1, min(args.tokens, 2500), 32
         args.budgets, args.policies = [256], QUICK_POLICIES
     if args.join:
         documents, setting = join(args.join)

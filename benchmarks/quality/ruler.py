@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.policies import POLICIES
 from benchmarks.policies.control import use
-from benchmarks.quality.asking import SERVER_FLAGS, ForcedQuestion, Steps, arms_of
+from benchmarks.quality.asking import SERVER_FLAGS, TOGETHER, ForcedQuestion, Steps, arms_of
 from benchmarks.quality.model_level import Arm
 from benchmarks.quality.scores import DENSE, Answer, report
 from benchmarks.quality.tasks import heat_map
@@ -37,7 +37,6 @@ from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
 TASKS = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
-TOGETHER = 4  # prompts that are asked for under every arm before the next
 POOL_SLACK_TOKENS = 4096
 TIMEOUT_S = 1800  # of one request; a prefill takes minutes on a CPU
 SEEDS = (0, 1234)  # lm-eval's own, of `random` and numpy
@@ -85,6 +84,10 @@ def make_client(server: Server, model: Path, context: int, decoded: int) -> Any:
     class DecodedQuestion(completions):
         """Sends a prompt without its end, and has the server decode that before the answer."""
 
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self._ends: set[str] = set()  # that were to be decoded
+
         def _create_payload(self, messages: Any, generate: bool = False, **options: Any) -> dict[str, Any]:
             payload = super()._create_payload(messages, generate=generate, **options)
             (prompt,) = payload["prompt"]
@@ -92,13 +95,14 @@ def make_client(server: Server, model: Path, context: int, decoded: int) -> Any:
             payload["max_tokens"] += decoded
             payload["custom_params"] = {"question": prompt[-decoded:]}
             payload["custom_logit_processor"] = ForcedQuestion.to_str()
-            self._end = self.tokenizer.decode(prompt[-decoded:])
+            self._ends.add(self.tokenizer.decode(prompt[-decoded:]))
             return payload
 
         def parse_generations(self, outputs: Any, **options: Any) -> list[str]:
             (text,) = super().parse_generations(outputs, **options)
-            assert text.startswith(self._end), f"{text!r} does not begin with the decoded question {self._end!r}"
-            return [text[len(self._end) :]]
+            ends = [end for end in self._ends if text.startswith(end)]
+            assert ends, f"{text!r} begins with none of the decoded questions {self._ends!r}"
+            return [text[len(max(ends, key=len)) :]]
 
     kind = DecodedQuestion if decoded else completions
     return kind(
@@ -109,6 +113,7 @@ def make_client(server: Server, model: Path, context: int, decoded: int) -> Any:
         max_gen_toks=128,
         timeout=TIMEOUT_S,
         max_retries=1,
+        num_concurrent=TOGETHER,
     )
 
 

@@ -3,10 +3,11 @@
     python -m benchmarks.quality.tasks [--samples 10] [--lengths 4096 7800] [--budgets 256 512] [--question prefilled]
 
 Prompts are RULER's in kind (benchmarks/quality/prompts.py), each with a document of its own. Each is prefilled once, dense
-and exact, then asked for under every policy. Unless `--question prefilled` says otherwise, the question too goes through the
-policy's decode steps. Scores are shares of the expected strings; a policy is compared with dense over all cells together,
-paired by sample, with 95 % intervals by bootstrap. Cells where dense scores below 20 % are listed, not judged: they say
-something of the model, nothing of a policy. Writes JSON, Markdown and SVG to benchmarks/results/.
+and exact, then asked for under every policy, a few prompts at once. Unless `--question prefilled` says otherwise, the
+question too goes through the policy's decode steps. Scores are shares of the expected strings; a policy is compared with
+dense over all cells together, paired by sample, with 95 % intervals by bootstrap. Cells where dense scores below 20 % are
+listed, not judged: they say something of the model, nothing of a policy. Writes JSON, Markdown and SVG to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.policies import POLICIES
 from benchmarks.policies.control import use
-from benchmarks.quality.asking import SERVER_FLAGS, Steps, arms_of, ask, prefill
+from benchmarks.quality.asking import SERVER_FLAGS, TOGETHER, Steps, arms_of, ask, prefill
 from benchmarks.quality.documents import read_text
 from benchmarks.quality.model_level import Arm
 from benchmarks.quality.prompts import TASKS, Prompts, Sample
@@ -31,7 +33,7 @@ from benchmarks.quality.scores import Answer, report, string_match
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
-POOL_SLACK_TOKENS = 2048
+POOL_SLACK_TOKENS = 4096
 
 
 def make_samples(prompts: Prompts, tasks: Sequence[str], lengths: Sequence[int], count: int) -> list[Sample]:
@@ -58,19 +60,24 @@ def answer_of(arm: Arm, sample: Sample, ids: list[int], text: str) -> Answer:
 def run(
     server: Server, tokenizer: Any, samples: Sequence[Sample], arms: Sequence[Arm], decoded: bool
 ) -> tuple[list[Answer], Steps]:
-    """Ask for every sample under every arm, before the next sample."""
+    """Ask for every sample under every arm, `TOGETHER` samples at a time."""
     answers, steps = [], Steps()
-    bar = tqdm(samples, unit="sample")
-    for sample in bar:
-        bar.set_description(f"{sample.task}, {sample.length:,}")
-        prefill(server, sample.document if decoded else sample.document + sample.question)
+
+    def say(sample: Sample) -> list[int]:
+        return ask(server, sample.document, sample.question, sample.answer_tokens, tokenizer.eos_token_id, decoded)
+
+    bar = tqdm(total=len(samples), unit="sample")
+    for first in range(0, len(samples), TOGETHER):
+        asked = samples[first : first + TOGETHER]
+        bar.set_description(f"{asked[0].task}, {asked[0].length:,}")
+        prefill(server, *(s.document if decoded else s.document + s.question for s in asked))
         for arm in arms:
             use(server, arm.policy, **arm.options)
-            with steps.count(server, arm):
-                ids = ask(
-                    server, sample.document, sample.question, sample.answer_tokens, tokenizer.eos_token_id, decoded
-                )
-            answers.append(answer_of(arm, sample, ids, tokenizer.decode(ids)))
+            with steps.count(server, arm), ThreadPoolExecutor(TOGETHER) as threads:
+                found = list(threads.map(say, asked))
+            answers += [answer_of(arm, s, ids, tokenizer.decode(ids)) for s, ids in zip(asked, found, strict=True)]
+        bar.update(len(asked))
+    bar.close()
     return answers, steps
 
 
@@ -138,7 +145,7 @@ def main() -> None:
     arms = arms_of(args.policies, args.budgets, args.candidates)
     log = Path(tempfile.mkdtemp(prefix="tasks-")) / "server.log"
     print(f"{len(samples)} samples, {len(arms)} arms; starting a server, its log: {log}", flush=True)
-    pool = 2 * max(args.lengths) + POOL_SLACK_TOKENS
+    pool = TOGETHER * max(args.lengths) + POOL_SLACK_TOKENS
     with serve(args.model, log, *SERVER_FLAGS, "--max-total-tokens", str(pool), config={}) as server:
         answers, steps = run(server, tokenizer, samples, arms, args.question == "decoded")
     report(

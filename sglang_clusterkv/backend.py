@@ -10,7 +10,6 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_clusterkv import runtime
 from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep
@@ -234,13 +233,13 @@ class ClusterKVAttnBackend(AttentionBackend):
 def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:
     """Compile what the model's layers will run."""
     geometry = engine.index.geometry
-    query_heads = runner.model_config.get_num_attention_heads(get_parallel().attn_tp_size)
+    assert engine.group is not None
     compile_kernels(
         engine.config,
         engine.index.device,
         page_size=geometry.page_size,
         kv_heads=geometry.kv_heads,
-        group=query_heads // geometry.kv_heads,
+        group=engine.group,
         head_dim=geometry.head_dim,
         dtype=engine.key_buffers[0].dtype,
         context_tokens=min(runner.model_config.context_len, geometry.slots),

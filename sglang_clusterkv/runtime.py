@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend
 
@@ -70,6 +71,7 @@ def attach_engine(runner: ModelRunner) -> ClusterEngine | None:
             [pool.get_value_buffer(layer) for layer in layers],
             rows.req_to_token,
             pool.handed_out,
+            group=runner.model_config.get_num_attention_heads(get_parallel().attn_tp_size) // index.geometry.kv_heads,
         )
         rows.attach_aux_cache(_RowEvents(pool.engine, runner.max_total_num_tokens))
         _engine = pool.engine

@@ -50,7 +50,9 @@ class Scene:
         self.req_to_token = torch.zeros((rows, context), dtype=torch.int32)
         self.handed_out = HandedOut()
         self.index = ClusterIndex(config, geometry, "cpu")
-        self.engine = ClusterEngine(self.index, self.keys, self.values, self.req_to_token, self.handed_out, stream)
+        self.engine = ClusterEngine(
+            self.index, self.keys, self.values, self.req_to_token, self.handed_out, stream, group=2
+        )
         self.free_pages = list(torch.randperm(pages - 1, generator=self.generator).add(1).numpy())
 
     def clustered(self, geometry: Geometry) -> torch.Tensor:

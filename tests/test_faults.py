@@ -21,7 +21,7 @@ import pytest
 import rules
 from world import SMALL, World, stream
 
-from sglang_clusterkv.clusters import build
+from sglang_clusterkv.clusters import build, engine
 from sglang_clusterkv.clusters.counters import Faults
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.index import ClusterIndex
@@ -48,6 +48,7 @@ OPERATIONS: dict[str, tuple[Any, str, set[str]]] = {
     "mark": (ClusterIndex, "mark", {"build"}),
     "publish": (RowTables, "write", {"plan", "admit"}),
     "lists": (ClusterEngine, "_sparse_step", {"lists"}),
+    "memory of the layers": (engine, "prepare", {"lists"}),
 }
 
 

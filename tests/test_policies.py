@@ -17,12 +17,15 @@ from benchmarks.policies import EVERYTHING, POLICIES, Reading, kv_bytes
 from benchmarks.policies.baselines import BinaryCodes, PublishedTables, Quest, Window
 from benchmarks.policies.choices import LayerBudgets, ReusedChoice, SharedBudget
 from benchmarks.policies.control import switch
+from benchmarks.policies.estimates import TwoBitValues, TwoLevels, in_two_bits
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from benchmarks.policies.recorder import Recorder
 from sglang_clusterkv.clusters.step import SparseStep, dense_step
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.kernels.attend.reference import dense_decode
+from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.decode.cpu import decoder_of
+from sglang_clusterkv.kernels.score.reference import score, segment_vectors
 
 SCALE = 0.2
 LENGTHS = [700, 333]
@@ -235,6 +238,79 @@ def test_layers_recall_by_their_errors(scene: Scene) -> None:
             assert set(slots.tolist()) == set(u.recalled[b, h, :tokens].tolist())
 
 
+def test_groups_that_are_all_opened_change_nothing(scene: Scene) -> None:
+    step, q = step_of(scene), scene.queries(2, 4)
+    arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+    torch.testing.assert_close(TwoLevels(9)(*arguments), reference.sparse_decode(*arguments))
+
+
+def test_what_closed_groups_tell_is_better_than_nothing(scene: Scene) -> None:
+    step, q = step_of(scene), scene.queries(2, 4)
+    arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+    policy = TwoLevels(1)
+    two_levels = policy(*arguments)
+    scene.engine.set_step_options(estimate=False)
+    without = reference.sparse_decode(*arguments)
+    exact = dense(scene, q)
+    assert (two_levels - exact).norm() < (without - exact).norm()
+    groups = [policy._kept[0, b][1] for b in range(2)]
+    clusters_per_page = PAGE // CONFIG.tokens_per_cluster
+    for b in range(2):
+        sizes, is_open = groups[b].size, policy._is_open[b]
+        clusters = int(step.page_count[b]) * clusters_per_page
+        assert sizes.sum(1).tolist() == [int(step.page_count[b]) * PAGE] * 2
+        opened = torch.zeros_like(sizes).scatter_add_(
+            1, groups[b].of_cluster[:, :clusters], is_open[:, :clusters].float()
+        )
+        tokens = torch.where(opened > 0, sizes, 0).sum(1)
+        assert ((tokens >= CONFIG.candidate_tokens) & (tokens < CONFIG.candidate_tokens + sizes.amax(1))).all()
+        assert tokens.max() < sizes.sum(1).max(), "some groups are closed"
+
+
+def test_groups_are_what_their_clusters_are(scene: Scene) -> None:
+    step, layer = step_of(scene), 0
+    policy = TwoLevels(1)
+    policy(scene.queries(2, 4), scene.keys[layer], scene.values[layer], scene.index, layer, step, SCALE)
+    groups, view, h = policy._kept[layer, 0][1], scene.index.layer(layer), 1
+    rows = scene.index.cluster_rows(step.pages[0]).flatten()
+    centroids = scene.index.row_codec.decode(view.key_rows[rows, h], view.key_scales[rows, h])
+    means = scene.index.row_codec.decode(view.value_rows[rows, h], view.value_scales[rows, h])
+    sizes = score(scene.queries(2, 4).unflatten(1, (2, 2)), scene.keys[layer], scene.index, layer, step, SCALE).size
+    vectors = segment_vectors(scene.index, layer, step)[0]
+    for group in (0, 3, len(groups.segment) - 1):
+        own = torch.nonzero(groups.of_cluster[h, : int(step.page_count[0]) * 2] == group).flatten()
+        segment, weight = int(groups.segment[group]), sizes[0, h, own].double()
+        assert len(own) and step.segment_of_page[0, own // 2].tolist() == [segment] * len(own)
+        center = (weight @ centroids[own].double()) / weight.sum()
+        apart = (centroids[own] - center).square().sum(1) / vectors[segment, h, 2].sum()
+        wide = (weight @ (view.spread[rows[own], h].double() + apart)) / weight.sum()
+        assert groups.size[h, group] == weight.sum()
+        torch.testing.assert_close(
+            groups.center[h, group].double(), center + vectors[segment, h, 0], atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(groups.spread[h, group].double(), wide, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            groups.value[h, group].double(), (weight @ means[own].double()) / weight.sum(), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_two_bits_keep_most_of_a_mean_value(scene: Scene) -> None:
+    step, q = step_of(scene), scene.queries(2, 4)
+    arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+    ours, exact = reference.sparse_decode(*arguments), dense(scene, q)
+    coarse = TwoBitValues()(*arguments)
+    assert 0 < (coarse - ours).norm() < (ours - exact).norm()
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    loss = (in_two_bits(x) - x).square().mean()
+    assert 0.10 < loss < 0.13  # of a normal variable in two bits: 0.1175 (Max, 1960)
+    # Other values at the same pages are noticed.
+    policy = TwoBitValues()
+    policy(*arguments)
+    scene.index.arrays["value_rows"][0] ^= 0x77
+    torch.testing.assert_close(policy(*arguments), TwoBitValues()(*arguments))
+    assert not torch.allclose(policy(*arguments), coarse)
+
+
 def test_codes_find_the_strongest_token() -> None:
     torch.manual_seed(3)
     keys = torch.randn(1, 200, 64)
@@ -259,6 +335,10 @@ def test_bytes_by_hand() -> None:
         "ours-no-estimate": recalled + 500 * 40 + 4000 / 1024 * 384 + 1024 * 20,
         "ours-whole-clusters": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 36 + 2 * 128,
         "ours-reused-4": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 36 + 1024 * 20 / 4,
+        # Two scales and 16 bytes of two-bit values.
+        "ours-two-bit-values": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 20 + 1024 * 20,
+        # 62.5 groups with both rows, spread, place and size; 128 clusters of 1,024 opened tokens.
+        "ours-two-levels-1": recalled + 62.5 * 78 + 128 * 42 + 128 * 36 + 4000 / 1024 * 384 + 1024 * 20,
         "dense": 256 * 4200,
     }
     for name, expected in by_hand.items():

@@ -19,6 +19,7 @@ from benchmarks.policies.baselines import (
     Window,
 )
 from benchmarks.policies.choices import LayerBudgets, ReusedChoice, SharedBudget
+from benchmarks.policies.estimates import CLUSTERS_PER_GROUP, TwoBitValues, TwoLevels, two_bit_bytes
 from benchmarks.policies.policy import Policy, Reading, kv_bytes
 from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
 
@@ -27,18 +28,50 @@ EVERYTHING = 1 << 30
 
 def _ours(reading: Reading) -> float:
     """Centroid and mean-value rows, spreads, list ends, segment vectors, candidates' codes and offsets."""
-    config, head_dim = reading.config, reading.head_dim
+    config = reading.config
     clusters = reading.clustered / config.tokens_per_cluster
-    row = RowCodec(config.centroid_dtype, head_dim).row_bytes
-    found = clusters * (row + 2 + 2) + reading.clustered / config.segment_tokens * 3 * 2 * head_dim
+    found = clusters * (_row(reading) + 2 + 2) + _segments(reading)
     if config.estimate:
-        found += min(clusters, config.estimate_clusters) * row
-    if config.refine:
-        found += min(reading.clustered, config.candidate_tokens) * (
-            TokenCodec(config.code_bits, head_dim).code_bytes + 2
-        )
-        return found + 2 * min(reading.clustered, config.candidate_tokens)
-    return found + 2 * config.budget_tokens
+        found += min(clusters, config.estimate_clusters) * _row(reading)
+    return found + _candidates(reading)
+
+
+def _row(reading: Reading) -> int:
+    """A centroid's or a mean value's."""
+    return RowCodec(reading.config.centroid_dtype, reading.head_dim).row_bytes
+
+
+def _segments(reading: Reading) -> float:
+    """Their three vectors."""
+    return reading.clustered / reading.config.segment_tokens * 3 * 2 * reading.head_dim
+
+
+def _candidates(reading: Reading) -> float:
+    """Their offsets, and codes where they are refined."""
+    config = reading.config
+    if not config.refine:
+        return 2 * config.budget_tokens
+    code = TokenCodec(config.code_bits, reading.head_dim).code_bytes + 2
+    return min(reading.clustered, config.candidate_tokens) * (code + 2)
+
+
+def _two_bit_values(reading: Reading) -> float:
+    """As ours, with shorter mean values."""
+    own = min(reading.clustered / reading.config.tokens_per_cluster, reading.config.estimate_clusters)
+    return _ours(reading) - own * (_row(reading) - two_bit_bytes(reading.head_dim))
+
+
+def _two_levels(opened: float) -> Callable[[Reading], float]:
+    """Groups: both rows, spread, place, size. Clusters of opened groups: as ours, and their numbers."""
+
+    def metadata_bytes(reading: Reading) -> float:
+        config, row = reading.config, _row(reading)
+        clusters = reading.clustered / config.tokens_per_cluster
+        scored = min(clusters, opened * config.candidate_tokens / config.tokens_per_cluster)
+        found = clusters / CLUSTERS_PER_GROUP * (2 * row + 2 + 2 + 2) + scored * (row + 2 + 2 + 2)
+        return found + min(scored, config.estimate_clusters) * row + _segments(reading) + _candidates(reading)
+
+    return metadata_bytes
 
 
 def _reused(steps: int) -> Callable[[Reading], float]:
@@ -98,6 +131,13 @@ POLICIES: dict[str, Policy] = {
     ),
     "ours-shared-budget": Policy("ours, heads of a layer share their budgets", _ours, make=SharedBudget),
     "ours-layer-budgets": Policy("ours, budgets of layers by their errors", _ours, make=_by_error),
+    "ours-two-bit-values": Policy("ours, mean values in two bits", _two_bit_values, make=lambda budget: TwoBitValues()),
+    "ours-two-levels-1": Policy(
+        "ours, two levels, as many tokens opened as candidates", _two_levels(1), make=lambda budget: TwoLevels(1)
+    ),
+    "ours-two-levels-2": Policy(
+        "ours, two levels, twice as many tokens opened", _two_levels(2), make=lambda budget: TwoLevels(2)
+    ),
     "oracle": Policy("oracle: exact top-B tokens", lambda r: 0.0, make=Oracle, is_method=False),
 }
 

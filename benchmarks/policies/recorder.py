@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.policies.estimates import ChangedEstimate
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from sglang_clusterkv.clusters.engine import SparseDecode
 from sglang_clusterkv.clusters.index import ClusterIndex
@@ -68,7 +69,7 @@ class Recorder:
 
     def _recalled(self, index: ClusterIndex, group: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots that the last call recalled, int64 [B, H, K], and how many, [B, H]."""
-        if isinstance(self._inner, TokenPolicy):
+        if isinstance(self._inner, TokenPolicy | ChangedEstimate):
             return self._inner.recalled
         buffers = cpu.decoder_of(index, group, keys.dtype is torch.bfloat16).buffers
         return torch.from_numpy(buffers.recalled), torch.from_numpy(buffers.recalled_count)

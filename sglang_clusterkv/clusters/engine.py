@@ -29,7 +29,7 @@ from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step, to_device
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ConfigError, validate
-from sglang_clusterkv.kernels.decode import sparse_decode
+from sglang_clusterkv.kernels.decode import prepare, sparse_decode
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class ClusterEngine:
         req_to_token: int32 [rows, max_context], SGLang's table.
         handed_out: the allocator's notes.
         stream: takes the device's work; by default the device's own.
+        group: query heads per kv head, so that memory for a step's layers is taken with its lists; None: by its first layer.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class ClusterEngine:
         req_to_token: torch.Tensor,
         handed_out: HandedOut,
         stream: ForwardStream | None = None,
+        group: int | None = None,
     ) -> None:
         self.index = index
+        self.group = group
         self.handed_out = handed_out
         self.config = index.config
         self.page_size = index.geometry.page_size
@@ -359,14 +362,9 @@ class ClusterEngine:
             [DenseReason.FAULT, DenseReason.DIRTY, DenseReason.SHORT, DenseReason.BUDGET, DenseReason.WINDOW],
             0,
         )
-        for reason, times in zip(*np.unique(reasons[reasons > 0], return_counts=True), strict=True):
-            self.counters.dense_steps[DenseReason(reason).name.lower()] += int(times)
         sparse, dense = np.flatnonzero(reasons == 0), np.flatnonzero(reasons)
-        self.counters.sparse_steps += len(sparse)
-        self.counters.tokens_available += int(covered[sparse].sum())
-        self.counters.tokens_recalled += int(np.minimum(covered[sparse], config.budget_tokens).sum())
         device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
-        return DecodeStep(
+        step = DecodeStep(
             sparse_at=to_device(sparse, device) if mixed else None,
             sparse=self._sparse_step(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
             dense_at=to_device(dense, device) if mixed else None,
@@ -374,11 +372,21 @@ class ClusterEngine:
             rows=rows,
             seq_lens=seq_lens,
         )
+        for reason, times in zip(*np.unique(reasons[reasons > 0], return_counts=True), strict=True):
+            self.counters.dense_steps[DenseReason(reason).name.lower()] += int(times)
+        self.counters.sparse_steps += len(sparse)
+        self.counters.tokens_available += int(covered[sparse].sum())
+        self.counters.tokens_recalled += int(np.minimum(covered[sparse], config.budget_tokens).sum())
+        return step
 
     def _sparse_step(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:
+        """Lists, and the memory that the layers need for them."""
         tables = self.tables
         borders = RowBorders(rows, seq_lens, count, tables.begin[rows], tables.end[rows], tables.covered[rows])
-        return sparse_step(borders, self.req_to_token, self.page_size)
+        step = sparse_step(borders, self.req_to_token, self.page_size)
+        if self.group is not None:
+            prepare(self.index, self.group, step)
+        return step
 
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""

@@ -193,6 +193,28 @@ def test_steps_of_other_sizes_find_room(device: str) -> None:
     assert capacities[0] != capacities[1] == capacities[2]
 
 
+def test_memory_that_ran_out_leaves_room_for_a_smaller_step(device: str) -> None:
+    chain = Chain(CONFIG, device, group=1, kv_heads=1)
+    whole = reference.sparse_decode(*chain.arguments())
+    decoder = decoder_of(chain.index, 1)
+    allocate, taken = decoder._allocate, []
+
+    def short(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if sizes[0] > 1 and len(taken) == 3:
+            raise torch.OutOfMemoryError("no memory for the fourth tensor of two requests")
+        taken.append(sizes)
+        return allocate(sizes, dtype)
+
+    for requests in (slice(0, 1), slice(1, 2)):
+        taken.clear()
+        decoder._allocate = short
+        with pytest.raises(torch.OutOfMemoryError, match="fourth"):
+            chain.result(slice(0, 2))
+        assert_close(chain.result(requests), whole[requests], torch.float32)
+    decoder._allocate = allocate
+    assert_close(chain.result(slice(0, 2)), whole[:2], torch.float32)
+
+
 def test_a_step_does_not_depend_on_the_one_before(device: str) -> None:
     """Bit for bit, though the workspace holds what another step left."""
     chain = Chain(CONFIG, device, group=1, kv_heads=1)

@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from sglang_clusterkv.clusters.step import SparseStep
 
 
+def prepare(index: ClusterIndex, group: int, step: SparseStep) -> None:
+    """Take the memory that `sparse_decode` will need for a step, so that whoever runs short of it does so before any layer.
+
+    Args:
+        index: the cluster index.
+        group: query heads per kv head.
+        step: the lists of the step.
+
+    Raises torch.OutOfMemoryError; the same index may then prepare a smaller step.
+    """
+    if torch.device(index.device).type == "cuda":
+        from sglang_clusterkv.kernels.decode import triton
+
+        triton.decoder_of(index, group).prepare(step)
+
+
 def sparse_decode(
     q: torch.Tensor,
     keys: torch.Tensor,

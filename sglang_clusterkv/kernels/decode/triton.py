@@ -59,7 +59,7 @@ class TritonDecoder:
         """Take a step's lists and make the workspace fit."""
         if step is self._step:
             return
-        self._step = step
+        self._step = None
         base, pairs = step.base_slots.shape[1], step.batch * self.heads
         self.splits = grids.split_count(pairs, base + self.config.budget_tokens)
         clusters = estimate_triton.listed_clusters(self.index, step)
@@ -74,11 +74,14 @@ class TritonDecoder:
             parts=max(1, sum(self.parts)),
         ).rounded()
         if not self._shape.holds(needed):
-            if self._shape.batch:  # not two at once
-                del self.workspace, self.buffers
-            self._shape = WorkspaceShape(*map(max, self._shape, needed))
-            self.workspace: Workspace = make_workspace(self._shape, self.index.device, self._allocate)
-            self.buffers = estimate_triton.make_buffers(self._shape, self.config.estimate_clusters, self._allocate)
+            grown = WorkspaceShape(*map(max, self._shape, needed))
+            if self._shape.batch:
+                del self.workspace, self.buffers  # not two at once
+            self._shape = self._shape._replace(batch=0)  # holds nothing, should memory run out now
+            workspace: Workspace = make_workspace(grown, self.index.device, self._allocate)
+            buffers = estimate_triton.make_buffers(grown, self.config.estimate_clusters, self._allocate)
+            self._shape, self.workspace, self.buffers = grown, workspace, buffers
+        self._step = step
 
     @property
     def step(self) -> SparseStep:

@@ -98,7 +98,7 @@ test-unit: dev-env demo-model
 test-servers: dev-env demo-model
 	@echo "Running the tests against real servers, two at a time; each start takes a minute."
 	@export OMP_NUM_THREADS=1; \
-	$(PYTEST) -m 'not long and (server or peers)' -n 2 --dist loadgroup $(PYTEST_ARGS) $(OR_NONE)
+	$(PYTEST) -m 'not long and (server or peers)' -n 2 --dist loadfile $(PYTEST_ARGS) $(OR_NONE)
 
 test-long: dev-env demo-model
 	$(PY) -m pytest $(TESTS) --durations=10 -m long $(PYTEST_ARGS)

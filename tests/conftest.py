@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from interpreter import interpreting
@@ -26,6 +27,13 @@ DEMO_CONFIG = {
     "dense_layers": 1,
     "merge_segments": False,
 }
+# Files that share a server stay together where processes share the files.
+SHARED_SERVERS = {
+    "tests/test_abuse.py": "tiny",
+    "tests/test_scheduler_server.py": "tiny",
+    "tests/test_metrics.py": "demo",
+    "tests/test_server.py": "demo",
+}
 ASLEEP = "--sleep-on-idle"  # without it an idle server takes most of a core from the tests that follow
 
 
@@ -39,6 +47,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Import Triton before SGLang does, which may be in any test module."""
     with interpreting(config.getoption("device")):
         import triton.language  # noqa: F401
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`: by file, but for `SHARED_SERVERS`."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class BySharedServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return SHARED_SERVERS.get(file, file)
+
+    return BySharedServer(config, log)
 
 
 class OneServer:
@@ -65,7 +88,7 @@ class OneServer:
 
 @pytest.fixture(scope="session")
 def one_server() -> Iterator[OneServer]:
-    """Files that share a server, or follow one another with their own: mark them as one `xdist_group` each."""
+    """Of this process."""
     servers = OneServer()
     yield servers
     servers.end()

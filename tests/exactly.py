@@ -486,10 +486,10 @@ def left_sizes(size: Ints, recalled_cluster: Ints) -> Ints:
     return left
 
 
-def own_value_clusters(est: Floats, total_logits: Floats, estimate_clusters: int) -> Ints:
-    """Clusters estimated by their own mean value: largest group mass first, ties to the lower; none with 0 left."""
-    order = np.argsort(-group_mass(est, total_logits), kind="stable")
-    return order[np.any(np.isfinite(est), axis=0)[order]][:estimate_clusters]
+def own_value_clusters(mass_per_token: Floats, left: Ints, estimate_clusters: int) -> Ints:
+    """Clusters estimated by their own mean value: largest mass left first, ties to the lower; none with 0 left."""
+    order = np.argsort(-f64(mass_per_token) * left, kind="stable")
+    return order[np.asarray(left)[order] > 0][:estimate_clusters]
 
 
 def estimate_values(clusters: Clusters, own: Ints) -> Floats:
@@ -587,7 +587,7 @@ def decode(
     all_logits, all_values = [exact_logits(q, keys[attended], scale)], [values[attended]]
     own = np.empty(0, dtype=np.int64)
     if options.estimate:
-        own = own_value_clusters(est, total_logits, options.estimate_clusters)
+        own = own_value_clusters(mass_per_token, left, options.estimate_clusters)
         all_logits.append(est)
         all_values.append(estimate_values(clusters, own))
     output, _ = softmax_output(np.concatenate(all_logits, axis=1), np.concatenate(all_values))

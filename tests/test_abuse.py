@@ -20,7 +20,7 @@ from traffic import PAGE, Request, alone, assert_well, prompt
 
 from benchmarks.servers import Server
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("tiny")]
+pytestmark = pytest.mark.server
 
 VOCABULARY = 49_152  # of the demo model's tokenizer, which the tiny model shares
 CONTEXT = SHAPE["max_position_embeddings"]

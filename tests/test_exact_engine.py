@@ -512,9 +512,9 @@ def check_step(placed: Placed, row: int, layer: int, head: int, q: np.ndarray, s
     parts, shipped, tied = [exact], [s.exact], 0.0
     if options.estimate:
         est = ex.estimate_logits(q, scale, clusters, s.left, options.estimate_spread)
-        own = ex.own_value_clusters(est, s.total, options.estimate_clusters)
+        own = ex.own_value_clusters(s.mass, s.left, options.estimate_clusters)
         estimated = ex.softmax_output(est, ex.estimate_values(clusters, own))
-        tied = tied_estimates(clusters, est, s.total, own, rounding)
+        tied = tied_estimates(clusters, est, s.mass * s.left, own, rounding)
         check_part("estimate", s.estimated, estimated, rounding, value_size, tied)
         parts, shipped = [exact, estimated], [s.exact, s.estimated]
     within("merge", np.abs(s.output - ex.merge(*zip(*shipped, strict=True))), rounding * value_size)
@@ -542,9 +542,8 @@ def check_part(stage: str, shipped: Part, expected: Part, rounding: float, value
     within(f"sum of {stage}", np.abs(shipped[1][some] - expected[1][some]), rounding)
 
 
-def tied_estimates(clusters: ex.Clusters, est: np.ndarray, total: np.ndarray, own: np.ndarray, rounding: float):
+def tied_estimates(clusters: ex.Clusters, est: np.ndarray, mass: np.ndarray, own: np.ndarray, rounding: float):
     """[G, D] what it may change that clusters of the same mass as the last of `own` have their own mean value."""
-    mass = ex.group_mass(est, total)
     tied = np.flatnonzero(np.abs(mass - mass[own].min(initial=np.inf)) <= 4 * rounding * mass)
     if np.isin(tied, own).all():
         return 0.0

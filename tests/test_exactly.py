@@ -298,10 +298,9 @@ def test_candidate_logits_with_exact_residuals_are_exact(rng):
 def test_own_values_go_to_the_most_mass_and_the_rest_by_segment():
     est = np.log(np.array([[1.0, 3.0, 0.0, 2.0], [1.0, 1.0, 0.0, 2.0]]) + 1e-300)
     est[:, 2] = -np.inf
-    total = np.zeros(2)
-    np.testing.assert_array_equal(ex.own_value_clusters(est, total, 1), [1])  # both have 2: the lower
-    np.testing.assert_array_equal(ex.own_value_clusters(est, total, 4), [1, 3, 0])
-    np.testing.assert_array_equal(ex.own_value_clusters(est, np.array([9.0, 0.0]), 1), [3])  # the mean is of shares
+    mass, left = np.array([1.0, 0.5, 9.0, 2.0]), np.array([1, 4, 0, 1])
+    np.testing.assert_array_equal(ex.own_value_clusters(mass, left, 1), [1])  # two have 2: the lower
+    np.testing.assert_array_equal(ex.own_value_clusters(mass, left, 4), [1, 3, 0])
     means = np.arange(4.0)[:, None]
     clusters = ex.Clusters(
         np.ones(4, int), means, means, np.zeros(4), np.array([0, 0, 1, 1]), np.zeros((2, 1)), np.array([[50.0], [60.0]])
@@ -474,7 +473,7 @@ def loops(q, keys, values, scale, stored, begins, rotation, options):
     )
     left = {w: size[w] - sum(of_position[t] == w for t in recalled) for w in size}
     est = {w: [math.exp(logit(h, w, left[w], options.estimate_spread)) for h in heads] for w in size if left[w]}
-    ranked = sorted(est, key=lambda w: (-sum(est[w][h] / total[h] for h in heads), w))
+    ranked = sorted(est, key=lambda w: (-per_token[w] * left[w], w))
     output = []
     for h in heads:
         parts = [(math.exp(scale * dot(q[h], keys[t])), values[t]) for t in [*base, *sorted(recalled)]]

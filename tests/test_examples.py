@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import OneServer
+from conftest import ASLEEP, OneServer
 
 from benchmarks.servers import Server, free_port, serve
 from sglang_clusterkv.haystack import FACTS
@@ -94,11 +94,10 @@ def server(one_server: OneServer, model: Path, tmp_path_factory: pytest.TempPath
         return serve(model, log, *arguments, config={"budget_tokens": 256})
 
     log = tmp_path_factory.mktemp("examples") / "server.log"
-    arguments = ["--max-total-tokens", "12000", "--enable-cache-report"]
+    arguments = ["--max-total-tokens", "12000", "--enable-cache-report", ASLEEP]
     return one_server.get("examples", start)
 
 
-@pytest.mark.xdist_group("examples")
 class TestAgainstAServer:
     def test_a_frontend_program_clusters_its_document_once(self, server: Server) -> None:
         before = server.counts()

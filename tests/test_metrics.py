@@ -329,7 +329,6 @@ def samples_of(families: list[Any]) -> Samples:
 
 
 @pytest.mark.server
-@pytest.mark.xdist_group("demo")
 def test_a_live_server_has_what_the_table_and_the_board_name(demo_server: Server, text: list[int]) -> None:
     server = demo_server
     server.flush()

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import OneServer
+from conftest import ASLEEP, OneServer
 
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
-pytestmark = [pytest.mark.server, pytest.mark.peers, pytest.mark.xdist_group("peers")]
+pytestmark = [pytest.mark.server, pytest.mark.peers]
 
 BACKEND = os.environ.get("CLUSTERKV_PEERS_BACKEND", "clusterkv")
 ALL = os.environ.get("CLUSTERKV_PEERS") == "all"
@@ -136,7 +136,7 @@ def server(one_server: OneServer, model: Path, tmp_path_factory: pytest.TempPath
         return serve(model, log, *arguments, config=config, backend=BACKEND)
 
     log = tmp_path_factory.mktemp("peers") / "server.log"
-    arguments = ["--page-size", "16", "--chunked-prefill-size", "512", "--max-total-tokens", "24000"]
+    arguments = ["--page-size", "16", "--chunked-prefill-size", "512", "--max-total-tokens", "24000", ASLEEP]
     config = CONFIG if BACKEND == "clusterkv" else None
     return one_server.get("peers", start)
 

@@ -20,7 +20,7 @@ from traffic import PAGE, Request, alone, assert_well, at_once, borders, grew, p
 
 from benchmarks.servers import Server
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("tiny")]
+pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")

@@ -109,14 +109,12 @@ def sparse_launches(shape: StepShape, config: ClusterKVConfig) -> list[Launch]:
     """The launches of one layer of a sparse step."""
     lists = lists_of(shape, config)
     parts = grids.EstimateParts(0, 0)
-    masses = 0
     if config.estimate:
         parts = grids.estimate_parts(shape.pairs, lists.clusters, config.estimate_clusters)
-        masses = grids.mass_tiles(lists.clusters, config.estimate_clusters)
     splits = grids.split_count(shape.pairs, lists.base + config.budget_tokens)
     launches = [_score(shape, config, lists), _select(shape, config, lists)]
     launches += _refine(shape, config, lists) if config.refine else [_recall_all(shape, config, lists)]
-    launches.append(_attend(shape, lists, splits, masses))
+    launches.append(_attend(shape, lists, splits))
     if config.estimate:
         launches.append(_estimate(shape, config, lists, parts))
     launches.append(_merge(shape, splits + sum(parts)))
@@ -213,15 +211,11 @@ def _recall_all(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Laun
     return Launch("recall", programs, shape.pairs * moved + _page_bytes(shape, lists))
 
 
-def _attend(shape: StepShape, lists: Lists, splits: int, masses: int) -> Launch:
+def _attend(shape: StepShape, lists: Lists, splits: int) -> Launch:
     logits = lists.base * shape.group * _FLOAT
     rows = lists.recalled * (2 * shape.row_bytes + _LONG) + lists.base * shape.row_bytes
     own = shape.pairs * (logits + rows + shape.group * shape.row_bytes) + _part_bytes(shape, splits)
-    shared = shape.batch * lists.base * _LONG
-    if masses:
-        own += _logit_bytes(shape, lists) + shape.pairs * lists.clusters * _FLOAT
-        shared += shape.batch * lists.pages * _LONG
-    return Launch("attend", shape.pairs * (splits + masses), own + shared)
+    return Launch("attend", shape.pairs * splits, own + shape.batch * lists.base * _LONG)
 
 
 def _estimate(shape: StepShape, config: ClusterKVConfig, lists: Lists, parts: grids.EstimateParts) -> Launch:

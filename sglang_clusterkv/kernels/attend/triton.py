@@ -18,13 +18,11 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.decode import grids
-from sglang_clusterkv.kernels.estimate.triton import EstimateBuffers, listed_clusters, mass_tile
 from sglang_clusterkv.kernels.merge.triton import merge_parts
 from sglang_clusterkv.kernels.triton_rows import dot_dtype, padded_group
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
     from sglang_clusterkv.clusters.step import SparseStep
     from sglang_clusterkv.kernels.decode.workspace import Workspace
 
@@ -115,32 +113,19 @@ def attend_part(
 
 
 # What differs from step to step must not make a variant of the kernel: it would be compiled while serving.
-@triton.jit(do_not_specialize=["splits", "capacity", "base_stride", "pages_stride"])
+@triton.jit(do_not_specialize=["splits", "capacity", "base_stride"])
 def attend_kernel(
     q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, output, lse, scale, splits, capacity,
     base_stride, logit_stride, recalled_stride,
-    page_count, segment_of_page, dot, segment_bonus, spread, left, total, mass, estimate_spread, pages_stride,
-    clusters_stride, segments_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK_M: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (requests * kv heads, splits + mass tiles).
-
-    The first `splits` programs of a pair attend. The others are the estimate's, which needs nothing of them, only what
-    refine left: each writes the estimated mass of BLOCK_M clusters. They ride along because a launch costs more.
-    """
-    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if part < splits:
-        attend_part(
-            pair, part, splits, q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, output,
-            lse, scale, 0.0, 1 << 30, capacity, base_stride, logit_stride, recalled_stride,
-            HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, True, False, DOT,
-        )  # fmt: skip
-    else:
-        mass_tile(
-            pair, part - splits, page_count, segment_of_page, dot, segment_bonus, spread, left, total, mass,
-            estimate_spread, pages_stride, clusters_stride, segments_stride, HEADS, GROUP, PER_PAGE, BLOCK_M,
-        )  # fmt: skip
+    """Grid (requests * kv heads, splits): one part of the always-attended and the recalled tokens."""
+    attend_part(
+        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, base_slots, base_count, base_logit,
+        recalled, recalled_count, output, lse, scale, 0.0, 1 << 30, capacity, base_stride, logit_stride, recalled_stride,
+        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, True, False, DOT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["window", "splits", "slots_stride"])
@@ -175,38 +160,27 @@ def attend(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    index: ClusterIndex,
     step: SparseStep,
     scale: float,
     w: Workspace,
-    buffers: EstimateBuffers,
     splits: int,
 ) -> None:
     """Attend to sinks, window and recalled tokens: `exact_output` and `exact_lse` of the workspace, the first `splits`.
-
-    Where the estimate will have to choose among clusters, their masses are computed in the same launch.
 
     Args:
         q: [B, H, G, D], contiguous, in the pool's dtype.
         keys: [slots, H, D], contiguous.
         values: likewise.
-        index: the cluster index.
         step: the lists of this step.
         scale: of the logits.
-        w: holds `base_logit`, `recalled`, `left` and what they were made from.
-        buffers: take the masses.
+        w: holds `base_logit` and `recalled`.
         splits: parts of a list, at most the workspace's.
     """
     batch, heads, group, channels = q.shape
-    shape, config = w.shape, index.config
-    masses = grids.mass_tiles(listed_clusters(index, step), config.estimate_clusters) if config.estimate else 0
-    attend_kernel[(batch * heads, splits + masses)](
+    attend_kernel[(batch * heads, splits)](
         q, keys, values, step.base_slots, step.base_count, w.base_logit, w.recalled, w.recalled_count, w.exact_output,
-        w.exact_lse, scale, splits, shape.splits, step.base_slots.stride(0), shape.base, shape.budget,
-        step.page_count, step.segment_of_page, w.dot, w.segment_bonus, w.spread, w.left, w.total, buffers.mass,
-        config.estimate_spread, step.pages.stride(0), shape.clusters, shape.segments,
-        PER_PAGE=index.clusters_per_page, BLOCK_M=grids.MASS_CLUSTERS, **tile_constants(heads, group, channels, q.dtype),
-        num_stages=2,
+        w.exact_lse, scale, splits, w.shape.splits, step.base_slots.stride(0), w.shape.base, w.shape.budget,
+        **tile_constants(heads, group, channels, q.dtype), num_stages=2,
     )  # fmt: skip
 
 
@@ -237,25 +211,23 @@ def dense_decode(
 
 
 _TYPES = {
-    **dict.fromkeys(("q", "keys", "values", "spread"), "*bf16"),
+    **dict.fromkeys(("q", "keys", "values"), "*bf16"),
     **dict.fromkeys(("base_slots", "base_count", "recalled", "slots", "seq_lens"), "*i64"),
-    **dict.fromkeys(("page_count", "segment_of_page"), "*i64"),
-    **dict.fromkeys(("recalled_count", "left"), "*i32"),
-    **dict.fromkeys(("base_logit", "output", "lse", "dot", "segment_bonus", "total", "mass"), "*fp32"),
-    **dict.fromkeys(("scale", "cap", "estimate_spread"), "fp32"),
+    **{"recalled_count": "*i32"},
+    **dict.fromkeys(("base_logit", "output", "lse"), "*fp32"),
+    **dict.fromkeys(("scale", "cap"), "fp32"),
     **dict.fromkeys(("splits", "capacity", "window"), "i32"),
     **dict.fromkeys(("base_stride", "logit_stride", "recalled_stride", "slots_stride"), "i32"),
-    **dict.fromkeys(("pages_stride", "clusters_stride", "segments_stride"), "i32"),
 }
 
 
 def _case(name: str, kernel: Any, channels: int, group: int, **holds: Any) -> CompileCase:
     """A case of 8 kv heads in bf16."""
     constants = tile_constants(8, group, channels, torch.bfloat16) | {
-        "DOT": tl.bfloat16, "CAPPED": False, "PER_PAGE": 2, "BLOCK_M": grids.MASS_CLUSTERS,
+        "DOT": tl.bfloat16, "CAPPED": False,
     }  # fmt: skip
     signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument in _TYPES}
-    aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a in ("clusters_stride", "logit_stride"))
+    aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a == "logit_stride")
     used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     return CompileCase(f"{name} D={channels} G={group}", kernel, signature, used, aligned, num_stages=2, **holds)
 

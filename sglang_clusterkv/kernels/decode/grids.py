@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 TOKENS_PER_SPLIT = 128  # of attend's list; fewer are not worth a program
-MASS_CLUSTERS = 1024  # clusters per program that computes masses for the estimate
 LEAST_OWN = 128  # clusters, each with its own mean value, that are worth a program of the estimate
 LEAST_REST = 512  # clusters that share their segment's mean value, likewise
 ATTEND_PROGRAMS = 264  # two for each of an H100's SMs
@@ -30,11 +29,6 @@ def share_count(pairs: int, items: int, least: int, programs: int) -> int:
 def split_count(pairs: int, tokens: int) -> int:
     """Parts of attend's lists of up to `tokens` tokens."""
     return share_count(pairs, tokens, TOKENS_PER_SPLIT, ATTEND_PROGRAMS)
-
-
-def mass_tiles(clusters: int, estimate_clusters: int) -> int:
-    """Programs of attend's launch that compute masses; 0 where every cluster uses its own mean value."""
-    return -(-clusters // MASS_CLUSTERS) if clusters > estimate_clusters else 0
 
 
 def estimate_parts(pairs: int, clusters: int, estimate_clusters: int) -> EstimateParts:

@@ -1,6 +1,6 @@
 """The chain on a GPU: seven launches per layer, six where nothing is refined, and nothing that waits for the device.
 
-    score | select | refine: values | refine: choice | attend, with the estimate's masses | estimate | merge, with the mass read
+    score | select | refine: values | refine: choice | attend | estimate | merge, with the mass read
 
 What the launches hand to each other lies in one workspace per index, which grows to the largest step and is never initialised.
 Grids depend on the shapes of the step's lists alone, so a captured graph may be replayed with other contents.
@@ -51,7 +51,7 @@ class TritonDecoder:
         self._allocate = allocate or (lambda sizes, dtype: torch.empty(sizes, dtype=dtype, device=index.device))
         self._shape = WorkspaceShape(
             batch=0, heads=self.heads, group=group, channels=geometry.head_dim, clusters=0, segments=0, base=0,
-            candidates=self.limit, budget=config.budget_tokens, splits=0, parts=0,
+            candidates=self.limit, budget=config.budget_tokens, own=config.estimate_clusters, splits=0, parts=0,
         )  # fmt: skip
         self._step: SparseStep | None = None
 
@@ -76,11 +76,10 @@ class TritonDecoder:
         if not self._shape.holds(needed):
             grown = WorkspaceShape(*map(max, self._shape, needed))
             if self._shape.batch:
-                del self.workspace, self.buffers  # not two at once
+                del self.workspace  # not two at once
             self._shape = self._shape._replace(batch=0)  # holds nothing, should memory run out now
-            workspace: Workspace = make_workspace(grown, self.index.device, self._allocate)
-            buffers = estimate_triton.make_buffers(grown, self.config.estimate_clusters, self._allocate)
-            self._shape, self.workspace, self.buffers = grown, workspace, buffers
+            self.workspace: Workspace = make_workspace(grown, self.index.device, self._allocate)
+            self._shape = grown
         self._step = step
 
     @property
@@ -110,15 +109,13 @@ class TritonDecoder:
             refine_triton.recall_all(self.index, layer, self.step, self.limit, self.workspace)
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
-        """Exact attention over always-attended and recalled tokens; and masses for the estimate."""
-        attend_triton.attend(
-            q, keys, values, self.index, self.step, scale, self.workspace, self.buffers, self.splits
-        )  # fmt: skip
+        """Exact attention over always-attended and recalled tokens."""
+        attend_triton.attend(q, keys, values, self.step, scale, self.workspace, self.splits)
 
     def estimate(self, layer: int, dtype: torch.dtype) -> None:
         """What was not recalled, by clusters, multiplied as queries of `dtype` are; nothing where nothing is estimated."""
         if self.config.estimate:
-            estimate_triton.estimate(self.index, layer, self.step, self.workspace, self.buffers, self.parts, dtype)
+            estimate_triton.estimate(self.index, layer, self.step, self.workspace, self.parts, dtype)
 
     def merge(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
         """Both parts, [B, heads, D] in `dtype`; and how much of the mass was read exactly."""

@@ -23,7 +23,8 @@ SCORE_TOKENS = 64  # always-attended tokens per program of score
 
 class WorkspaceShape(NamedTuple):
     """Capacities. B requests, H kv heads, G query heads each, D channels; per request: C clusters, S segments, W tokens
-    that are always attended; K candidates and R recalled tokens at most; P splits of attend, E parts of the estimate."""
+    that are always attended; K candidates and R recalled tokens at most; O clusters estimated at their own mean value; P
+    splits of attend, E parts of the estimate."""
 
     batch: int
     heads: int
@@ -34,6 +35,7 @@ class WorkspaceShape(NamedTuple):
     base: int
     candidates: int
     budget: int
+    own: int
     splits: int
     parts: int
 
@@ -101,6 +103,7 @@ class Workspace:
     exact_lse: torch.Tensor  # float32 [B, H, P, G]
 
     # Written by estimate, one part of the clusters per program.
+    own: torch.Tensor  # int32 [B, H, O], clusters that use their own mean value, ascending
     rest_output: torch.Tensor  # float32 [B, H, E, G, D], normalised over the part
     rest_lse: torch.Tensor  # float32 [B, H, E, G]
 
@@ -149,6 +152,7 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
         recalled_count=allocate(by_head, torch.int32),
         exact_output=allocate((*by_head, shape.splits, shape.group, shape.channels), torch.float32),
         exact_lse=allocate((*by_head, shape.splits, shape.group), torch.float32),
+        own=allocate((*by_head, shape.own), torch.int32),
         rest_output=allocate((*by_head, shape.parts, shape.group, shape.channels), torch.float32),
         rest_lse=allocate((*by_head, shape.parts, shape.group), torch.float32),
     )

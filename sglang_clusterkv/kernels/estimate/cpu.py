@@ -18,16 +18,15 @@ from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
 def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) -> Callable[..., None]:
     """Compile the estimate for one head_dim, group size and row format.
 
-    Inputs `size`, `weight`, `peak`, `total` as score leaves them, `taken` [B, H, C] as recall leaves it. Outputs: output
+    Inputs `size`, `weight`, `peak`, `mass` as score leaves them, `taken` [B, H, C] as recall leaves it. Outputs: output
     [B, H, G, D] and lse [B, H, G], as `attend.reference.Partial`; -inf where nothing is left.
     """
     quarter = channels // 4
-    mean = np.float32(1.0 / group)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
         words: Any, halves: Any, octets: Any, row_scales: Any, vectors: Any, pages: Any, segment_begin: Any, segment_count: Any,
-        page_count: Any, per_page: Any, own_limit: Any, size: Any, taken: Any, weight: Any, peak: Any, total: Any,
+        page_count: Any, per_page: Any, own_limit: Any, size: Any, taken: Any, weight: Any, peak: Any, mass: Any,
         output: Any, lse: Any,
     ) -> None:  # fmt: skip
         row = np.empty(channels, np.float32)
@@ -55,10 +54,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
                 border, room = np.int64(0), np.int64(1 << 30)
                 if clusters > own_limit:
                     for c in range(clusters):
-                        score = np.float32(0.0)
-                        for g in range(group):
-                            score += left[g, c] * np.exp(peak[b, h, g] - total[b, h, g])
-                        keys[c] = bits_of_float(score * mean)
+                        keys[c] = bits_of_float(mass[b, h, c] * np.float32(size[b, h, c] - taken[b, h, c]))
                     border, room = threshold(keys, ones, clusters, own_limit, bins)
                 else:
                     keys[:clusters] = 1

@@ -1,9 +1,8 @@
-"""Estimate on a GPU: the clusters' remaining tokens, through mean values, in two steps of which the first rides with attend.
+"""Estimate on a GPU: the clusters' remaining tokens, through mean values.
 
-1. `mass_tile`, in attend's launch: the estimated mass of every cluster, where there are more than `estimate_clusters`.
-2. `estimate_kernel`: some programs of a (request, kv head) take the clusters that use their own mean value, by rank in equal
-   shares, unpack their rows in registers and weigh them; the others sum the weights of all other clusters by segment and
-   multiply by the segments' mean values.
+Some programs of a (request, kv head) take the clusters that use their own mean value, by rank in equal shares, unpack their
+rows in registers and weigh them; the others sum the weights of all other clusters by segment and multiply by the segments'
+mean values.
 
 Which clusters use their own mean value is the same for all programs of a (request, kv head). Each finds it for itself: it
 holds the masses in registers (up to 16,384; beyond, it reads them again from the cache) and bisects the bits of the
@@ -12,7 +11,6 @@ smallest that is large enough. A launch less is worth more than the few microsec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from sglang_clusterkv.clusters.index import ClusterIndex
     from sglang_clusterkv.clusters.step import SparseStep
     from sglang_clusterkv.kernels.decode.grids import EstimateParts
-    from sglang_clusterkv.kernels.decode.workspace import Allocate, Workspace, WorkspaceShape
+    from sglang_clusterkv.kernels.decode.workspace import Workspace
 
 MASSES_HELD = 16384  # by one program, in registers
 LEAST_HELD = 256  # fewer make no program faster, and every size is a compilation
@@ -47,70 +45,38 @@ STAGES = 2  # a third one spills registers
 NO_PLACE = tl.constexpr(2**31 - 1)
 
 
-@dataclass(frozen=True)
-class EstimateBuffers:
-    """What the estimate's two steps hand to each other; contiguous, not initialised."""
-
-    mass: torch.Tensor  # float32 [B, H, C], mean over the group of exp(estimate logit of what is left - total)
-    own: torch.Tensor  # int32 [B, H, estimate_clusters], clusters that use their own mean value, ascending
-
-
-def make_buffers(shape: WorkspaceShape, estimate_clusters: int, allocate: Allocate) -> EstimateBuffers:
-    """Allocate them beside a workspace of `shape`."""
-    by_head = (shape.batch, shape.heads)
-    return EstimateBuffers(
-        mass=allocate((*by_head, shape.clusters), torch.float32),
-        own=allocate((*by_head, estimate_clusters), torch.int32),
-    )
-
-
 @triton.jit
-def mass_tile(
-    pair, tile, page_count, segment_of_page, dot, segment_bonus, spread, left, total, mass, estimate_spread, pages_stride,
-    clusters_stride, segments_stride,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Estimated masses of the tile-th BLOCK clusters of the pair-th (request, kv head); 0 where nothing is left."""
-    b = pair // HEADS
-    c = tile * BLOCK + tl.arange(0, BLOCK)
-    listed = c < tl.load(page_count + b).to(tl.int32) * PER_PAGE
-    tokens = tl.load(left + pair * clusters_stride + c, mask=listed, other=0)
-    segment = tl.load(segment_of_page + b * pages_stride + c // PER_PAGE, mask=listed, other=0)
-    wide = tl.load(spread + pair * clusters_stride + c, mask=listed, other=0.0).to(tl.float32) * estimate_spread
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for g in range(GROUP):
-        query = pair * GROUP + g
-        logit = tl.load(dot + query * clusters_stride + c, mask=listed, other=0.0)
-        logit += wide * tl.load(segment_bonus + query * segments_stride + segment, mask=listed, other=0.0)
-        sums += tl.exp2((logit - tl.load(total + query)) * LOG2_E)
-    result = tl.where(tokens > 0, tokens.to(tl.float32) * sums / GROUP, 0.0)
+def masses_of(mass, left, c, listed):
+    """Bits of the masses that are left of clusters c; they order as the masses do. -1 where a cluster is not listed."""
+    tokens = tl.load(left + c, mask=listed, other=0)
+    per_token = tl.load(mass + c, mask=listed, other=0.0)
+    masses = tl.where(tokens > 0, per_token, 0.0) * tokens.to(tl.float32)
     # A GPU's NaN has all bits set, and the list is made by bits: a border could not lie above it.
-    result = tl.where(result == result, result, float("inf"))
-    tl.store(mass + pair * clusters_stride + c, result, mask=listed)
+    masses = tl.where(masses == masses, masses, float("inf"))
+    return tl.where(listed, masses.to(tl.int32, bitcast=True), -1)
 
 
 @triton.jit
-def load_masses(mass, first, clusters, BLOCK: tl.constexpr):
-    """Bits of BLOCK masses from `first` on; they order as the masses do. -1 beyond the clusters."""
+def load_masses(mass, left, first, clusters, BLOCK: tl.constexpr):
+    """Those of BLOCK clusters from `first` on."""
     c = first + tl.arange(0, BLOCK)
-    listed = c < clusters
-    return tl.where(listed, tl.load(mass + c, mask=listed, other=0.0).to(tl.int32, bitcast=True), -1)
+    return masses_of(mass, left, c, c < clusters)
 
 
 @triton.jit
-def count_from(mass, held, border, clusters, BLOCK: tl.constexpr, HELD: tl.constexpr):
+def count_from(mass, left, held, border, clusters, BLOCK: tl.constexpr, HELD: tl.constexpr):
     """Masses whose bits are `border` or more. HELD: all are in `held`."""
     if HELD:
         return tl.sum((held >= border).to(tl.int32), 0)
     count = 0
     for first in range(0, clusters, BLOCK):
-        count += tl.sum((load_masses(mass, first, clusters, BLOCK) >= border).to(tl.int32), 0)
+        count += tl.sum((load_masses(mass, left, first, clusters, BLOCK) >= border).to(tl.int32), 0)
     return count
 
 
 @triton.jit
 def own_border(
-    mass, held, clusters, limit, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr
+    mass, left, held, clusters, limit, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr
 ):  # fmt: skip
     """(border, last): the `limit` largest masses are those whose bits are above `border`, or equal and at most at `last`."""
     border, last = -1, NO_PLACE
@@ -120,17 +86,17 @@ def own_border(
         bit = 30
         while (bit >= 0) & (count != limit):
             higher = border | (1 << bit)
-            found = count_from(mass, held, higher, clusters, BLOCK, HELD)
+            found = count_from(mass, left, held, higher, clusters, BLOCK, HELD)
             border = tl.where(found >= limit, higher, border)
             count = tl.where(found >= limit, found, count)
             bit -= 1
         if count != limit:
             # More of them are equal to the border than there is room for: the first ones are taken.
-            room = limit - count_from(mass, held, border + 1, clusters, BLOCK, HELD)
+            room = limit - count_from(mass, left, held, border + 1, clusters, BLOCK, HELD)
             passed = 0
             last = -1
             for first in range(0, clusters, CHUNK):
-                tied = load_masses(mass, first, clusters, CHUNK) == border
+                tied = load_masses(mass, left, first, clusters, CHUNK) == border
                 fits = tied & (passed + tl.cumsum(tied.to(tl.int32), 0) <= room)
                 last = tl.maximum(last, tl.max(tl.where(fits, first + tl.arange(0, CHUNK), -1), 0))
                 passed += tl.sum(tied.to(tl.int32), 0)
@@ -138,11 +104,11 @@ def own_border(
 
 
 @triton.jit
-def list_own(mass, clusters, border, last, begin, end, own, CHUNK: tl.constexpr):
+def list_own(mass, left, clusters, border, last, begin, end, own, CHUNK: tl.constexpr):
     """Write the clusters that use their own mean value, those of rank [begin, end) among them, to their ranks in `own`."""
     passed = 0
     for first in range(0, clusters, CHUNK):
-        masses = load_masses(mass, first, clusters, CHUNK)
+        masses = load_masses(mass, left, first, clusters, CHUNK)
         c = first + tl.arange(0, CHUNK)
         chosen = (masses > border) | ((masses == border) & (c <= last))
         chosen &= c < clusters
@@ -250,7 +216,7 @@ def rest_part(
     for first in range(begin, end, BLOCK):
         c = first + tl.arange(0, BLOCK)
         listed = c < end
-        bits = tl.load(mass + c, mask=listed, other=0.0).to(tl.int32, bitcast=True)
+        bits = masses_of(mass, left, c, listed)
         tokens = tl.load(left + c, mask=listed, other=0)
         live = (tokens > 0) & ((bits < border) | ((bits == border) & (c > last)))
         segment = tl.load(segment_of_page + c // PER_PAGE, mask=listed, other=0).to(tl.int32)
@@ -305,14 +271,14 @@ def estimate_kernel(
     if LIMITED:
         mass += pair * clusters_stride
         own += pair * own_stride
-        held = load_masses(mass, 0, clusters, BLOCK)
-        border, last = own_border(mass, held, clusters, limit, BLOCK, CHUNK, HELD)
+        held = load_masses(mass, left, 0, clusters, BLOCK)
+        border, last = own_border(mass, left, held, clusters, limit, BLOCK, CHUNK, HELD)
     if part < own_parts:
         count = tl.minimum(clusters, limit)
         share = tl.cdiv(count, own_parts)
         begin, end = part * share, tl.minimum((part + 1) * share, count)
         if LIMITED:
-            list_own(mass, clusters, border, last, begin, end, own, CHUNK)
+            list_own(mass, left, clusters, border, last, begin, end, own, CHUNK)
             tl.debug_barrier()  # the list is read by other threads than wrote it
         own_part(
             rows, row_scales, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin,
@@ -376,7 +342,6 @@ def estimate(
     layer: int,
     step: SparseStep,
     w: Workspace,
-    buffers: EstimateBuffers,
     parts: EstimateParts,
     dtype: torch.dtype,
 ) -> None:
@@ -386,8 +351,7 @@ def estimate(
         index: the cluster index.
         layer: counted from this rank's first.
         step: the lists of this step.
-        w: holds `dot`, `segment_bonus`, `spread`, and `left` as refine leaves it.
-        buffers: with the masses that attend's launch computed.
+        w: holds `dot`, `segment_bonus`, `spread`, `mass`, and `left` as refine leaves it.
         parts: programs of a (request, kv head).
         dtype: of the queries; float32 also multiplies in float32.
     """
@@ -404,9 +368,9 @@ def estimate(
     )
     estimate_kernel[(step.batch * shape.heads, parts.own + parts.rest)](
         arrays.value_rows, arrays.value_scales, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin,
-        step.page_count, w.dot, w.segment_bonus, w.spread, w.left, buffers.mass, buffers.own, w.rest_output, w.rest_lse,
+        step.page_count, w.dot, w.segment_bonus, w.spread, w.left, w.mass, w.own, w.rest_output, w.rest_lse,
         parts.own, parts.rest, shape.parts, index.config.estimate_clusters, index.config.estimate_spread, step.pages.stride(0),
-        step.segment_begin.stride(0), shape.clusters, shape.segments, buffers.own.shape[2], **constants,
+        step.segment_begin.stride(0), shape.clusters, shape.segments, w.own.shape[2], **constants,
         num_warps=warps(constants["BLOCK"]), num_stages=STAGES,
     )  # fmt: skip
 

@@ -25,15 +25,17 @@ CPU_ARGS := --device cpu --max-total-tokens 65536
 CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dtype float32)
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test test-unit test-servers test-long test-gpu bench bench-quick soak mutants check lint style types clean
+.PHONY: help env dev-env demo-model serve demo test test-unit test-compiled test-servers test-long test-gpu bench bench-quick soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
 	@echo "             MODEL=/path PORT=30001 SERVE_ARGS='--page-size 32'; options of the plugin by the environment:"
 	@echo "             SGLANG_CLUSTERKV_CONFIG='{\"budget_tokens\": 256}' make serve"
-	@echo "make test    environment with test tools (once), demo model (once), then all tests: 'make test-unit test-servers'"
+	@echo "make test    environment with test tools (once), demo model (once), then all tests:"
+	@echo "             'make test-unit test-compiled test-servers'"
 	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word'"
 	@echo "make test-unit     the tests that need no server, a process per core"
+	@echo "make test-compiled  the Triton kernels as machine code, without a GPU: registers, spills, instructions"
 	@echo "make test-servers  those against real servers, two at a time"
 	@echo "make test-long  the tests that make test leaves out: churn, kill, tensor parallelism on servers; 8 minutes"
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
@@ -84,7 +86,8 @@ serve: env $(if $(MODEL),,demo-model)
 demo: env
 	$(PY) examples/agent.py --base-url http://$(HOST):$(PORT)/v1 $(DEMO_ARGS)
 
-test: test-unit test-servers
+# A selection of tests selects no kernels.
+test: test-unit $(if $(PYTEST_ARGS),,$(if $(filter tests,$(TESTS)),test-compiled)) test-servers
 
 # -W: else SWIG's warning at the interpreter's end comes after pytest's summary. 5: $(TESTS) has none of the kind.
 PYTEST = code=0; $(PY) -W 'ignore:builtin type:DeprecationWarning' -m pytest $(TESTS) --durations=10
@@ -93,7 +96,11 @@ OR_NONE = || code=$$?; test $$code -eq 5 || exit $$code
 test-unit: dev-env demo-model
 	@# One thread each: busy processes of several threads hold each other up.
 	@export OMP_NUM_THREADS=1; \
-	$(PYTEST) -m 'not long and not server and not peers' -n auto --dist loadfile $(PYTEST_ARGS) $(OR_NONE)
+	$(PYTEST) -m 'not long and not server and not peers' -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(OR_NONE)
+
+test-compiled: dev-env
+	@echo "Compiling the Triton kernels for three generations of GPUs: what each became, and whether it lost anything."
+	$(PY) -m benchmarks.compiled
 
 test-servers: dev-env demo-model
 	@echo "Running the tests against real servers, two at a time; each start takes a minute."

@@ -1,7 +1,7 @@
-"""The machine code of Triton's kernels, for three generations of GPUs, compiled without one.
+"""What `make test-compiled` looks for in the machine code of Triton's kernels.
 
-Red when: a kernel spills, uses local memory, divides integers in a loop, needs more registers or fits fewer programs on an SM
-than its case states, or lost its tensor cores or 16-byte loads; or when the check misses one of these.
+Red when: it misses that a kernel spills, uses local memory, divides integers in a loop, needs more registers or fits fewer
+programs on an SM than its case states, or lost its tensor cores or 16-byte loads.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,16 +20,6 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "target", ["90", pytest.param("80", marks=pytest.mark.long), pytest.param("100", marks=pytest.mark.long)]
-)
-def test_every_kernel_has_what_its_case_states(target: str) -> None:
-    done = compiled("--target", target)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_check_names_what_a_kernel_lost() -> None:

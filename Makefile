@@ -25,7 +25,7 @@ CPU_ARGS := --device cpu --max-total-tokens 65536
 CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dtype float32)
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test test-unit test-compiled test-servers test-long test-gpu bench bench-quick soak mutants check lint style types clean
+.PHONY: help env dev-env demo-model serve demo test test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -41,7 +41,8 @@ help:
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
 	@echo "make bench-quick  KL against bytes read, each operation's time, servers under load: the essential tables, 10 minutes"
 	@echo "make bench   the whole evaluation, quality and speed; alone on the machine, a night (BENCH_SAMPLES=10 shortens it)"
-	@echo "make test-gpu  on a machine with a CUDA device: the kernels' tests there, then benchmarks.kernels against dense decode"
+	@echo "make test-gpu  on a machine with a CUDA device: the kernels' tests there, 'make sanitize' (compute-sanitizer's memcheck"
+	@echo "             and racecheck), then benchmarks.kernels against dense decode"
 	@echo "make soak    30 minutes of mixed traffic: are memory and latency flat? (SOAK_ARGS='--minutes 5')"
 	@echo "make mutants breaks the engine, one rule at a time: the state machine of the tests must notice each"
 	@echo "make check   compares the installed SGLang with what this package relies on"
@@ -129,7 +130,20 @@ bench: dev-env demo-model
 
 test-gpu: dev-env
 	$(PY) -m pytest tests/triton --device cuda
+	$(MAKE) sanitize
 	$(PY) -m benchmarks.kernels --device cuda --trust
+
+# Every kernel, in a short run. Without the caching allocator, else a read beyond a tensor ends in another one.
+SANITIZED = tests/triton --device cuda -q -k 'chain_equals or dense_decode_equals or index_holds or duplicate_keys_are_labelled'
+sanitize: dev-env
+	@find_tool() { command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || \
+		ls $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/compute-sanitizer 2>/dev/null; }; \
+	find_tool >/dev/null || { $(PIP_INSTALL) 'nvidia-cuda-sanitizer-api>=13,<14'; } || exit; \
+	for check in memcheck racecheck; do \
+		echo "compute-sanitizer --tool $$check, kernels of this package"; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$$(find_tool)" --tool $$check --kernel-name kernel_substring=_kernel \
+			--error-exitcode 9 $(PY) -m pytest $(SANITIZED) || exit; \
+	done
 
 soak: dev-env demo-model
 	$(PY) -m benchmarks.soak $(SOAK_ARGS)

@@ -25,7 +25,7 @@ def filled_workspace(
     """Random parts in a workspace that has room for more of everything."""
     shape = WorkspaceShape(
         batch=BATCH + 1, heads=HEADS, group=group, channels=channels, clusters=1, segments=1, base=1, candidates=1,
-        budget=1, splits=splits + 2, parts=parts + 1,
+        budget=1, own=1, splits=splits + 2, parts=parts + 1,
     )  # fmt: skip
     w = make_workspace(shape, device, guarded)
     generator = torch.Generator().manual_seed(splits)

@@ -124,7 +124,7 @@ class Case:
         batch, heads, group, clusters = self.dot.shape
         tokens = self.base.shape[-1]
         shape = WorkspaceShape(
-            batch, heads, group, HEAD_DIM, clusters, self.bonus.shape[-1], tokens, 1200, 8, 1, 1
+            batch, heads, group, HEAD_DIM, clusters, self.bonus.shape[-1], tokens, 1200, 8, 1, 1, 1
         )  # fmt: skip
         self.guarded = Guarded(device)
         self.w = make_workspace(shape, device, self.guarded)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -53,7 +54,7 @@ def versions() -> str:
 
 def command_of(module: str) -> str:
     """The command that is running: `python -m module` with its arguments."""
-    return " ".join(["python -m", module, *sys.argv[1:]])
+    return f"python -m {shlex.join([module, *sys.argv[1:]])}"
 
 
 def write_results(

@@ -8,8 +8,10 @@ says that lm-eval is missing.
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +22,8 @@ import torch
 from benchmarks.quality.asking import ForcedQuestion, arms_of
 from benchmarks.quality.prompts import COMMON_WORDS, DEPTHS, HOPS, TASKS, VALUES, WORDS, Prompts, Sample, sentences_of
 from benchmarks.quality.ruler import optional
-from benchmarks.quality.scores import Answer, bootstrap, change, judged, length_ratio, string_match, table
-from benchmarks.quality.tasks import heat_map
+from benchmarks.quality.scores import Answer, bootstrap, change, judged, length_ratio, read_answers, string_match, table
+from benchmarks.quality.tasks import heat_map, make_samples
 from benchmarks.quality.turns import hold_session, make_conversation
 
 LENGTHS = (700, 1501)
@@ -312,3 +314,26 @@ def test_later_turns_read_the_right_answers_or_their_own(prompts: Prompts, monke
 def test_a_missing_lm_eval_is_said_with_how_to_install_it() -> None:
     with pytest.raises(SystemExit, match=r"no_such_module.*pip install 'lm-eval\[api,ruler\]'"):
         optional("no_such_module")
+
+
+def test_results_are_put_together(tmp_path: Path) -> None:
+    files = []
+    for number, (score, share) in enumerate([(1.0, 1.0), (0.0, 0.5)]):
+        answers = [
+            Answer("dense", "needle", 100, number, "-", f"d{number}", 1.0, 2, "x", ["x"]),
+            Answer("ours 256", "needle", 100, number, "-", f"d{number}", score, 2, "x", ["x"]),
+        ]
+        found = {"answers": [answer._asdict() for answer in answers], "sparse_steps": {"ours 256": share}}
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps({"results": found}))
+    answers, sparse = read_answers(files)
+    assert len(answers) == 4 and sparse == {"ours 256": 0.5}
+    found = change(answers, "ours 256", judged(answers))
+    assert found is not None and (found.points, found.samples) == (-50.0, 2)
+
+
+def test_later_samples_go_on_where_a_run_ended() -> None:
+    prompts = SimpleNamespace(make=lambda *of: of)
+    whole = make_samples(prompts, ["a", "b"], [10], 4)
+    parts = [make_samples(prompts, ["a", "b"], [10], 2, first) for first in (0, 2)]
+    assert sorted(whole) == sorted(parts[0] + parts[1])

@@ -1,8 +1,16 @@
-"""Scores of answers and what a policy changes against dense on the same prompts, with paired bootstrap intervals."""
+"""Scores of answers and what a policy changes against dense on the same prompts, with paired bootstrap intervals.
+
+    python -m benchmarks.quality.scores FILE...
+
+prints the table of several results of `tasks`, `ruler` and `turns` (JSON) together: each policy against dense over all of them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -195,3 +203,26 @@ def report(
         data=more | data,
         figure=figure,
     )
+
+
+def read_answers(files: Sequence[Path]) -> tuple[list[Answer], dict[str, float]]:
+    """All answers of some results, and for each arm the least share of its steps that were sparse in one of them."""
+    answers: list[Answer] = []
+    sparse: dict[str, float] = {}
+    for file in files:
+        found = json.loads(file.read_text())["results"]
+        answers += [Answer(**answer) for answer in found["answers"]]
+        for arm, share in found["sparse_steps"].items():
+            sparse[arm] = min(share, sparse.get(arm, 1.0))
+    return answers, sparse
+
+
+def main() -> None:
+    """Parse the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="JSON results, each question in one of them")
+    print(table(*read_answers(parser.parse_args().files)))
+
+
+if __name__ == "__main__":
+    main()

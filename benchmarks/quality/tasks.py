@@ -36,9 +36,12 @@ from sglang_clusterkv.demo_model import default_out
 POOL_SLACK_TOKENS = 4096
 
 
-def make_samples(prompts: Prompts, tasks: Sequence[str], lengths: Sequence[int], count: int) -> list[Sample]:
-    """`count` samples of every task at every length; a number stands for the same depth in all."""
-    return [prompts.make(task, length, number) for length in lengths for task in tasks for number in range(count)]
+def make_samples(
+    prompts: Prompts, tasks: Sequence[str], lengths: Sequence[int], count: int, first: int = 0
+) -> list[Sample]:
+    """`count` samples of every task at every length, from number `first` on; a number stands for the same depth in all."""
+    numbers = range(first, first + count)
+    return [prompts.make(task, length, number) for length in lengths for task in tasks for number in numbers]
 
 
 def answer_of(arm: Arm, sample: Sample, ids: list[int], text: str) -> Answer:
@@ -112,6 +115,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10, help="per task and length; 10 is quick, 50 for the night")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        help="number of the first sample: another run's are joined by benchmarks.quality.scores",
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 7800], help="tokens of document and question")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument(
@@ -129,8 +138,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", help="another text for the documents, a file")
     parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
     args = parser.parse_args(argv)
-    if args.samples < 1:
-        parser.error("--samples must be at least 1")
+    if args.samples < 1 or args.first < 0:
+        parser.error("--samples must be at least 1, and --first at least 0")
     return args
 
 
@@ -140,7 +149,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     source, text = read_text(args.text)
     samples = make_samples(
-        Prompts(tokenizer, text, args.seed, args.format == "chat"), args.tasks, args.lengths, args.samples
+        Prompts(tokenizer, text, args.seed, args.format == "chat"), args.tasks, args.lengths, args.samples, args.first
     )
     arms = arms_of(args.policies, args.budgets, args.candidates)
     log = Path(tempfile.mkdtemp(prefix="tasks-")) / "server.log"

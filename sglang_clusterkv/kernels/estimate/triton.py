@@ -49,8 +49,7 @@ NO_PLACE = tl.constexpr(2**31 - 1)
 def masses_of(mass, left, c, listed):
     """Bits of the masses that are left of clusters c; they order as the masses do. -1 where a cluster is not listed."""
     tokens = tl.load(left + c, mask=listed, other=0)
-    per_token = tl.load(mass + c, mask=listed, other=0.0)
-    masses = tl.where(tokens > 0, per_token, 0.0) * tokens.to(tl.float32)
+    masses = tl.load(mass + c, mask=listed & (tokens > 0), other=0.0) * tokens.to(tl.float32)
     # A GPU's NaN has all bits set, and the list is made by bits: a border could not lie above it.
     masses = tl.where(masses == masses, masses, float("inf"))
     return tl.where(listed, masses.to(tl.int32, bitcast=True), -1)

@@ -327,6 +327,8 @@ def test_results_are_put_together(tmp_path: Path) -> None:
         files.append(tmp_path / f"{number}.json")
         files[-1].write_text(json.dumps({"results": found}))
     answers, sparse = read_answers(files)
+    with pytest.raises(SystemExit, match="--first"):
+        read_answers([*files, files[0]])
     assert len(answers) == 4 and sparse == {"ours 256": 0.5}
     found = change(answers, "ours 256", judged(answers))
     assert found is not None and (found.points, found.samples) == (-50.0, 2)

@@ -206,11 +206,19 @@ def report(
 
 
 def read_answers(files: Sequence[Path]) -> tuple[list[Answer], dict[str, float]]:
-    """All answers of some results, and for each arm the least share of its steps that were sparse in one of them."""
+    """All answers of some results, and for each arm the least share of its steps that were sparse in one of them.
+
+    Raises SystemExit where a file has no answers, or a question twice.
+    """
     answers: list[Answer] = []
     sparse: dict[str, float] = {}
     for file in files:
         found = json.loads(file.read_text())["results"]
+        if "answers" not in found:
+            raise SystemExit(f"{file} has no answers: name JSON results of benchmarks.quality.tasks, ruler or turns")
+        asked = {(answer.arm, answer.question) for answer in answers}
+        if any((a["arm"], (a["task"], a["length"], a["number"], a["column"])) in asked for a in found["answers"]):
+            raise SystemExit(f"{file} has a question that an earlier file has: run tasks with --first for others")
         answers += [Answer(**answer) for answer in found["answers"]]
         for arm, share in found["sparse_steps"].items():
             sparse[arm] = min(share, sparse.get(arm, 1.0))

@@ -24,6 +24,9 @@ CPU_ARGS := --device cpu --max-total-tokens 65536
 # Without bf16 instructions, float32 products are several times faster than bf16 ones.
 CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dtype float32)
 
+# Where it is set, as in many images, each of a server's three processes compiles SGLang's sources anew: a minute, not 20 s.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help env dev-env demo-model serve demo test test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
 

@@ -218,6 +218,18 @@ def test_a_branch_from_the_middle_gives_both_sides_the_pieces() -> None:
     assert len(world.segments(first)) == 5
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_piece_that_one_request_cuts_is_reused_by_the_others(together: bool) -> None:
+    world = World()
+    world.finish(served(world, DOCUMENT))
+    batch = [world.submit(DOCUMENT[:640] + question(number, 200)) for number in range(3)]
+    for some in [batch] if together else [[request] for request in batch]:
+        world.extend(*some)
+        world.decode(*some)
+    reused = [world.engine.planner.rows[request.row].reused_tokens for request in batch]
+    assert reused == [512, 624, 624], "however they are admitted"
+
+
 def test_a_short_question_does_not_dissolve_what_others_see() -> None:
     world = World()
     first = served(world, DOCUMENT[:500])

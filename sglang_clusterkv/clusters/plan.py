@@ -245,7 +245,8 @@ class Planner:
             if run.id != UNCLUSTERED and run.whole:
                 seen.append(Segment(run.id, run.begin * self.page_size, run.end * self.page_size))
         if not record.walked:
-            record.reused_tokens = sum(s.tokens for s in seen if s.id not in view.new_ids)
+            made = {o.id for o in plan.operations if isinstance(o, Make) and o.row == record.row}
+            record.reused_tokens = sum(s.tokens for s in seen if s.id not in made)
             record.walked = True
         self._see(record, seen)
         self._make_own(snapshot, view, plan)
@@ -371,7 +372,6 @@ class _View:
     def __init__(self, snapshots: list[Snapshot]) -> None:
         self._state = {id(s.row): s.state.copy() for s in snapshots}
         self._snapshots = {id(s.row): s for s in snapshots}
-        self.new_ids: set[int] = set()
         self.forgotten: set[int] = set()
 
     def runs(self, snapshot: Snapshot) -> list[_Run]:
@@ -396,7 +396,6 @@ class _View:
 
     def claim(self, snapshot: Snapshot, begin: int, end: int, new_id: int) -> None:
         """Pages [begin, end) of a snapshotted row become segment `new_id`, in every row that has these pages."""
-        self.new_ids.add(new_id)
         pages = snapshot.pages[begin - snapshot.first_page : end - snapshot.first_page]
         order = np.argsort(pages)
         for key, state in self._state.items():
@@ -415,7 +414,6 @@ class _View:
             index = state[old, 1].copy()
             state[old, 0] = UNCLUSTERED
             for begin, end, new_id in pieces:
-                self.new_ids.add(new_id)
                 inside = old[(index >= begin) & (index < end)]
                 state[inside, 1] -= begin
                 state[inside, 0] = new_id

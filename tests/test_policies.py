@@ -17,7 +17,15 @@ from benchmarks.policies import EVERYTHING, POLICIES, Reading, kv_bytes
 from benchmarks.policies.baselines import BinaryCodes, PublishedTables, Quest, Window
 from benchmarks.policies.choices import LayerBudgets, ReusedChoice, SharedBudget
 from benchmarks.policies.control import switch
-from benchmarks.policies.estimates import TwoBitValues, TwoLevels, in_two_bits
+from benchmarks.policies.estimates import (
+    ExactInside,
+    MovingValues,
+    Source,
+    TwoBitValues,
+    TwoLevels,
+    all_tokens,
+    in_two_bits,
+)
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from benchmarks.policies.recorder import Recorder
 from sglang_clusterkv.clusters.step import SparseStep, dense_step
@@ -25,7 +33,9 @@ from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.kernels.attend.reference import dense_decode
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.decode.cpu import decoder_of
+from sglang_clusterkv.kernels.refine.reference import refine
 from sglang_clusterkv.kernels.score.reference import score, segment_vectors
+from sglang_clusterkv.kernels.select.reference import select
 
 SCALE = 0.2
 LENGTHS = [700, 333]
@@ -294,6 +304,71 @@ def test_groups_are_what_their_clusters_are(scene: Scene) -> None:
         )
 
 
+def test_inside_clusters_every_token_has_its_exact_share(scene: Scene) -> None:
+    step, q = step_of(scene), scene.queries(2, 4)
+    keys, values = scene.keys[0], scene.values[0]
+    output = ExactInside()(q, keys, values, scene.index, 0, step, SCALE)
+    # Where all values are one only the masses are left, and those are ours.
+    ones = ExactInside()(q, keys, torch.ones_like(values), scene.index, 0, step, SCALE)
+    torch.testing.assert_close(ones, torch.ones_like(q))
+
+    b, h, g = 1, 1, 0
+    grouped = q.unflatten(1, (2, 2))
+    scores = score(grouped, keys, scene.index, 0, step, SCALE)
+    tokens = all_tokens(scores, Source(scene.index, 0, step, SCALE, grouped, keys, values))
+    recalled = refine(
+        grouped,
+        scores,
+        select(scores, scene.index, 0, step, CONFIG.candidate_tokens),
+        scene.index,
+        0,
+        step,
+        SCALE,
+    )
+    exact = [*recalled.slots[b, h, : recalled.count[b, h]].tolist()]
+    exact += step.base_slots[b, : step.base_count[b]].tolist()
+    weights = {slot: float((SCALE * grouped[b, h, g].double() @ keys[slot, h].double()).exp()) for slot in exact}
+    estimated = (scores.dot + scores.estimate_bonus)[b, h, g].double().exp()
+    for cluster in range(int(step.page_count[b]) * 2):
+        own = tokens.slot[b, h, tokens.real[b, h] & (tokens.cluster[b, h] == cluster)].tolist()
+        left = [slot for slot in own if slot not in exact]
+        assert len(own) == scores.size[b, h, cluster] and len(left) == recalled.left[b, h, cluster]
+        if left:
+            inside = (SCALE * keys[left, h].double() @ grouped[b, h, g].double()).softmax(0)
+            weights |= dict(zip(left, (len(left) * estimated[cluster] * inside).tolist(), strict=True))
+    by_hand = sum(weight * values[slot, h].double() for slot, weight in weights.items()) / sum(weights.values())
+    torch.testing.assert_close(output[b, 2 * h + g].double(), by_hand, atol=1e-4, rtol=1e-4)
+
+
+def test_values_that_move_with_keys_are_estimated_better() -> None:
+    scene = Scene(CONFIG)
+    keys = scene.keys[0]
+    moving = scene.values[0].copy_(keys.roll(1, -1))
+    for row, length in enumerate(LENGTHS, 1):
+        scene.prefill(row, length)
+    step, q, h = step_of(scene), 0.5 * scene.queries(2, 4), 1
+    scene.engine.set_step_options(budget_tokens=16, candidate_tokens=16)
+    policy = MovingValues(weight=1.0)
+    arguments = (q, keys, moving, scene.index, 0, step, SCALE)
+    exact = dense(scene, q)
+    assert (policy(*arguments) - exact).norm() < 0.8 * (reference.sparse_decode(*arguments) - exact).norm()
+
+    grouped = q.unflatten(1, (2, 2))
+    source = Source(scene.index, 0, step, SCALE, grouped, keys, moving)
+    scores = score(grouped, keys, scene.index, 0, step, SCALE)
+    covariance = policy._covariance(scores, source)
+    tokens = all_tokens(scores, source)
+    own = tokens.real[0, h] & (source.segment[0, tokens.cluster[0, h]] == 1)
+    labels = tokens.cluster[0, h, own]
+    apart = torch.zeros_like(tokens.keys[0, h, own])
+    spread = 0.0
+    for cluster in labels.unique():
+        members = labels == cluster
+        apart[members] = tokens.keys[0, h, own][members] - tokens.keys[0, h, own][members].mean(0)
+        spread += float(members.sum() * scene.index.layer(0).spread[source.rows[0, cluster], h])
+    torch.testing.assert_close(covariance[0, 1, h], apart.roll(1, 1).T @ apart / spread, atol=1e-3, rtol=1e-3)
+
+
 def test_two_bits_keep_most_of_a_mean_value(scene: Scene) -> None:
     step, q = step_of(scene), scene.queries(2, 4)
     arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
@@ -339,6 +414,8 @@ def test_bytes_by_hand() -> None:
         "ours-two-bit-values": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 20 + 1024 * 20,
         # 62.5 groups with both rows, spread, place and size; 128 clusters of 1,024 opened tokens.
         "ours-two-levels-1": recalled + 62.5 * 78 + 128 * 42 + 128 * 36 + 4000 / 1024 * 384 + 1024 * 20,
+        # 64 rows of 36 bytes for each segment.
+        "ours-moving-values": recalled + 500 * 40 + 4000 / 1024 * (384 + 64 * 36) + 500 * 36 + 1024 * 20,
         "dense": 256 * 4200,
     }
     for name, expected in by_hand.items():

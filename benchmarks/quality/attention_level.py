@@ -64,8 +64,9 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["ours", "ours-no-estimate", "oracle"])
     parser.add_argument("--text", help="another text, a file")
+    parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
     args = parser.parse_args()
-    model = default_out()
+    model = args.model
     source, text = read_text(args.text)
     document = make_documents(AutoTokenizer.from_pretrained(model), text, 1, args.tokens, args.natural)[0]
     heads = AutoConfig.from_pretrained(model).num_attention_heads
@@ -89,7 +90,7 @@ def main() -> None:
     write_results(
         "quality-attention",
         title="Output error and recalled mass by layer and head",
-        setting=f"SmolLM2-135M-Instruct, float32, {source}, {args.tokens} tokens, {len(document.decoded)} steps",
+        setting=f"{model.name}, float32, {source}, {args.tokens} tokens, {len(document.decoded)} steps",
         command=command_of("benchmarks.quality.attention_level"),
         body=body,
         data=found,

@@ -46,6 +46,7 @@ MOST_CANDIDATES = 2048
 SMALL_BUDGET = 128  # half of the candidates do up to here
 # An idle server would take most of a core from what runs beside it.
 SERVER_FLAGS = [*FLAGS, "--max-total-tokens", "20000", "--page-size", "16", "--sleep-on-idle"]
+SERVER_FLAGS += ["--watchdog-timeout", "3600"]  # a chunk of a prefill may take long on a CPU
 QUICK_POLICIES = ["ours", "oracle"]  # and the published one at our bytes
 MINIMUM_EQUAL_BUDGET = 16
 OURS = "ours"
@@ -286,6 +287,7 @@ def main() -> None:
         "--policies", nargs="+", choices=POLICIES, default=[name for name in POLICIES if name != "dense"]
     )
     parser.add_argument("--text", help="another text, a file")
+    parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
     parser.add_argument(
         "--config", type=json.loads, default={}, help="JSON, the server's configuration beside the budget"
     )
@@ -300,7 +302,7 @@ def main() -> None:
         documents, setting = join(args.join)
     else:
         documents, source = run(args)
-        setting = f"SmolLM2-135M-Instruct, float32, {source}, {args.tokens} tokens"
+        setting = f"{args.model.name}, float32, {source}, {args.tokens} tokens"
         setting += f", {change_text(args.config)}" if args.config else ""
     lines = summary(documents)
     body = table(lines, documents)
@@ -338,9 +340,9 @@ def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
     return documents, settings.pop()
 
 
-def model_shape() -> dict[str, Any]:
-    """head_dim and layers of the demo model."""
-    shape = AutoConfig.from_pretrained(default_out())
+def model_shape(model: Path) -> dict[str, Any]:
+    """head_dim and layers of a model."""
+    shape = AutoConfig.from_pretrained(model)
     return {"head_dim": shape.hidden_size // shape.num_attention_heads, "layers": shape.num_hidden_layers}
 
 
@@ -349,15 +351,15 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
 
     Interrupted (Ctrl-C, SIGTERM), it returns the documents that are done.
     """
-    tokenizer = AutoTokenizer.from_pretrained(default_out())
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     source, text = read_text(args.text)
     made = make_documents(tokenizer, text, args.first + args.documents, args.tokens, args.natural)[args.first :]
     arms = arms_of(args.policies, args.budgets, args.candidates, args.changes)
     log = Path(tempfile.mkdtemp(prefix="quality-")) / "server.log"
     print(f"starting a server; its log: {log}", flush=True)
     documents = []
-    model = model_shape() | {"config": args.config}
-    with serve(default_out(), log, *SERVER_FLAGS, config=args.config) as server:
+    model = model_shape(args.model) | {"config": args.config}
+    with serve(args.model, log, *SERVER_FLAGS, config=args.config) as server:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for i, document in enumerate(made):

@@ -25,6 +25,7 @@ from benchmarks.policies.estimates import (
     TwoLevels,
     all_tokens,
     in_two_bits,
+    of_rank,
 )
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from benchmarks.policies.recorder import Recorder
@@ -366,6 +367,8 @@ def test_values_that_move_with_keys_are_estimated_better() -> None:
         members = labels == cluster
         apart[members] = tokens.keys[0, h, own][members] - tokens.keys[0, h, own][members].mean(0)
         spread += float(members.sum() * scene.index.layer(0).spread[source.rows[0, cluster], h])
+    assert torch.linalg.matrix_rank(of_rank(covariance, 3)[0, 1, h]) == 3
+    torch.testing.assert_close(of_rank(covariance, 32), covariance, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(covariance[0, 1, h], apart.roll(1, 1).T @ apart / spread, atol=1e-3, rtol=1e-3)
 
 
@@ -416,6 +419,8 @@ def test_bytes_by_hand() -> None:
         "ours-two-levels-1": recalled + 62.5 * 78 + 128 * 42 + 128 * 36 + 4000 / 1024 * 384 + 1024 * 20,
         # 64 rows of 36 bytes for each segment.
         "ours-moving-values": recalled + 500 * 40 + 4000 / 1024 * (384 + 64 * 36) + 500 * 36 + 1024 * 20,
+        "ours-moving-values-rank-8": recalled + 500 * 40 + 4000 / 1024 * (384 + 16 * 36) + 500 * 36 + 1024 * 20,
+        "ours-moving-values-shared": recalled + 500 * 40 + 4000 / 1024 * 384 + 64 * 36 + 500 * 36 + 1024 * 20,
         "dense": 256 * 4200,
     }
     for name, expected in by_hand.items():

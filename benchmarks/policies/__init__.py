@@ -92,10 +92,15 @@ def _reused(steps: int) -> Callable[[Reading], float]:
     return metadata_bytes
 
 
-def _moving_values(reading: Reading) -> float:
-    """As ours, and of every segment the covariance of its values and keys, in four bits."""
-    rows = reading.clustered / reading.config.segment_tokens * reading.head_dim
-    return _ours(reading) + rows * RowCodec("int4", reading.head_dim).row_bytes
+def _moving_values(rank: int | None = None, shared: bool = False) -> Callable[[Reading], float]:
+    """As ours, and the covariance of values and keys in four bits: of every segment or of the request, whole or as factors."""
+
+    def metadata_bytes(reading: Reading) -> float:
+        rows = reading.head_dim if rank is None else 2 * rank
+        matrices = 1 if shared else reading.clustered / reading.config.segment_tokens
+        return _ours(reading) + matrices * rows * RowCodec("int4", reading.head_dim).row_bytes
+
+    return metadata_bytes
 
 
 def _quest(reading: Reading) -> float:
@@ -151,9 +156,22 @@ POLICIES: dict[str, Policy] = {
     "ours-two-levels-2": Policy(
         "ours, two levels, twice as many tokens opened", _two_levels(2), make=lambda budget: TwoLevels(2)
     ),
-    "ours-moving-values": Policy("ours, values move with keys", _moving_values, make=lambda budget: MovingValues(0.25)),
+    "ours-moving-values": Policy(
+        "ours, values move with keys", _moving_values(), make=lambda budget: MovingValues(0.25)
+    ),
     "ours-moving-values-1": Policy(
-        "ours, values move with keys, in full", _moving_values, make=lambda budget: MovingValues(1.0)
+        "ours, values move with keys, in full", _moving_values(), make=lambda budget: MovingValues(1.0)
+    ),
+    "ours-moving-values-rank-8": Policy(
+        "ours, values move with keys, rank 8", _moving_values(8), make=lambda budget: MovingValues(0.25, rank=8)
+    ),
+    "ours-moving-values-rank-2": Policy(
+        "ours, values move with keys, rank 2", _moving_values(2), make=lambda budget: MovingValues(0.25, rank=2)
+    ),
+    "ours-moving-values-shared": Policy(
+        "ours, values move with keys alike in all segments",
+        _moving_values(shared=True),
+        make=lambda budget: MovingValues(0.25, shared=True),
     ),
     "ours-exact-inside": Policy(
         "ours, exact inside clusters", _ours, make=lambda budget: ExactInside(), is_method=False

@@ -339,10 +339,12 @@ class MovingValues(ChangedEstimate):
 
     Args:
         weight: of that, as `estimate_spread` is that of the masses' bonus.
+        rank: of the covariances that are kept; None: whole.
+        shared: all segments of a request have their mean.
     """
 
-    def __init__(self, weight: float) -> None:
-        self._weight = weight
+    def __init__(self, weight: float, rank: int | None = None, shared: bool = False) -> None:
+        self._weight, self._rank, self._shared = weight, rank, shared
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: rows as stored, and covariances
 
     def whole(self, exact: Partial, scores: Scores, left: torch.Tensor, source: Source) -> Partial:
@@ -351,6 +353,10 @@ class MovingValues(ChangedEstimate):
         known, covariance = self._kept.get(source.layer, (stored[:0], stored))
         if not torch.equal(known, stored):
             covariance = self._covariance(scores, source)
+            if self._shared:
+                covariance = covariance.mean(1, keepdim=True).expand_as(covariance)
+            if self._rank is not None:
+                covariance = of_rank(covariance, self._rank)
             self._kept[source.layer] = stored, covariance
         ours = estimate(scores, left, source.clusters, source.layer, source.step)
         logits = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus
@@ -383,3 +389,9 @@ class MovingValues(ChangedEstimate):
             total = torch.einsum("bht,bhtv,bhtk->bhvk", own.float(), values, keys)
             found.append(total / (spread * own).sum(-1).clamp(min=1e-6)[..., None, None])
         return torch.stack(found, 1)
+
+
+def of_rank(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """The nearest matrices of that rank, [..., D, D]."""
+    u, s, v = torch.linalg.svd(x)
+    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]

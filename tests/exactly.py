@@ -486,6 +486,14 @@ def left_sizes(size: Ints, recalled_cluster: Ints) -> Ints:
     return left
 
 
+def estimate_mass_per_token(
+    q: Floats, scale: float, clusters: Clusters, total_logits: Floats, estimate_spread: float = 0.25
+) -> Floats:
+    """[C] mean over the group of exp(est - total) by one token of each cluster."""
+    one = np.ones_like(clusters.size)
+    return group_mass(estimate_logits(q, scale, clusters, one, estimate_spread), total_logits)
+
+
 def own_value_clusters(mass_per_token: Floats, left: Ints, estimate_clusters: int) -> Ints:
     """Clusters estimated by their own mean value: largest mass left first, ties to the lower; none with 0 left."""
     order = np.argsort(-f64(mass_per_token) * left, kind="stable")
@@ -569,6 +577,7 @@ def decode(
     mass_per_token = choice_mass_per_token(choice, base_logits, clusters.size)
     all_est = estimate_logits(q, scale, clusters, clusters.size, options.estimate_spread)
     total_logits = total(all_est, base_logits)
+    estimate_mass = estimate_mass_per_token(q, scale, clusters, total_logits, options.estimate_spread)
 
     limit = options.candidate_tokens if options.refine else options.budget_tokens
     candidates = select_candidates(mass_per_token, clusters.size, limit)
@@ -587,7 +596,7 @@ def decode(
     all_logits, all_values = [exact_logits(q, keys[attended], scale)], [values[attended]]
     own = np.empty(0, dtype=np.int64)
     if options.estimate:
-        own = own_value_clusters(mass_per_token, left, options.estimate_clusters)
+        own = own_value_clusters(estimate_mass, left, options.estimate_clusters)
         all_logits.append(est)
         all_values.append(estimate_values(clusters, own))
     output, _ = softmax_output(np.concatenate(all_logits, axis=1), np.concatenate(all_values))

@@ -353,6 +353,7 @@ class Stages(NamedTuple):
     begin: np.ndarray  # [C] in the request's list of recallable tokens
     dot: np.ndarray  # [G, C]
     mass: np.ndarray  # [C]
+    estimate_mass: np.ndarray  # [C]
     total: np.ndarray  # [G]
     taken: np.ndarray  # [C] members that are candidates
     candidate: np.ndarray  # [N] position
@@ -389,6 +390,7 @@ def reference_stages(placed: Placed, layer: int, q: torch.Tensor) -> list[list[S
             begin=scores.begin[b, h, :clusters].numpy(),
             dot=scores.dot[b, h, :, :clusters].numpy(),
             mass=scores.mass[b, h, :clusters].numpy(),
+            estimate_mass=scores.estimate_mass[b, h, :clusters].numpy(),
             total=scores.total[b, h].numpy(),
             taken=np.bincount(candidates.cluster[b, h, :found], minlength=clusters),
             candidate=placed.positions(b, candidates.slot[b, h, :found]),
@@ -428,6 +430,8 @@ def cpu_stages(placed: Placed, layer: int, q: torch.Tensor) -> list[list[Stages]
 
     def of(b: int, h: int) -> Stages:
         clusters, found = placed.clusters(b), int(u.candidates[b, h])
+        # As its estimate has them: from the exponentials that score keeps.
+        masses = u.weight[b, h, :, :clusters] * np.exp(u.peak[b, h] - u.total[b, h])[:, None]
         recalled = placed.positions(b, torch.from_numpy(u.recalled[b, h, : u.recalled_count[b, h]]))
         refined = placed.config.refine
         return Stages(
@@ -435,6 +439,7 @@ def cpu_stages(placed: Placed, layer: int, q: torch.Tensor) -> list[list[Stages]
             begin=u.begin[b, h, :clusters],
             dot=u.dot[b, h, :, :clusters],
             mass=u.mass[b, h, :clusters],
+            estimate_mass=masses.mean(0) / np.maximum(u.size[b, h, :clusters], 1),
             total=u.total[b, h],
             taken=taken[b, h, :clusters],
             candidate=placed.recallable(b)[u.place[b, h, :found]] if refined else recalled,
@@ -486,6 +491,9 @@ def check_step(placed: Placed, row: int, layer: int, head: int, q: np.ndarray, s
     within("mass", np.abs(s.mass - mass), 2 * rounding * mass + UNDERFLOW)
     all_est = ex.estimate_logits(q, scale, clusters, clusters.size, options.estimate_spread)
     within("total", np.abs(s.total - ex.total(all_est, base_logits)), rounding)
+    estimate_mass = ex.estimate_mass_per_token(q, scale, clusters, s.total, options.estimate_spread)
+    estimate_mass = np.where(alive, estimate_mass, 0.0)
+    within("estimate's mass", np.abs(s.estimate_mass - estimate_mass), 2 * rounding * estimate_mass + UNDERFLOW)
 
     # select
     limit = options.candidate_tokens if options.refine else options.budget_tokens
@@ -512,9 +520,9 @@ def check_step(placed: Placed, row: int, layer: int, head: int, q: np.ndarray, s
     parts, shipped, tied = [exact], [s.exact], 0.0
     if options.estimate:
         est = ex.estimate_logits(q, scale, clusters, s.left, options.estimate_spread)
-        own = ex.own_value_clusters(s.mass, s.left, options.estimate_clusters)
+        own = ex.own_value_clusters(s.estimate_mass, s.left, options.estimate_clusters)
         estimated = ex.softmax_output(est, ex.estimate_values(clusters, own))
-        tied = tied_estimates(clusters, est, s.mass * s.left, own, rounding)
+        tied = tied_estimates(clusters, est, s.estimate_mass * s.left, own, rounding)
         check_part("estimate", s.estimated, estimated, rounding, value_size, tied)
         parts, shipped = [exact, estimated], [s.exact, s.estimated]
     within("merge", np.abs(s.output - ex.merge(*zip(*shipped, strict=True))), rounding * value_size)

@@ -473,7 +473,7 @@ def loops(q, keys, values, scale, stored, begins, rotation, options):
     )
     left = {w: size[w] - sum(of_position[t] == w for t in recalled) for w in size}
     est = {w: [math.exp(logit(h, w, left[w], options.estimate_spread)) for h in heads] for w in size if left[w]}
-    ranked = sorted(est, key=lambda w: (-per_token[w] * left[w], w))
+    ranked = sorted(est, key=lambda w: (-sum(est[w][h] / total[h] for h in heads), w))
     output = []
     for h in heads:
         parts = [(math.exp(scale * dot(q[h], keys[t])), values[t]) for t in [*base, *sorted(recalled)]]

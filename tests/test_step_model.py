@@ -56,7 +56,7 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     assert launches["score"].bytes == logits + pages + 8 * 80 * 8 + pairs * (rows + vectors + tokens + queries + sums)
 
     assert launches["select"].programs == pairs
-    assert launches["select"].bytes == logits + pages // 2 + pairs * ((2 * 34 + 1) * 16 + 4086 * 4 + 2048 * 8)
+    assert launches["select"].bytes == logits + pages // 2 + pairs * ((2 * 34 + 1) * 16 + 2 * 4086 * 4 + 2048 * 8)
 
     code = 32 + 2 + 2  # two bits a channel, scale, member
     values = 2048 * (code + 8 + 4 + 4) + 256 * 16 + 4 * 128 * 4

@@ -216,11 +216,13 @@ class TwoLevels(ChangedEstimate):
         choice, sober = dot + config.choice_spread * bonus, dot + config.estimate_spread * bonus
         normaliser = torch.logaddexp((log_size + choice).logsumexp(-1), base)
         mass = (choice - normaliser.unsqueeze(-1)).exp().mean(2)
+        total = torch.logaddexp((log_size + sober).logsumexp(-1), base)
         return scores._replace(
             dot=dot,
             estimate_bonus=config.estimate_spread * bonus,
             mass=mass.masked_fill((scores.size == 0) | ~is_open, 0.0),
-            total=torch.logaddexp((log_size + sober).logsumexp(-1), base),
+            estimate_mass=(sober - total.unsqueeze(-1)).exp().mean(2).masked_fill(scores.size == 0, 0.0),
+            total=total,
         )
 
     def whole(self, exact: Partial, scores: Scores, left: torch.Tensor, source: Source) -> Partial:

@@ -189,7 +189,7 @@ def _score(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
 
 def _select(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
     sums = (2 * sum(_tiles(lists)) + 1) * shape.group * _FLOAT
-    written = lists.clusters * _FLOAT + lists.candidates * _LONG
+    written = 2 * lists.clusters * _FLOAT + lists.candidates * _LONG
     segments = shape.batch * lists.pages * _LONG
     return Launch("select", shape.pairs, _logit_bytes(shape, lists) + shape.pairs * (sums + written) + segments)
 

@@ -120,7 +120,7 @@ class Filled:
             own = int(self.step.page_count[b]) * self.index.clusters_per_page
             w.dot[b, :, :, :own] = s.dot[b, :, :, :own]
             rows = self.index.cluster_rows(self.step.pages[b]).flatten()[:own]
-            w.mass[b, :, :own] = s.mass[b, :, :own]
+            w.estimate_mass[b, :, :own] = s.estimate_mass[b, :, :own]
             w.spread[b, :, :own] = self.index.layer(0).spread[rows].T
             tokens = int(self.step.base_count[b])
             slots = self.step.base_slots[b : b + 1]

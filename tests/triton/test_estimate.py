@@ -90,7 +90,7 @@ def test_the_own_clusters_are_the_references(device: str) -> None:
     """The list itself: the clusters with the most mass."""
     filled = Filled(CONFIG, device)
     estimated(filled)
-    mass = filled.scores.mass * filled.recalled.left
+    mass = filled.scores.estimate_mass * filled.recalled.left
     best = mass.argsort(dim=-1, descending=True, stable=True)[..., :20].sort(-1).values
     assert filled.decoder.workspace.own[:2].tolist() == best.tolist()
 
@@ -101,7 +101,7 @@ def test_ties_go_to_the_lower_place(held: int, device: str, monkeypatch: pytest.
     filled = Filled(CONFIG, device, group=1)
     w, own = filled.decoder.workspace, int(filled.step.page_count[1]) * 2
     # All clusters are alike but for three; one of the others has nothing left, so it is not among the first.
-    for tensor, value in ((w.dot, 1.0), (w.segment_bonus, 0.0), (w.mass, 0.25)):
+    for tensor, value in ((w.dot, 1.0), (w.segment_bonus, 0.0), (w.estimate_mass, 0.25)):
         tensor[1] = value
     w.left[1, :, :own] = 8
     w.left[1, :, [0, 5, own - 1]] = torch.tensor([0, 16, 9], dtype=torch.int32, device=device)
@@ -113,7 +113,7 @@ def test_ties_go_to_the_lower_place(held: int, device: str, monkeypatch: pytest.
 
 def test_masses_of_nothing_are_taken_in_order(device: str) -> None:
     filled = Filled(CONFIG, device, group=1)
-    filled.decoder.workspace.mass[1] = 0.0
+    filled.decoder.workspace.estimate_mass[1] = 0.0
     estimated(filled)
     assert filled.decoder.workspace.own[1].tolist() == [list(range(20))] * 2
 
@@ -123,7 +123,7 @@ def test_masses_that_are_no_numbers_are_taken_in_order(value: float, device: str
     """A GPU's NaN would be the largest of all by its bits, and a list that is made by bits would stay unwritten."""
     filled = Filled(CONFIG, device, group=1)
     w, clusters = filled.decoder.workspace, int(filled.step.page_count[1]) * 2
-    w.mass[1] = value
+    w.estimate_mass[1] = value
     w.left[1, :, :clusters] = 8
     w.left[1, :, 3] = 0
     estimated(filled)

@@ -151,18 +151,22 @@ class Case:
         normaliser = torch.cat((choice, base), -1).logsumexp(-1)
         of_one = choice - self.size.float().log().unsqueeze(2)
         self.mass = (of_one - normaliser.unsqueeze(-1)).exp().mean(2).masked_fill(self.size == 0, 0.0)
+        of_one = estimate - self.size.float().log().unsqueeze(2)
+        self.estimate_mass = (of_one - self.total.unsqueeze(-1)).exp().mean(2).masked_fill(self.size == 0, 0.0)
 
     def check(self, limit: int) -> None:
         """Select up to `limit` tokens and compare."""
         w, step = self.w, self.step
         select(self.index, step, limit, w)
         torch.testing.assert_close(w.total, self.total, rtol=1e-5, atol=1e-5)
-        mass = torch.zeros_like(self.mass)
+        mass, estimate_mass = torch.zeros_like(self.mass), torch.zeros_like(self.mass)
         for b in range(step.batch):
             own = int(step.page_count[b]) * PER_PAGE
             mass[b, :, :own] = w.mass[b, :, :own]
+            estimate_mass[b, :, :own] = w.estimate_mass[b, :, :own]
         torch.testing.assert_close(mass, self.mass, rtol=1e-4, atol=1e-30)
-        scores = Scores(self.size, self.begin, self.dot, self.dot, mass, self.total)
+        torch.testing.assert_close(estimate_mass, self.estimate_mass, rtol=1e-4, atol=1e-30)
+        scores = Scores(self.size, self.begin, self.dot, self.dot, mass, estimate_mass, self.total)
         expected = reference_select(scores, self.index, 0, step, limit)
         assert torch.equal(w.candidate_count.long(), expected.count)
         for b in range(step.batch):

@@ -199,7 +199,7 @@ class CpuDecoder:
         a, u = self.layers[layer], self.buffers
         self._estimate(
             *a.value_rows, a.vectors, self.pages, self.segment_begin, self.segment_count, self.page_count,
-            self.index.clusters_per_page, self.config.estimate_clusters, u.size, u.taken, u.weight, u.peak, u.mass,
+            self.index.clusters_per_page, self.config.estimate_clusters, u.size, u.taken, u.weight, u.peak, u.total,
             u.estimate, u.estimate_lse,
         )  # fmt: skip
 

@@ -88,6 +88,7 @@ class Workspace:
 
     # Written by select.
     mass: torch.Tensor  # float32 [B, H, C], by the choice, per token, mean over the group; 0 for an empty cluster
+    estimate_mass: torch.Tensor  # float32 [B, H, C], likewise by the estimate, and for it
     total: torch.Tensor  # float32 [B, H, G], log-sum-exp of all clusters' estimate logits (full sizes) and base_logit
     candidates: torch.Tensor  # int64 [B, H, K], cluster << 32 | entry, ascending
     candidate_count: torch.Tensor  # int32 [B, H]
@@ -143,6 +144,7 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
         estimate_lse=allocate((*by_query, shape.tiles), torch.float32),
         left=allocate((*by_head, shape.clusters), torch.int32),
         mass=allocate((*by_head, shape.clusters), torch.float32),
+        estimate_mass=allocate((*by_head, shape.clusters), torch.float32),
         total=allocate(by_query, torch.float32),
         candidates=allocate((*by_head, shape.candidates), torch.int64),
         candidate_count=allocate(by_head, torch.int32),

@@ -18,7 +18,7 @@ from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
 def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) -> Callable[..., None]:
     """Compile the estimate for one head_dim, group size and row format.
 
-    Inputs `size`, `weight`, `peak`, `mass` as score leaves them, `taken` [B, H, C] as recall leaves it. Outputs: output
+    Inputs `size`, `weight`, `peak`, `total` as score leaves them, `taken` [B, H, C] as recall leaves it. Outputs: output
     [B, H, G, D] and lse [B, H, G], as `attend.reference.Partial`; -inf where nothing is left.
     """
     quarter = channels // 4
@@ -26,7 +26,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
         words: Any, halves: Any, octets: Any, row_scales: Any, vectors: Any, pages: Any, segment_begin: Any, segment_count: Any,
-        page_count: Any, per_page: Any, own_limit: Any, size: Any, taken: Any, weight: Any, peak: Any, mass: Any,
+        page_count: Any, per_page: Any, own_limit: Any, size: Any, taken: Any, weight: Any, peak: Any, total: Any,
         output: Any, lse: Any,
     ) -> None:  # fmt: skip
         row = np.empty(channels, np.float32)
@@ -34,6 +34,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
         weights = np.empty((group, ROWS_AT_ONCE), np.float32)
         rest = np.empty(group, np.float32)
         sums = np.empty(group, np.float32)
+        share = np.empty(group, np.float32)
         keys = np.empty(size.shape[2], np.uint32)
         ones = np.ones(size.shape[2], np.int32)
         left = np.empty((group, size.shape[2]), np.float32)
@@ -42,6 +43,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
             clusters = page_count[b] * per_page
             for h in range(size.shape[1]):
                 for g in range(group):
+                    share[g] = np.exp(peak[b, h, g] - total[b, h, g])
                     sums[g] = 0.0
                     for c in range(clusters):
                         count = np.float32(size[b, h, c])
@@ -54,7 +56,10 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
                 border, room = np.int64(0), np.int64(1 << 30)
                 if clusters > own_limit:
                     for c in range(clusters):
-                        keys[c] = bits_of_float(mass[b, h, c] * np.float32(size[b, h, c] - taken[b, h, c]))
+                        mass = np.float32(0.0)
+                        for g in range(group):
+                            mass += left[g, c] * share[g]
+                        keys[c] = bits_of_float(mass)
                     border, room = threshold(keys, ones, clusters, own_limit, bins)
                 else:
                     keys[:clusters] = 1

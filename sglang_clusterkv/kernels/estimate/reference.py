@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def estimate(scores: Scores, left: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep) -> Partial:
     """Attention to the tokens that were not recalled, as if each had its cluster's mean value.
 
-    The `estimate_clusters` clusters with the most mass left (the choice's mass per token, times the tokens left) use their
+    The `estimate_clusters` clusters with the most mass left (the estimate's mass per token, times the tokens left) use their
     own mean value; all others, per head and segment, the segment's.
 
     Args:
@@ -34,7 +34,7 @@ def estimate(scores: Scores, left: torch.Tensor, index: ClusterIndex, layer: int
     # A request whose clusters were all recalled has nothing to estimate: its weight is zero, not NaN.
     weights = (logits - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()
 
-    mass = scores.mass * left
+    mass = scores.estimate_mass * left
     own = min(index.config.estimate_clusters, mass.shape[-1])
     best = mass.argsort(dim=-1, descending=True, stable=True)[..., :own]  # [B, H, own]
     rows = index.cluster_rows(step.pages).flatten(1)

@@ -350,7 +350,7 @@ def estimate(
         index: the cluster index.
         layer: counted from this rank's first.
         step: the lists of this step.
-        w: holds `dot`, `segment_bonus`, `spread`, `mass`, and `left` as refine leaves it.
+        w: holds `dot`, `segment_bonus`, `spread`, `estimate_mass`, and `left` as refine leaves it.
         parts: programs of a (request, kv head).
         dtype: of the queries; float32 also multiplies in float32.
     """
@@ -367,7 +367,7 @@ def estimate(
     )
     estimate_kernel[(step.batch * shape.heads, parts.own + parts.rest)](
         arrays.value_rows, arrays.value_scales, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin,
-        step.page_count, w.dot, w.segment_bonus, w.spread, w.left, w.mass, w.own, w.rest_output, w.rest_lse,
+        step.page_count, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.rest_output, w.rest_lse,
         parts.own, parts.rest, shape.parts, index.config.estimate_clusters, index.config.estimate_spread, step.pages.stride(0),
         step.segment_begin.stride(0), shape.clusters, shape.segments, w.own.shape[2], **constants,
         num_warps=warps(constants["BLOCK"]), num_stages=STAGES,

@@ -21,6 +21,7 @@ class Scores(NamedTuple):
     dot: torch.Tensor  # [B, H, G, C], scale q.centroid
     estimate_bonus: torch.Tensor  # [B, H, G, C], estimate_spread g
     mass: torch.Tensor  # [B, H, C], mass per token by the choice, mean over the group; 0 where size is 0
+    estimate_mass: torch.Tensor  # [B, H, C], likewise by the estimate
     total: torch.Tensor  # [B, H, G], log-sum-exp of estimates and always-attended tokens
 
 
@@ -111,4 +112,5 @@ def score(
     mass = (choice - normaliser.unsqueeze(-1)).exp().mean(2).masked_fill(size == 0, 0.0)
     estimate_bonus = config.estimate_spread * bonus
     total = torch.logaddexp((log_size + dot + estimate_bonus).logsumexp(-1), base)
-    return Scores(size, begin, dot, estimate_bonus, mass, total)
+    estimate_mass = (dot + estimate_bonus - total.unsqueeze(-1)).exp().mean(2).masked_fill(size == 0, 0.0)
+    return Scores(size, begin, dot, estimate_bonus, mass, estimate_mass, total)

@@ -32,24 +32,27 @@ def _later(a, b):
 
 @triton.jit
 def _masses(
-    segment_of_page, segment_bonus, dot, spread, left, mass, normaliser, clusters, clusters_stride, segments_stride,
-    choice_spread,
+    segment_of_page, segment_bonus, dot, spread, left, mass, estimate_mass, normaliser, whole, clusters, clusters_stride,
+    segments_stride, choice_spread, estimate_spread,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the masses of one (request, kv head), whose pointers are given. normaliser: [GROUP_PAD]."""
+    """Write both masses of one (request, kv head), whose pointers are given. normaliser, whole: [GROUP_PAD]."""
     g = tl.arange(0, GROUP_PAD)
     for first in range(0, clusters, BLOCK):
         c = first + tl.arange(0, BLOCK)
         live = c < clusters
         size = tl.load(left + c, mask=live, other=0)
-        wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32) * choice_spread
+        wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32)
         segment = tl.load(segment_of_page + c // PER_PAGE, mask=live, other=0).to(tl.int32)
         share = tl.zeros((BLOCK,), tl.float32)
+        estimated = tl.zeros((BLOCK,), tl.float32)
         for query in range(GROUP):
-            bonus = tl.load(segment_bonus + query * segments_stride + segment, mask=live, other=0.0)
+            bonus = tl.load(segment_bonus + query * segments_stride + segment, mask=live, other=0.0) * wide
             logit = tl.load(dot + query * clusters_stride + c, mask=live, other=0.0)
-            share += tl.exp(logit + wide * bonus - tl.sum(tl.where(g == query, normaliser, 0.0), 0))
+            share += tl.exp(logit + choice_spread * bonus - tl.sum(tl.where(g == query, normaliser, 0.0), 0))
+            estimated += tl.exp(logit + estimate_spread * bonus - tl.sum(tl.where(g == query, whole, 0.0), 0))
         tl.store(mass + c, tl.where(size > 0, share * (1.0 / GROUP), 0.0), mask=live)
+        tl.store(estimate_mass + c, tl.where(size > 0, estimated * (1.0 / GROUP), 0.0), mask=live)
 
 
 @triton.jit
@@ -87,8 +90,9 @@ def _list_firsts(mass, left, candidates, clusters, low, high, tie_low, tie_high,
 @triton.jit(do_not_specialize=["pages_stride", "lse_stride", "base_tiles"])
 def select_kernel(
     page_count, base_count, segment_of_page, segment_bonus, dot, spread, choice_lse, estimate_lse, left,
-    mass, total, candidates, candidate_count,
+    mass, estimate_mass, total, candidates, candidate_count,
     pages_stride, clusters_stride, segments_stride, lse_stride, candidates_stride, base_tiles, limit, choice_spread,
+    estimate_spread,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, HELD: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr, BASE_TILES: tl.constexpr, CANDIDATES: tl.constexpr,
     CLUSTERS: tl.constexpr, TOKENS: tl.constexpr,
@@ -133,8 +137,9 @@ def select_kernel(
     candidates += pair * candidates_stride
     _masses(
         segment_of_page + request * pages_stride, segment_bonus + queries * segments_stride,
-        dot + queries * clusters_stride, spread + pair * clusters_stride, left, mass, normaliser, clusters,
-        clusters_stride, segments_stride, choice_spread, GROUP, GROUP_PAD, PER_PAGE, BLOCK,
+        dot + queries * clusters_stride, spread + pair * clusters_stride, left, mass,
+        estimate_mass + pair * clusters_stride, normaliser, whole, clusters, clusters_stride, segments_stride,
+        choice_spread, estimate_spread, GROUP, GROUP_PAD, PER_PAGE, BLOCK,
     )  # fmt: skip
     k = tl.arange(0, CANDIDATES)
     tl.store(candidates + k, tl.zeros((CANDIDATES,), tl.int64), mask=k < limit)
@@ -191,17 +196,23 @@ def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
     fixed = constants(w.shape.heads, w.shape.group, index.clusters_per_page, clusters, limit)
     select_kernel[(w.shape.heads, step.batch)](
         step.page_count, step.base_count, step.segment_of_page, w.segment_bonus, w.dot, w.spread, w.choice_lse,
-        w.estimate_lse, w.left, w.mass, w.total, w.candidates, w.candidate_count,
+        w.estimate_lse, w.left, w.mass, w.estimate_mass, w.total, w.candidates, w.candidate_count,
         step.segment_of_page.stride(0), w.shape.clusters, w.shape.segments, w.shape.tiles, w.shape.candidates, tokens,
-        limit, index.config.choice_spread,
+        limit, index.config.choice_spread, index.config.estimate_spread,
         **fixed, num_warps=warps(fixed["HELD"]),
     )  # fmt: skip
 
 
 _TYPES = {
     **dict.fromkeys(("page_count", "base_count", "segment_of_page", "candidates"), "*i64"),
-    **dict.fromkeys(("segment_bonus", "dot", "choice_lse", "estimate_lse", "mass", "total"), "*fp32"),
-    **{"spread": "*bf16", "left": "*i32", "candidate_count": "*i32", "choice_spread": "fp32"},
+    **dict.fromkeys(("segment_bonus", "dot", "choice_lse", "estimate_lse", "mass", "estimate_mass", "total"), "*fp32"),
+    **{
+        "spread": "*bf16",
+        "left": "*i32",
+        "candidate_count": "*i32",
+        "choice_spread": "fp32",
+        "estimate_spread": "fp32",
+    },
     **dict.fromkeys(("pages_stride", "lse_stride", "base_tiles"), "i32"),
     **dict.fromkeys(("clusters_stride", "segments_stride", "candidates_stride", "limit"), "i32"),
 }

@@ -459,8 +459,14 @@ def test_results_of_one_setting_are_joined_by_their_common_arms(tmp_path: Path) 
     documents, setting = model_level.join(files)
     assert [list(document["arms"]) for document in documents] == [["y", "z"]] * 2
     assert setting == "SmolLM2, 7000 tokens"
-    with pytest.raises(SystemExit, match="one document"):
-        model_level.join([*files, files[0]])
+    (tmp_path / "later").mkdir()
+    files += [model_level_result(tmp_path / "later", "a", ["y", "u"])]  # document a again
+    later = json.loads(files[-1].read_text())
+    later["results"]["documents"][0]["arms"]["y"]["kl"] = [0.2]
+    files[-1].write_text(json.dumps(later))
+    documents, _ = model_level.join(files)
+    assert [set(document["arms"]) for document in documents] == [{"y", "z", "u"}] * 2
+    assert [document["arms"]["y"]["kl"] for document in documents] == [[0.2], [0.1]]
     with pytest.raises(SystemExit, match="no policy"):
         model_level.join([*files, model_level_result(tmp_path, "c", ["v"])])
     with pytest.raises(SystemExit, match="differ"):

@@ -13,7 +13,8 @@ parts of 32 tokens. Writes JSON, Markdown and SVG to benchmarks/results/.
 
     python -m benchmarks.quality.model_level --join RESULT.json RESULT.json
 
-puts the documents of several runs into one table, with the arms that all have.
+puts the documents of several runs into one table, with the arms that all have. A document that is in several results has the
+arms of all of them; of an arm that is in several, the last one named counts.
 """
 
 from __future__ import annotations
@@ -319,19 +320,27 @@ def main() -> None:
 
 
 def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
-    """The documents of several results, with the arms that all have, and their setting; SystemExit where that differs."""
-    documents, settings = [], set()
+    """The documents of several results, with the arms that all have, and their setting; SystemExit where that differs.
+
+    The same document (dense decoded the same) from several results has the arms of all, the last named of each.
+    """
+    documents: list[dict[str, Any]] = []
+    settings = set()
     for file in files:
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
-            documents += about["results"]["documents"]
+            found = about["results"]["documents"]
         except (OSError, ValueError, KeyError) as error:
             raise SystemExit(f"{file} is not a result of this benchmark ({error!r}): name its JSON files") from None
         settings.add(about["setting"])
+        for document in found:
+            known = next((other for other in documents if other["dense"] == document["dense"]), None)
+            if known is None:
+                documents.append(document)
+            else:
+                known["arms"] |= document["arms"]
     if len(settings) > 1:
         raise SystemExit(f"these results differ in their setting ({'; '.join(sorted(settings))}): join like with like")
-    if any(first["dense"] == second["dense"] for first, second in itertools.combinations(documents, 2)):
-        raise SystemExit("one document is in two of these results: name the results of different documents")
     common = set.intersection(*(set(document["arms"]) for document in documents))
     if not common:
         raise SystemExit("these results have no policy at the same budget in common: join like with like")

@@ -467,6 +467,8 @@ def test_results_of_one_setting_are_joined_by_their_common_arms(tmp_path: Path) 
     documents, _ = model_level.join(files)
     assert [set(document["arms"]) for document in documents] == [{"y", "z", "u"}] * 2
     assert [document["arms"]["y"]["kl"] for document in documents] == [[0.2], [0.1]]
+    (document,), _ = model_level.join(files, count=1)
+    assert set(document["arms"]) == {"x", "y", "z", "u"}
     with pytest.raises(SystemExit, match="no policy"):
         model_level.join([*files, model_level_result(tmp_path, "c", ["v"])])
     with pytest.raises(SystemExit, match="differ"):

@@ -14,7 +14,7 @@ parts of 32 tokens. Writes JSON, Markdown and SVG to benchmarks/results/.
     python -m benchmarks.quality.model_level --join RESULT.json RESULT.json
 
 puts the documents of several runs into one table, with the arms that all have. A document that is in several results has the
-arms of all of them; of an arm that is in several, the last one named counts.
+arms of all of them; of an arm that is in several, the last one named counts. `--documents 1` takes the first one alone.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def main() -> None:
         args.documents, args.tokens, args.natural = 1, min(args.tokens, 2500), 32
         args.budgets, args.policies = [256], QUICK_POLICIES
     if args.join:
-        documents, setting = join(args.join)
+        documents, setting = join(args.join, args.documents, args.first)
     else:
         documents, source = run(args)
         setting = f"{args.model.name}, float32, {source}, {args.tokens} tokens"
@@ -319,10 +319,11 @@ def main() -> None:
     )
 
 
-def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
+def join(files: list[Path], count: int = 3, first: int = 0) -> tuple[list[dict[str, Any]], str]:
     """The documents of several results, with the arms that all have, and their setting; SystemExit where that differs.
 
-    The same document (dense decoded the same) from several results has the arms of all, the last named of each.
+    The same document (dense decoded the same) from several results has the arms of all, the last named of each. Of the documents,
+    in the order in which they are named, `count` are taken from the first one on.
     """
     documents: list[dict[str, Any]] = []
     settings = set()
@@ -341,9 +342,10 @@ def join(files: list[Path]) -> tuple[list[dict[str, Any]], str]:
                 known["arms"] |= document["arms"]
     if len(settings) > 1:
         raise SystemExit(f"these results differ in their setting ({'; '.join(sorted(settings))}): join like with like")
-    common = set.intersection(*(set(document["arms"]) for document in documents))
+    documents = documents[first : first + count]
+    common = set.intersection(*(set(document["arms"]) for document in documents)) if documents else set()
     if not common:
-        raise SystemExit("these results have no policy at the same budget in common: join like with like")
+        raise SystemExit("these documents have no policy at the same budget in common: join like with like")
     for document in documents:
         document["arms"] = {name: arm for name, arm in document["arms"].items() if name in common}
     return documents, settings.pop()

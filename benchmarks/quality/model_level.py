@@ -322,8 +322,8 @@ def main() -> None:
 def join(files: list[Path], count: int = 3, first: int = 0) -> tuple[list[dict[str, Any]], str]:
     """The documents of several results, with the arms that all have, and their setting; SystemExit where that differs.
 
-    The same document (dense decoded the same) from several results has the arms of all, the last named of each. Of the documents,
-    in the order in which they are named, `count` are taken from the first one on.
+    The same document (dense decoded the same) from several results has the arms of all, the last named of each. `count` of the
+    documents are taken, from number `first` on as they are named.
     """
     documents: list[dict[str, Any]] = []
     settings = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -25,6 +26,16 @@ CPU_FLAGS = ("--device", "cpu", "--dtype", "float32")
 
 # Below those that Linux hands to outgoing connections, for a server binds its port a minute after it was chosen.
 PORTS = range(20000, 32000)
+
+
+def model_folder(text: str) -> Path:
+    """An argument `--model`: a folder with a model."""
+    path = Path(text).expanduser()
+    if not (path / "config.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{path} has no model: name a folder with its config.json, or make one with `sglang-clusterkv demo-model`"
+        )
+    return path
 
 
 def free_port() -> int:

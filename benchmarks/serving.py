@@ -35,7 +35,7 @@ from unittest.mock import patch
 from tqdm import tqdm
 
 from benchmarks.results_file import command_of, write_results
-from benchmarks.servers import CPU_FLAGS, Server, serve
+from benchmarks.servers import CPU_FLAGS, Server, model_folder, serve
 from sglang_clusterkv.demo_model import default_out
 from sglang_clusterkv.haystack import FACTS, make_document
 
@@ -350,7 +350,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--candidates", type=int, default=1024)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--model", type=Path, default=default_out())
+    parser.add_argument("--model", type=model_folder, default=default_out())
     parser.add_argument("--server-args", default="", help="more flags for every server, as one text")
     parser.add_argument("--quick", action="store_true", help="two arms, one context, short answers: does it run")
     args = parser.parse_args()

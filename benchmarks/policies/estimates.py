@@ -305,9 +305,9 @@ def all_tokens(scores: Scores, source: Source) -> Tokens:
 
 
 class ExactInside(ChangedEstimate):
-    """A bound: each cluster has the mass that we estimate, and in it every token its exact share and its own value.
+    """Each cluster has the mass that we estimate, and in it every token its exact share and its own value.
 
-    What any better summary of the values inside clusters could gain; it reads all keys and values.
+    What summaries of the values inside clusters come near to, such as a second mean value; it reads all keys and values.
     """
 
     def whole(self, exact: Partial, scores: Scores, left: torch.Tensor, source: Source) -> Partial:

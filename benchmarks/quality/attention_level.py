@@ -25,7 +25,7 @@ from benchmarks.quality.documents import make_documents, read_text
 from benchmarks.quality.figures import error_maps
 from benchmarks.quality.model_level import SERVER_FLAGS, options_of
 from benchmarks.results_file import command_of, write_results
-from benchmarks.servers import serve
+from benchmarks.servers import model_folder, serve
 from sglang_clusterkv.demo_model import default_out
 
 LAYER_GROUPS = 5
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["ours", "ours-no-estimate", "oracle"])
     parser.add_argument("--text", help="another text, a file")
-    parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
+    parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     args = parser.parse_args()
     model = args.model
     source, text = read_text(args.text)

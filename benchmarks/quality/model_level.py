@@ -38,7 +38,7 @@ from benchmarks.policies.control import use
 from benchmarks.quality.documents import Document, make_documents, read_text
 from benchmarks.quality.figures import quality_against_bytes
 from benchmarks.results_file import command_of, write_results
-from benchmarks.servers import Server, serve
+from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.demo_model import default_out
 
@@ -288,7 +288,7 @@ def main() -> None:
         "--policies", nargs="+", choices=POLICIES, default=[name for name in POLICIES if name != "dense"]
     )
     parser.add_argument("--text", help="another text, a file")
-    parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
+    parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     parser.add_argument(
         "--config", type=json.loads, default={}, help="JSON, the server's configuration beside the budget"
     )

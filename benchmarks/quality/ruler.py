@@ -33,7 +33,7 @@ from benchmarks.quality.asking import SERVER_FLAGS, TOGETHER, ForcedQuestion, St
 from benchmarks.quality.model_level import Arm
 from benchmarks.quality.scores import DENSE, Answer, report
 from benchmarks.quality.tasks import heat_map
-from benchmarks.servers import Server, serve
+from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.demo_model import default_out
 
 TASKS = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
@@ -180,7 +180,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--decoded", type=int, default=64, help="tokens at a prompt's end that are decoded; 0: none")
     parser.add_argument("--context", type=int, default=8192, help="tokens that the model takes")
-    parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
+    parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     args = parser.parse_args(argv)
     if not 1 <= args.samples <= 500 or args.decoded < 0:
         parser.error("--samples must be from 1 to 500, and --decoded at least 0")

@@ -30,7 +30,7 @@ from benchmarks.quality.documents import read_text
 from benchmarks.quality.model_level import Arm
 from benchmarks.quality.prompts import TASKS, Prompts, Sample
 from benchmarks.quality.scores import Answer, report, string_match
-from benchmarks.servers import Server, serve
+from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.demo_model import default_out
 
 POOL_SLACK_TOKENS = 4096
@@ -136,7 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--text", help="another text for the documents, a file")
-    parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
+    parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     args = parser.parse_args(argv)
     if args.samples < 1 or args.first < 0:
         parser.error("--samples must be at least 1, and --first at least 0")

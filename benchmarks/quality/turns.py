@@ -31,7 +31,7 @@ from benchmarks.quality.documents import read_text
 from benchmarks.quality.model_level import Arm
 from benchmarks.quality.prompts import Prompts
 from benchmarks.quality.scores import DENSE, Answer, arms_in, cells_in, mean_score, report, string_match
-from benchmarks.servers import Server, serve
+from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.demo_model import default_out
 from sglang_clusterkv.haystack import CITIES, magic_number
 
@@ -190,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--text", help="another text for the documents, a file")
-    parser.add_argument("--model", type=Path, default=default_out(), help="a folder, default: the demo model")
+    parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     args = parser.parse_args(argv)
     if min(args.documents, args.sessions, args.turns) < 1 or args.turns > len(CITIES):
         parser.error(f"--documents, --sessions and --turns must be at least 1, --turns at most {len(CITIES)}")

@@ -48,6 +48,7 @@ SMALL_BUDGET = 128  # half of the candidates do up to here
 # An idle server would take most of a core from what runs beside it.
 SERVER_FLAGS = [*FLAGS, "--max-total-tokens", "20000", "--page-size", "16", "--sleep-on-idle"]
 SERVER_FLAGS += ["--watchdog-timeout", "3600"]  # a chunk of a prefill may take long on a CPU
+DOCUMENTS = 3
 QUICK_POLICIES = ["ours", "oracle"]  # and the published one at our bytes
 MINIMUM_EQUAL_BUDGET = 16
 OURS = "ours"
@@ -273,7 +274,7 @@ def table(lines: list[dict[str, Any]], documents: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=3)
+    parser.add_argument("--documents", type=int, help=f"default: {DOCUMENTS}, with --join all")
     parser.add_argument("--first", type=int, default=0, help="the first document; so several runs share the work")
     parser.add_argument("--tokens", type=int, default=7000, help="of each document")
     parser.add_argument("--natural", type=int, default=128, help="tokens of the continuation")
@@ -302,6 +303,7 @@ def main() -> None:
     if args.join:
         documents, setting = join(args.join, args.documents, args.first)
     else:
+        args.documents = args.documents or DOCUMENTS
         documents, source = run(args)
         setting = f"{args.model.name}, float32, {source}, {args.tokens} tokens"
         setting += f", {change_text(args.config)}" if args.config else ""
@@ -319,11 +321,11 @@ def main() -> None:
     )
 
 
-def join(files: list[Path], count: int = 3, first: int = 0) -> tuple[list[dict[str, Any]], str]:
+def join(files: list[Path], count: int | None = None, first: int = 0) -> tuple[list[dict[str, Any]], str]:
     """The documents of several results, with the arms that all have, and their setting; SystemExit where that differs.
 
     The same document (dense decoded the same) from several results has the arms of all, the last named of each. `count` of the
-    documents are taken, from number `first` on as they are named.
+    documents (None: all) are taken, from number `first` on as they are named.
     """
     documents: list[dict[str, Any]] = []
     settings = set()
@@ -342,7 +344,7 @@ def join(files: list[Path], count: int = 3, first: int = 0) -> tuple[list[dict[s
                 known["arms"] |= document["arms"]
     if len(settings) > 1:
         raise SystemExit(f"these results differ in their setting ({'; '.join(sorted(settings))}): join like with like")
-    documents = documents[first : first + count]
+    documents = documents[first:][:count]
     common = set.intersection(*(set(document["arms"]) for document in documents)) if documents else set()
     if not common:
         raise SystemExit("these documents have no policy at the same budget in common: join like with like")
@@ -354,7 +356,8 @@ def join(files: list[Path], count: int = 3, first: int = 0) -> tuple[list[dict[s
 def model_shape(model: Path) -> dict[str, Any]:
     """head_dim and layers of a model."""
     shape = AutoConfig.from_pretrained(model)
-    return {"head_dim": shape.hidden_size // shape.num_attention_heads, "layers": shape.num_hidden_layers}
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return {"head_dim": head_dim, "layers": shape.num_hidden_layers}
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:

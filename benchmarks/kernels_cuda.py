@@ -50,7 +50,7 @@ def operations(scene: Scene) -> list[Operation]:
     return [
         Operation("score", lambda layer: decoder.score(q, keys[layer], layer, scale), moved["score"]),
         Operation("select", lambda layer: decoder.select(), moved["select"]),
-        Operation("refine", lambda layer: decoder.refine(layer, scale), moved["refine"]),
+        Operation("refine", lambda layer: decoder.refine(layer, scale, q.dtype), moved["refine"]),
         Operation("recall", decoder.recall, 0),
         Operation("attend", lambda layer: decoder.attend(q, keys[layer], values[layer], scale), moved["attend"]),
         Operation("estimate", lambda layer: decoder.estimate(layer, q.dtype), moved["estimate"]),

@@ -35,6 +35,7 @@ def compile_kernels(
     head_dim: int,
     dtype: torch.dtype,
     context_tokens: int,
+    query_dtype: torch.dtype | None = None,
 ) -> None:
     """Run prefill, clustering, sparse and dense decode on a small pool of the same types, at every size that is compiled for.
 
@@ -49,6 +50,7 @@ def compile_kernels(
         head_dim: channels of a head.
         dtype: of the KV pool.
         context_tokens: the longest request.
+        query_dtype: of the model; None: the pool's.
     """
     begin = time.perf_counter()
     by_size = _compiles_by_size(device)
@@ -76,7 +78,7 @@ def compile_kernels(
     engine.begin_extend([Extend(1, "warm-up", 0, tokens, tokens, last_chunk=True)])
     step = engine.begin_decode(np.array([1]), np.array([tokens + 1]))
     keys, values = engine.key_buffers[0], engine.value_buffers[0]
-    q = torch.randn(1, kv_heads * group, head_dim, device=device).to(dtype)
+    q = torch.randn(1, kv_heads * group, head_dim, device=device).to(query_dtype or dtype)
     assert step.sparse is not None, f"the warm-up's {tokens} tokens were decoded densely"
     steps = [step.sparse]
     if by_size:

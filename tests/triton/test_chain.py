@@ -215,6 +215,25 @@ def test_memory_that_ran_out_leaves_room_for_a_smaller_step(device: str) -> None
     assert_close(chain.result(slice(0, 2)), whole[:2], torch.float32)
 
 
+def test_a_long_request_does_not_keep_a_large_batch_from_running(device: str) -> None:
+    """Each fits, a workspace for both at once does not."""
+    chain = Chain(CONFIG, device, group=1, kv_heads=1)
+    decoder = decoder_of(chain.index, 1)
+    allocate = decoder._allocate
+
+    def small(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if sizes[0] > 1 and sizes[-1] > 4096:
+            raise torch.OutOfMemoryError("many requests, and long ones")
+        return allocate(sizes, dtype)
+
+    decoder._allocate = small
+    few = some(chain.step, slice(0, 1))
+    decoder.prepare(few._replace(pages=few.pages.repeat(1, 1 + 8192 // few.pages.shape[1])))
+    assert decoder.workspace.shape.clusters > 8192
+    whole = reference.sparse_decode(*chain.arguments())
+    assert_close(chain.result(), whole, torch.float32)
+
+
 def test_a_step_does_not_depend_on_the_one_before(device: str) -> None:
     """Bit for bit, though the workspace holds what another step left."""
     chain = Chain(CONFIG, device, group=1, kv_heads=1)

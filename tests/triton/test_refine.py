@@ -77,7 +77,7 @@ def config_of(**fields: object) -> ClusterKVConfig:
 )
 def test_values_equal_the_reference(head_dim: int, group: int, bits: int, kv_heads: int, device: str) -> None:
     chosen = Chosen(config_of(code_bits=bits), device, head_dim=head_dim, group=group, kv_heads=kv_heads)
-    chosen.decoder.refine(0, SCALE)
+    chosen.decoder.refine(0, SCALE, torch.float32)
     w = chosen.decoder.workspace
     expected = candidate_scores(chosen.wide, chosen.scores, chosen.candidates, chosen.index, 0, SCALE)
     for (b, h), order in chosen.order.items():
@@ -124,7 +124,7 @@ def test_slots_need_64_bits(device: str) -> None:
 
 def test_whole_clusters_are_recalled_where_nothing_is_refined(device: str) -> None:
     chosen = Chosen(config_of(refine=False), device, head_dim=32)
-    chosen.decoder.refine(0, SCALE)
+    chosen.decoder.refine(0, SCALE, torch.float32)
     assert chosen.decoder.workspace.value.isnan().all(), "there are no codes to refine by"
     chosen.decoder.recall(0)
     chosen.assert_recalled(recall_all(chosen.scores, chosen.candidates))

@@ -49,7 +49,7 @@ class TritonDecoder:
         self.limit = config.candidate_tokens if config.refine else config.budget_tokens
         self.heads = geometry.kv_heads
         self._allocate = allocate or (lambda sizes, dtype: torch.empty(sizes, dtype=dtype, device=index.device))
-        self._shape = WorkspaceShape(
+        self._least = self._shape = WorkspaceShape(
             batch=0, heads=self.heads, group=group, channels=geometry.head_dim, clusters=0, segments=0, base=0,
             candidates=self.limit, budget=config.budget_tokens, own=config.estimate_clusters, splits=0, parts=0,
         )  # fmt: skip
@@ -74,13 +74,26 @@ class TritonDecoder:
             parts=max(1, sum(self.parts)),
         ).rounded()
         if not self._shape.holds(needed):
-            grown = WorkspaceShape(*map(max, self._shape, needed))
-            if self._shape.batch:
-                del self.workspace  # not two at once
-            self._shape = self._shape._replace(batch=0)  # holds nothing, should memory run out now
-            self.workspace: Workspace = make_workspace(grown, self.index.device, self._allocate)
-            self._shape = grown
+            self._grow(needed)
         self._step = step
+
+    def _grow(self, needed: WorkspaceShape) -> None:
+        """Make room for a step, beside what earlier ones needed if memory allows."""
+        grown = WorkspaceShape(*map(max, self._shape, needed))
+        if self._shape.batch:
+            del self.workspace  # not two at once
+        self._shape = self._least  # holds nothing, should memory run out now
+        try:
+            return self._make(grown)
+        except torch.OutOfMemoryError:
+            if grown == needed:
+                raise
+        # One long request and one large batch, but never at once.
+        self._make(needed)
+
+    def _make(self, shape: WorkspaceShape) -> None:
+        self.workspace: Workspace = make_workspace(shape, self.index.device, self._allocate)
+        self._shape = shape
 
     @property
     def step(self) -> SparseStep:
@@ -96,10 +109,10 @@ class TritonDecoder:
         """The clusters whose tokens are candidates."""
         select_triton.select(self.index, self.step, self.limit, self.workspace)
 
-    def refine(self, layer: int, scale: float) -> None:
-        """Candidates' values from their codes; nothing where nothing is refined."""
+    def refine(self, layer: int, scale: float, dtype: torch.dtype) -> None:
+        """Candidates' values from their codes, for queries of `dtype`; nothing where nothing is refined."""
         if self.config.refine:
-            refine_triton.refine_values(self.index, layer, self.step, scale, self.limit, self.workspace)
+            refine_triton.refine_values(self.index, layer, self.step, scale, self.limit, self.workspace, dtype)
 
     def recall(self, layer: int) -> None:
         """The best candidates' slots, or all candidates'."""
@@ -148,7 +161,7 @@ def sparse_decode(
     decoder.prepare(step)
     decoder.score(grouped, keys, layer, scale)
     decoder.select()
-    decoder.refine(layer, scale)
+    decoder.refine(layer, scale, grouped.dtype)
     decoder.recall(layer)
     decoder.attend(grouped, keys, values, scale)
     decoder.estimate(layer, grouped.dtype)

@@ -315,7 +315,8 @@ def estimate_constants(
 ) -> dict[str, Any]:
     """The kernel's constants, by argument name, for `clusters` listed clusters of which `limit` use their own value."""
     channels = codec.head_dim
-    block = min(max(LEAST_HELD, triton.next_power_of_2(clusters)), MASSES_HELD)
+    padded = max(LEAST_HELD, triton.next_power_of_2(clusters))
+    block = min(padded, MASSES_HELD)
     return {
         "HEADS": heads,
         "GROUP": group,
@@ -329,7 +330,7 @@ def estimate_constants(
         "BLOCK_OWN": own_clusters(codec, warps(block)),
         "BLOCK_REST": REST_CLUSTERS,
         "SEGMENTS": REST_SEGMENTS,
-        "LIMITED": clusters > limit,
+        "LIMITED": padded > limit,  # by the padded size, as all else: a server compiles these at its start
         # Not float16: a mean value's scale times a weight can be too small for it.
         "DOT": tl.float32 if is_interpreted() or dtype is torch.float32 else tl.bfloat16,
         **row_constants(codec),

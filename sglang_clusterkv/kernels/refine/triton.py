@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -47,11 +48,11 @@ def value_kernel(
     dot, total, candidates, candidate_count, value, position,
     pages_stride, segment_begin_stride, clusters_stride, candidates_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
-    BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, tiles of `BLOCK` candidates, requests): each candidate's value and position.
 
-    codes: [S, H, D / 8], int16 for two bits, uint8 for one.
+    codes: [S, H, D / 8], int16 for two bits, uint8 for one. PRECISION: of the products, "ieee" or "tf32".
     """
     EIGHTH: tl.constexpr = CHANNELS // 8
     head = tl.program_id(0)
@@ -78,7 +79,7 @@ def value_kernel(
         dots = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
         for j in tl.static_range(8):
             query = tl.load(rotated + g[:, None] * CHANNELS + j * EIGHTH + i[None, :], mask=query_mask, other=0.0)
-            dots = tl.dot(query, code_levels(words, j, BITS, tl.float32), dots, input_precision="tf32")
+            dots = tl.dot(query, code_levels(words, j, BITS, tl.float32), dots, input_precision=PRECISION)
 
         mask = real_head[:, None] & live[None, :]
         of_cluster = tl.load(
@@ -155,8 +156,11 @@ def recall_all_kernel(
         tl.store(recalled_count + pair, count)
 
 
-def constants(heads: int, group: int, channels: int, bits: int) -> dict[str, Any]:
-    """Constants of the values' kernel but for the page size, by argument name."""
+def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of the values' kernel but for the page size, by argument name.
+
+    Queries in 16 bits are multiplied in TF32, which has more of them than the queries had before they were rotated.
+    """
     return {
         "HEADS": heads,
         "GROUP": group,
@@ -165,6 +169,7 @@ def constants(heads: int, group: int, channels: int, bits: int) -> dict[str, Any
         "SLICE_PAD": padded_slice(channels),
         "BITS": bits,
         "BLOCK": TILE,
+        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
     }
 
 
@@ -173,7 +178,9 @@ def warps(block: int) -> int:
     return min(16, max(4, block // 256))
 
 
-def refine_values(index: ClusterIndex, layer: int, step: SparseStep, scale: float, limit: int, w: Workspace) -> None:
+def refine_values(
+    index: ClusterIndex, layer: int, step: SparseStep, scale: float, limit: int, w: Workspace, dtype: torch.dtype
+) -> None:
     """Values and positions of all candidates.
 
     Args:
@@ -183,13 +190,15 @@ def refine_values(index: ClusterIndex, layer: int, step: SparseStep, scale: floa
         scale: of the logits.
         limit: candidates per (request, kv head) at most, as given to select.
         w: as select left it.
+        dtype: of the queries.
     """
     arrays, shape = layer_arrays(index, layer), w.shape
     value_kernel[(shape.heads, triton.cdiv(limit, TILE), step.batch)](
         w.rotated, arrays.codes, arrays.code_scales, arrays.members, step.pages, step.segment_of_page,
         step.segment_begin, w.dot, w.total, w.candidates, w.candidate_count, w.value, w.position,
         step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.candidates, scale,
-        PAGE=index.geometry.page_size, **constants(shape.heads, shape.group, shape.channels, index.config.code_bits),
+        PAGE=index.geometry.page_size,
+        **constants(shape.heads, shape.group, shape.channels, index.config.code_bits, dtype),
     )  # fmt: skip
 
 
@@ -237,7 +246,7 @@ def _case(name: str, kernel: Any, fixed: dict[str, Any], **holds: Any) -> Compil
 COMPILE_CASES = [
     *(
         _case(
-            f"values {bits} bits D={channels} G={group}", value_kernel, constants(8, group, channels, bits),
+            f"values {bits} bits D={channels} G={group}", value_kernel, constants(8, group, channels, bits, torch.bfloat16),
             tensor_cores=16, programs_per_sm=4,
         )
         for bits, channels, group in ((2, 64, 3), (2, 96, 4), (2, 128, 4), (2, 128, 8), (2, 256, 4), (1, 128, 4))

@@ -212,8 +212,9 @@ class ClusterEngine:
             return self._decode_step(rows, seq_lens)
         except Exception as error:
             self.faults.note("lists", error)
-            self.counters.dense_steps["fault"] += len(rows)
-            return DecodeStep(None, None, None, dense_step(rows, seq_lens, self.req_to_token), rows, seq_lens)
+        # Out of its handler, whose error keeps alive what the failed attempt had allocated.
+        self.counters.dense_steps["fault"] += len(rows)
+        return DecodeStep(None, None, None, dense_step(rows, seq_lens, self.req_to_token), rows, seq_lens)
 
     def _look_at_decoding(self, rows: np.ndarray, seq_lens: np.ndarray) -> None:
         """Rows of a decode batch that were rewritten or have aged tokens: rare, so a loop is fine."""

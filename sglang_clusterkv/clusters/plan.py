@@ -367,11 +367,19 @@ class Planner:
 
 
 class _View:
-    """Page states as they will be once the plan so far has run: the snapshots, plus what was claimed and cut."""
+    """Page states as they will be once the plan so far has run: the snapshots, plus what was claimed and cut.
+
+    The states of all rows lie in one array, so that who has a page is one look-up, however many rows share a prefix.
+    """
 
     def __init__(self, snapshots: list[Snapshot]) -> None:
-        self._state = {id(s.row): s.state.copy() for s in snapshots}
-        self._snapshots = {id(s.row): s for s in snapshots}
+        self._all = np.concatenate([s.state for s in snapshots]) if snapshots else np.empty((0, 3), np.int32)
+        ends = np.cumsum([len(s.state) for s in snapshots])
+        # Views into `_all`.
+        self._state = {id(s.row): self._all[end - len(s.state) : end] for s, end in zip(snapshots, ends, strict=True)}
+        pages = np.concatenate([s.pages for s in snapshots]) if snapshots else np.empty(0, np.int64)
+        self._by_page = np.argsort(pages, kind="stable")  # places in `_all`
+        self._sorted_pages = pages[self._by_page]
         self.forgotten: set[int] = set()
 
     def runs(self, snapshot: Snapshot) -> list[_Run]:
@@ -397,24 +405,24 @@ class _View:
     def claim(self, snapshot: Snapshot, begin: int, end: int, new_id: int) -> None:
         """Pages [begin, end) of a snapshotted row become segment `new_id`, in every row that has these pages."""
         pages = snapshot.pages[begin - snapshot.first_page : end - snapshot.first_page]
-        order = np.argsort(pages)
-        for key, state in self._state.items():
-            theirs = self._snapshots[key].pages
-            at = np.searchsorted(pages[order], theirs).clip(max=len(pages) - 1)
-            hit = pages[order][at] == theirs
-            state[hit, 0] = new_id
-            state[hit, 1] = order[at[hit]]
-            state[hit, 2] = len(pages)
+        first = np.searchsorted(self._sorted_pages, pages, side="left")
+        count = np.searchsorted(self._sorted_pages, pages, side="right") - first
+        index = np.repeat(np.arange(len(pages)), count)  # of the page in the segment, for each row that has it
+        nth = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
+        at = self._by_page[first[index] + nth]
+        self._all[at, 0] = new_id
+        self._all[at, 1] = index
+        self._all[at, 2] = len(pages)
 
     def replace(self, segment_id: int, pieces: list[tuple[int, int, int]]) -> None:
         """Segment `segment_id` falls apart into pieces (index begin, index end, new id); the rest is unclustered."""
         self.forgotten.add(segment_id)
-        for state in self._state.values():
-            old = np.flatnonzero(state[:, 0] == segment_id)
-            index = state[old, 1].copy()
-            state[old, 0] = UNCLUSTERED
-            for begin, end, new_id in pieces:
-                inside = old[(index >= begin) & (index < end)]
-                state[inside, 1] -= begin
-                state[inside, 0] = new_id
-                state[inside, 2] = end - begin
+        old = np.flatnonzero(self._all[:, 0] == segment_id)
+        index = self._all[old, 1]
+        self._all[old, 0] = UNCLUSTERED
+        for begin, end, new_id in pieces:
+            inside = (index >= begin) & (index < end)
+            at = old[inside]
+            self._all[at, 0] = new_id
+            self._all[at, 1] = index[inside] - begin
+            self._all[at, 2] = end - begin

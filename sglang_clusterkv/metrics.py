@@ -83,6 +83,10 @@ class DeviceCounts:
         self._mass.copy_(index.mass, non_blocking=True)
         self._pages.copy_(index.clustered_pages(), non_blocking=True)
 
+    def has_arrived(self) -> bool:
+        """Whether `read` would not wait."""
+        return self._ready.query()
+
     def read(self) -> tuple[np.ndarray, int]:
         """`ClusterIndex.mass` and the number of clustered pages. Waits for the copy."""
         self._ready.synchronize()
@@ -133,8 +137,11 @@ class Exporter:
             self._copy = DeviceCounts(_engine(pool))
 
     def batch_done(self, pool: ClusterKVPool) -> None:
-        """A batch's results are on the host: publish if a copy was queued; the results imply that it has arrived."""
-        if self._copy is not None:
+        """A batch's results are on the host: publish what was copied behind it or before.
+
+        With overlap the copy may lie behind the next batch's clustering, which no step is to wait for: a later batch publishes.
+        """
+        if self._copy is not None and self._copy.has_arrived():
             self._publish(pool, self._copy)
 
     def idle(self, pool: ClusterKVPool) -> None:

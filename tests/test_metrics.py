@@ -45,17 +45,18 @@ Samples = dict[tuple[str, str], float]  # (name without prefix, our own label's 
 
 
 class Watched(ForwardStream):
-    """The CPU's stream, counting who waits for it."""
+    """The CPU's stream, counting who waits for it; `lags`: nothing that was queued has been done."""
 
     def __init__(self) -> None:
         super().__init__("cpu")
         self.waits = 0
+        self.lags = False
 
     def event(self) -> Any:
         def synchronize() -> None:
             self.waits += 1
 
-        return SimpleNamespace(synchronize=synchronize)
+        return SimpleNamespace(synchronize=synchronize, query=lambda: not self.lags)
 
 
 class Rank:
@@ -149,6 +150,20 @@ def test_batches_update_once_per_interval_and_no_launch_waits(rank: Rank) -> Non
     assert rank.stream.waits == waits, "the copy is queued, not waited for"
     rank.exporter.batch_done(rank.pool)
     assert rank.samples()["sparse_steps_total", ""] == 4 and rank.stream.waits == waits + 1
+
+
+def test_a_batch_does_not_wait_for_a_copy_behind_the_next_ones_clustering(rank: Rank) -> None:
+    rank.prefill()
+    rank.decode()
+    rank.now += 5
+    rank.stream.lags = True
+    waits = rank.stream.waits
+    rank.decode()
+    rank.decode()
+    assert rank.stream.waits - waits == 0 and rank.samples()["sparse_steps_total", ""] == 0
+    rank.stream.lags = False
+    rank.exporter.batch_done(rank.pool)
+    assert rank.samples()["sparse_steps_total", ""] == 3
 
 
 def test_the_end_of_a_burst_is_published_once(rank: Rank) -> None:

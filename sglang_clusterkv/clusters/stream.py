@@ -18,10 +18,16 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Return once the device has come here."""
 
+    def query(self) -> bool:
+        """Whether it has; does not wait."""
+
 
 class _Reached:
     def synchronize(self) -> None:
         pass
+
+    def query(self) -> bool:
+        return True
 
 
 class ForwardStream:

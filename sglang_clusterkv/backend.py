@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_clusterkv import runtime
@@ -22,7 +22,6 @@ from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.platform import prefill_threads
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -35,14 +34,21 @@ def create_backend(runner: ModelRunner) -> AttentionBackend:
     """The backend for a model runner; called by SGLang's registry.
 
     Raises:
-        ConfigError: the KV cache's type, known only now (a checkpoint may choose it), cannot be clustered.
+        ConfigError: the KV cache's type, known only now (a checkpoint may choose it), cannot be clustered; or no layer of
+            the model can recall.
     """
     dtype = runner.token_to_kv_pool.dtype
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(
             f"the KV cache is {dtype}, which clusterkv does not cluster yet: start with --kv-cache-dtype bf16"
         )
-    return ClusterKVAttnBackend(runner)
+    backend = ClusterKVAttnBackend(runner)
+    if backend.engine is not None and (reasons := backend.reasons_of_all(runner.model)):
+        raise ConfigError(
+            f"every layer of this model decodes densely ({', '.join(sorted(reasons))}), so nothing would be recalled: use "
+            "another --attention-backend"
+        )
+    return backend
 
 
 class ClusterKVAttnBackend(AttentionBackend):
@@ -162,7 +168,7 @@ class ClusterKVAttnBackend(AttentionBackend):
         rows = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         step = self._step
         assert step is not None, "decode without init_forward_metadata"
-        reason = self._dense_layer(layer, k)
+        reason = self._dense_layer(layer) or (DenseReason.SHARED_KV if k is None else None)
         if reason is not None and step.sparse is not None:
             self._count(reason, step)
             return self._dense(rows, keys, values, layer, self._dense_of_all(step)).flatten(1)
@@ -198,14 +204,17 @@ class ClusterKVAttnBackend(AttentionBackend):
             logit_cap=layer.logit_cap,
         )
 
-    def _dense_layer(self, layer: RadixAttention, k: torch.Tensor | None) -> DenseReason | None:
-        """Why every request goes the dense way in this layer, if so."""
+    def reasons_of_all(self, model: torch.nn.Module) -> set[str]:
+        """Why all attention layers of a model go the dense way, in words; empty if one of them does not."""
+        reasons = [self._dense_layer(layer) for layer in model.modules() if isinstance(layer, RadixAttention)]
+        return set() if None in reasons else {reason.name.lower() for reason in reasons if reason is not None}
+
+    def _dense_layer(self, layer: RadixAttention) -> DenseReason | None:
+        """Why every request goes the dense way in this layer, if so; layers that read another one's KV show at a call."""
         if layer.sliding_window_size >= 0:
             return DenseReason.SLIDING
         if layer.logit_cap > 0:
             return DenseReason.LOGIT_CAP
-        if k is None:
-            return DenseReason.SHARED_KV
         if self.engine is not None and layer.layer_id < self.engine.config.dense_layers:
             return DenseReason.FIRST_LAYERS
         return None
@@ -243,6 +252,7 @@ def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:
         head_dim=geometry.head_dim,
         dtype=engine.key_buffers[0].dtype,
         context_tokens=min(runner.model_config.context_len, geometry.slots),
+        query_dtype=runner.model_config.dtype,
     )
 
 

@@ -26,6 +26,11 @@ class ModelFacts:
     own_sparse: bool = False  # DSA, QSA, MiniMax sparse, DeepSeek V4: the model brings its selection
     chunked_attention: bool = False  # Llama 4's local layers, dual chunk attention
     generates: bool = True
+    logit_cap: float = 0.0  # of every layer
+    layers: int | None = None
+    own_backends: bool = (
+        False  # SGLang serves this model by backends that it names, and ends with an assertion on others
+    )
 
 
 class Refusal(NamedTuple):
@@ -38,6 +43,12 @@ class Refusal(NamedTuple):
 
 def _on(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "y")
+
+
+def _is_rocm() -> bool:
+    import torch  # there a device is called "cuda" as well
+
+    return torch.version.hip is not None
 
 
 def _split_backends(arguments: Any) -> bool:
@@ -64,7 +75,9 @@ _OTHER = "use another --attention-backend"
 ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "device",
-        lambda a, m: (a.device or "cpu").split(":")[0] not in ("cpu", "cuda"),
+        lambda a, m: (
+            (a.device or "cpu").split(":")[0] not in ("cpu", "cuda") or (a.device or "cpu") != "cpu" and _is_rocm()
+        ),
         f"it runs on CUDA and on the CPU only: {_OTHER} on this device",
     ),
     Refusal(
@@ -241,6 +254,16 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
         f"this model's chunked attention is not supported: {_OTHER}",
     ),
     Refusal(
+        "models with backends of their own",
+        lambda a, m: m.own_backends,
+        f"SGLang serves this model (Gemma 4, EXAONE 4) with a few of its own backends only: {_OTHER}",
+    ),
+    Refusal(
+        "logit cap",
+        lambda a, m: m.logit_cap > 0,
+        f"every layer of this model caps its attention logits (Gemma 2, Grok), so every step would be dense: {_OTHER}",
+    ),
+    Refusal(
         "hybrid SWA",
         lambda a, m: m.hybrid_swa,
         "this model's sliding-window layers have a KV pool of their own: pass --disable-hybrid-swa-memory",
@@ -316,8 +339,8 @@ Exact, counted in `dense_steps` or `dense_layer_calls` (`/server_info`, `/metric
 | `dirty` | the row's pages have just been replaced by the radix tree's: a step or two |
 | `window` | sinks, gaps and window are too many beside what is clustered |
 | `fault` | our own code failed for the request: counted in `faults`, tried again later |
-| `sliding` | layers with a sliding window (Gemma 2 and 3) |
-| `logit_cap` | layers that cap their logits |
+| `sliding` | layers with a sliding window (Gemma 3) |
+| `logit_cap` | layers that cap their logits, where others do not |
 | `shared_kv` | layers that read another layer's KV |
 | `first_layers` | layers below `dense_layers` |
 

@@ -152,8 +152,8 @@ def fit_defaults(config: ClusterKVConfig, page_size: int) -> ClusterKVConfig:
     return msgspec.structs.replace(config, **changes)
 
 
-def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = None) -> None:
-    """Raise ConfigError when the values do not go together, or not with this page size (tokens) and head_dim.
+def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = None, layers: int | None = None) -> None:
+    """Raise ConfigError when the values do not go together, or not with this page size (tokens), head_dim and layers.
 
     The message is one sentence that names every problem with its fix, so that one correction is enough.
     """
@@ -177,6 +177,11 @@ def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = Non
             )
     if head_dim is not None and (head_dim < 16 or head_dim % 16):
         problems.append(f"head_dim={head_dim} of this model is not a multiple of 16: use another --attention-backend")
+    if layers is not None and config.dense_layers >= layers:
+        problems.append(
+            f"dense_layers={config.dense_layers} leaves none of this model's {layers} layers to recall in: "
+            f"use {layers - 1} or less"
+        )
     if problems:
         raise ConfigError("; ".join(problems))
 

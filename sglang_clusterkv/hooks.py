@@ -90,7 +90,7 @@ RESOLUTION = (
     Symbol(
         "configs.model_config.ModelConfig",
         "model facts",
-        attributes="head_dim v_head_dim hf_config "
+        attributes="head_dim v_head_dim hf_config hf_text_config num_hidden_layers dtype "
         "is_encoder_decoder has_attention_sinks is_hybrid_swa attention_chunk_size is_generation get_num_kv_heads",
     ),
     Symbol(

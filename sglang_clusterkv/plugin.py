@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 16
 _DISTRIBUTION = "sglang-clusterkv"
+# Architectures that SGLang's own code names too: what it does for them is in no configuration.
+_GROK = {"Grok1ForCausalLM", "Grok1ModelForCausalLM"}
+_GROK_CAP = 30.0
+_GEMMA_4 = {"Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4UnifiedForConditionalGeneration"}
+_EXAONE_4 = {"Exaone4ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM"}
 # Bookkeeping on SGLang's ServerArgs record, which pickles it to every child process.
 _FLAG_VALUE = "_clusterkv_config"  # what --clusterkv-config said; present when the record comes from a command line
 _RESOLVED = "_clusterkv_resolved"  # the ClusterKVConfig to serve with; present when clusterkv is the chosen backend
@@ -175,7 +180,7 @@ def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
         _refuse(server_args, sentence)
     config = fit_defaults(_load(server_args), view.page_size)
     try:
-        validate(config, view.page_size, facts.head_dim)
+        validate(config, view.page_size, facts.head_dim, facts.layers)
     except ConfigError as error:
         _refuse(server_args, str(error))
     setattr(server_args, _RESOLVED, config)
@@ -194,6 +199,8 @@ def _model_facts(server_args: Any) -> ModelFacts:
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     model = model_config_of(server_args)
+    text = model.hf_text_config
+    architectures = set(model.hf_config.architectures or ())
     sparse = (models.is_deepseek_dsa, models.is_deepseek_v4, models.is_minimax_sparse, models.is_qwen4_exp)
     return ModelFacts(
         head_dim=model.head_dim,
@@ -207,6 +214,13 @@ def _model_facts(server_args: Any) -> ModelFacts:
         chunked_attention=model.attention_chunk_size is not None
         or getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
         generates=model.is_generation,
+        logit_cap=getattr(text, "attn_logit_softcapping", _GROK_CAP if architectures & _GROK else None) or 0.0,
+        own_backends=bool(
+            architectures & _GEMMA_4
+            or architectures & _EXAONE_4
+            and getattr(model.hf_config, "sliding_window_pattern", None) is not None
+        ),
+        layers=model.num_hidden_layers,
     )
 
 

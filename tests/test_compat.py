@@ -117,6 +117,8 @@ CASES = [
     ("chunked attention", {}, {"chunked_attention": True}, {}),
     ("no generation", {"is_embedding": True}, {}, {}),
     ("no generation", {}, {"generates": False}, {}),
+    ("models with backends of their own", {}, {"own_backends": True}, {}),
+    ("logit cap", {}, {"logit_cap": 50.0}, {}),
     ("different value size", {}, {"v_head_dim": 128}, {}),
     ("large head size", {"device": "cuda"}, {"head_dim": 512, "v_head_dim": 512}, {}),
     ("odd head size", {}, {"head_dim": 72, "v_head_dim": 72}, {}),
@@ -137,6 +139,14 @@ def test_every_row_has_a_case_and_says_what_to_do():
     assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
     for row in REFUSALS:
         assert any(word in row.sentence for word in ("leave", "use ", "unset", "pass ", "change ")), row.name
+
+
+def test_amd_gpus_are_refused_though_torch_calls_them_cuda(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "CUDA and on the CPU only" in (compat.refusal(SimpleNamespace(**SERVED | {"device": "cuda"})) or "")
+    assert compat.refusal(SimpleNamespace(**SERVED)) is None
 
 
 @pytest.mark.parametrize(
@@ -239,6 +249,7 @@ def test_without_the_backend_nothing_is_declared(resolve):
         (("--kv-canary", "log"), "--kv-canary knows SGLang's own KV pools only"),
         (("--clusterkv-config", '{"tokens_per_cluster": 12}'), "tokens_per_cluster=12: use 4, 8 or 16"),
         (("--clusterkv-config", '{"budget_token": 12}'), "did you mean budget_tokens?"),
+        (("--clusterkv-config", '{"dense_layers": 2}'), "none of this model's 2 layers to recall in: use 1 or less"),
     ],
 )
 def test_a_refusal_ends_a_command_line_with_its_sentence(resolve, arguments, sentence):
@@ -265,6 +276,10 @@ MLA_MODEL = {
         ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "Mamba or linear attention"),
         ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}, "chunked attention is not"),
         (MLA_MODEL, "MLA attention has no keys"),
+        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 64}, "caps its attention logits"),
+        ({"architectures": ["Grok1ForCausalLM"]}, "caps its attention logits"),
+        ({"architectures": ["Gemma4ForCausalLM"]}, "a few of its own backends only"),
+        ({"architectures": ["Exaone4ForCausalLM"], "sliding_window_pattern": "LLLG"}, "a few of its own backends only"),
     ],
 )
 def test_a_model_that_is_not_served_is_refused(resolve, model_path, tmp_path, changes, sentence):
@@ -277,10 +292,31 @@ def test_a_model_that_is_not_served_is_refused(resolve, model_path, tmp_path, ch
 
 def test_models_with_sliding_layers_in_one_pool_are_served(resolve, model_path, tmp_path):
     config = json.loads((model_path / "config.json").read_text())
-    gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 4096, "head_dim": 64}
+    gemma = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 512, "head_dim": 64}
     (tmp_path / "config.json").write_text(json.dumps(config | gemma))
     record, _ = resolve(*CLUSTERKV, model=tmp_path)
     assert plugin.config_of(record) == ClusterKVConfig()
+
+
+@pytest.mark.parametrize(
+    ("layers", "reasons"),
+    [
+        ([{"sliding_window_size": 512}, {}], set()),
+        ([{"sliding_window_size": 512}, {"logit_cap": 30.0}], {"sliding", "logit_cap"}),
+        ([{}, {"sliding_window_size": 512}], {"first_layers", "sliding"}),
+        ([], set()),
+    ],
+)
+def test_a_model_in_which_no_layer_recalls_is_found_once_it_is_loaded(layers, reasons):
+    import torch
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from sglang_clusterkv.backend import ClusterKVAttnBackend
+
+    backend = object.__new__(ClusterKVAttnBackend)
+    backend.engine = SimpleNamespace(config=ClusterKVConfig(dense_layers=1))
+    made = [RadixAttention(2, 64, 0.1, num_kv_heads=1, layer_id=i, **kind) for i, kind in enumerate(layers)]
+    assert backend.reasons_of_all(torch.nn.ModuleList(made)) == reasons
 
 
 def test_a_refusal_is_a_value_error_for_a_library_call(model_path):

@@ -37,6 +37,7 @@ from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.demo_model import default_out
 
 TASKS = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
+PROMPTS = 500  # of a task, as lm-eval makes them
 POOL_SLACK_TOKENS = 4096
 TIMEOUT_S = 1800  # of one request; a prefill takes minutes on a CPU
 SEEDS = (0, 1234)  # lm-eval's own, of `random` and numpy
@@ -51,7 +52,7 @@ def optional(module: str) -> Any:
 
 
 def load_tasks(names: Sequence[str], length: int, tokenizer: str) -> dict[str, dict[str, Any]]:
-    """lm-eval's tasks by name, each as `evaluate` takes it, with 500 prompts of at most `length` tokens, answer included.
+    """lm-eval's tasks by name, each as `evaluate` takes it, with `PROMPTS` prompts of at most `length` tokens, answer included.
 
     Raises SystemExit where lm-eval or what its RULER tasks need is not installed.
     """
@@ -145,16 +146,16 @@ def ask_arm(
 
 
 def run(
-    server: Server, client: Any, tasks: dict[int, dict[str, dict[str, Any]]], samples: int, arms: Sequence[Arm]
+    server: Server, client: Any, tasks: dict[int, dict[str, dict[str, Any]]], samples: range, arms: Sequence[Arm]
 ) -> tuple[list[Answer], Steps]:
-    """Ask for all prompts of `tasks` (by length and name) under every arm, `TOGETHER` prompts at a time."""
+    """Ask for these prompts of `tasks` (by length and name) under every arm, `TOGETHER` prompts at a time."""
     answers, steps = [], Steps()
-    bar = tqdm(total=samples * sum(map(len, tasks.values())), unit="prompt")
+    bar = tqdm(total=len(samples) * sum(map(len, tasks.values())), unit="prompt")
     for length, by_name in tasks.items():
         for name, task in by_name.items():
             bar.set_description(f"{name}, {length:,}")
-            for first in range(0, samples, TOGETHER):
-                numbers = range(first, min(first + TOGETHER, samples))
+            for first in range(0, len(samples), TOGETHER):
+                numbers = samples[first : first + TOGETHER]
                 server.flush()
                 for arm in arms:
                     use(server, arm.policy, **arm.options)
@@ -168,7 +169,13 @@ def run(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=10, help="per task and length, at most 500")
+    parser.add_argument("--samples", type=int, default=10, help=f"per task and length, at most {PROMPTS}")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        help="number of the first sample: another run's are joined by benchmarks.quality.scores",
+    )
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[4096, 7800], help="tokens of prompt and answer, at most"
     )
@@ -182,8 +189,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=8192, help="tokens that the model takes")
     parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     args = parser.parse_args(argv)
-    if not 1 <= args.samples <= 500 or args.decoded < 0:
-        parser.error("--samples must be from 1 to 500, and --decoded at least 0")
+    if args.samples < 1 or args.first < 0 or args.first + args.samples > PROMPTS or args.decoded < 0:
+        parser.error(
+            f"--samples must be at least 1, --first and --decoded at least 0, and a task has {PROMPTS} samples"
+        )
     return args
 
 
@@ -200,7 +209,7 @@ def main() -> None:
     print(f"{len(arms)} arms; starting a server, its log: {log}", flush=True)
     with serve(args.model, log, *SERVER_FLAGS, "--max-total-tokens", str(pool), config={}) as server:
         client = make_client(server, args.model, args.context, args.decoded)
-        answers, steps = run(server, client, tasks, args.samples, arms)
+        answers, steps = run(server, client, tasks, range(args.first, args.first + args.samples), arms)
     report(
         "ruler",
         answers,

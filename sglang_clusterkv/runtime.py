@@ -1,6 +1,6 @@
 """The seams: SGLang's scheduler events, translated for the engine of this process.
 
-plugin.py hooks these into SGLang; each returns at once where no engine was made. One scheduler process has one engine.
+scheduler_hooks.py hooks these into SGLang; each returns at once where no engine was made. One scheduler process has one engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DESIGN.md, "Exactly", written down a second time in float64 numpy: the oracle of the engine's tests.
+"""docs/design.md, "Exactly", written down a second time in float64 numpy: the oracle of the engine's tests.
 
 It imports nothing of the package and was written without reading it, so that an error in one is not in the other.
 A build function takes one (segment, kv head), a decode function one (request, kv head) with its G query heads.

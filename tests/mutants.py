@@ -28,7 +28,7 @@ from sglang_clusterkv.clusters.rows import RowTables
 class Mutant(NamedTuple):
     """One broken engine."""
 
-    rules: str  # of DESIGN.md that it breaks
+    rules: str  # of docs/design.md that it breaks
     broken: Callable[[], AbstractContextManager[Any]]
 
 

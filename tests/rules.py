@@ -1,4 +1,4 @@
-"""DESIGN.md's rules 1 to 6 as assertions over a world (world.py), called after every launch.
+"""docs/design.md's rules 1 to 6 as assertions over a world (world.py), called after every launch.
 
 They trust the device's page states, the pool and the world's rows; what the engine's records say is checked against those.
 """

@@ -1,4 +1,4 @@
-"""Rows and codes are stored as DESIGN.md "Exactly" says, byte for byte, against the float64 oracle.
+"""Rows and codes are stored as docs/design.md "Exactly" says, byte for byte, against the float64 oracle.
 
 Red when: a channel lands in another nibble, crumb, bit or byte; a group of channels gets another scale; a value is
 rounded otherwise than to the nearest (halves to even) or leaves its range; a row's size or alignment changes; a scale is

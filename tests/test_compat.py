@@ -145,7 +145,7 @@ def test_amd_gpus_are_refused_though_torch_calls_them_cuda(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "CUDA and on the CPU only" in (compat.refusal(SimpleNamespace(**SERVED | {"device": "cuda"})) or "")
+    assert "NVIDIA GPUs and on the CPU only" in (compat.refusal(SimpleNamespace(**SERVED | {"device": "cuda"})) or "")
     assert compat.refusal(SimpleNamespace(**SERVED)) is None
 
 
@@ -239,7 +239,7 @@ def test_without_the_backend_nothing_is_declared(resolve):
         (("--page-size", "24"), "--chunked-prefill-size is not a multiple of --page-size"),
         (("--enable-mixed-chunk",), "--enable-mixed-chunk"),
         (("--enable-hierarchical-cache",), "--enable-hierarchical-cache is not supported"),
-        (("--kv-cache-dtype", "fp8_e5m2"), "it clusters 16-bit keys"),
+        (("--kv-cache-dtype", "fp8_e5m2"), "it clusters keys in bf16"),
         (("--speculative-algorithm", "NGRAM"), "leave out --speculative-algorithm"),
         (("--decode-attention-backend", "torch_native"), "prefill and decode must both use it"),
         (("--enable-deterministic-inference",), "deterministic inference"),

@@ -1,10 +1,10 @@
-"""The shipped engine is DESIGN.md "Exactly": every stage against the float64 oracle (exactly.py), fed the shipped
+"""The shipped engine is docs/design.md "Exactly": every stage against the float64 oracle (exactly.py), fed the shipped
 output of the stage before, then a whole step; on random keys, on a real model's, and on degenerate ones.
 
 Float32 may differ from float64 by its rounding alone. So an integer, a label or a choice may be another one only where
 the two values agree within 1e-5 relative (or within the rounding of logits, where these are large).
 
-Red when: a formula, a start, a tie or a rounding of the engine is not DESIGN's; a kernel reads a row, segment, head or
+Red when: a formula, a start, a tie or a rounding of the engine is not that document's; a kernel reads a row, segment, head or
 slot that is not the request's (everything else in the pool and the index is NaN here); a degenerate input gives NaN.
 """
 

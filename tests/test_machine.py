@@ -1,7 +1,7 @@
 """The rules of cluster storage under any schedule: 2,000 steps of `machine.py`, 20,000 and more on demand
 (CLUSTERKV_STEPS=20000 pytest tests/test_machine.py), with the forward's stream at pace and behind.
 
-Red when: a schedule is found under which a rule of DESIGN.md (1 to 6) breaks, a page is lost or has two owners, a step would
+Red when: a schedule is found under which a rule of docs/design.md breaks, a page is lost or has two owners, a step would
 attend what the request does not own, or a fault is survived; or when a run does not go through every kind of event.
 """
 

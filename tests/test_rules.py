@@ -1,4 +1,4 @@
-"""DESIGN.md's rules of cluster storage hold after every launch, whatever requests and the scheduler do.
+"""docs/design.md's rules of cluster storage hold after every launch, whatever requests and the scheduler do.
 
 `world.py` is the scheduler, `rules.py` the rules. First each rule's assertion is shown to fire when the engine is broken
 (`make mutants` shows more, by the state machine of test_machine.py).

@@ -11,7 +11,7 @@ test drains it, the host waits for a snapshot, or the scheduler writes a row (SG
 without writing rows (a request ends, pages are freed and handed out) comes before.
 
 What a token's KV is depends on the tokens up to it alone, as in a model. Pages that nobody owns hold NaN, so clusters built
-from a page too early or too late never equal the right ones. After every launch `assert_rules` checks DESIGN.md's rules.
+from a page too early or too late never equal the right ones. After every launch `assert_rules` checks docs/design.md's rules.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class SegmentTables(NamedTuple):
 
 
 def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tensor) -> SegmentTables:
-    """Cluster one segment's keys and describe the clusters (DESIGN.md "Exactly": k-means, spread, rows, codes).
+    """Cluster one segment's keys and describe the clusters (docs/design.md "Exactly": k-means, spread, rows, codes).
 
     Args:
         index: gives configuration and codecs.

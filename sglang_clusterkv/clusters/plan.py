@@ -4,7 +4,7 @@ At the head of forward N the rows that need a look are snapshotted (pages and th
 it plans from that snapshot, and the resulting operations run at the head of N + 1. What the host keeps between steps is
 only what each running row's last walk saw; a row that was rewritten since its snapshot is dirty and is looked at again.
 
-Rules kept here (DESIGN.md, "Rules"): a segment is made of pages its maker wrote or of one run of unclustered pages that it
+Rules kept here (docs/design.md, "Rules"): a segment is made of pages its maker wrote or of one run of unclustered pages that it
 found (2); a running request sees a segment whole or not at all (3); borders depend on positions alone where nothing is
 shared (5); borders are set so that the window stays short (6).
 """

@@ -1,4 +1,4 @@
-"""The whole chain on a GPU is the chain of torch references, and DESIGN.md "Exactly" in float64; in seven launches.
+"""The whole chain on a GPU is the chain of torch references, and docs/design.md "Exactly" in float64; in seven launches.
 
 Red when: an operation hands another one something else than it reads, a stale or uninitialised number is used, a launch or a
 copy more is made, the recalled mass is another one, or the workspace does not fit a step.

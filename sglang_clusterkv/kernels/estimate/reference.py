@@ -1,4 +1,4 @@
-"""Estimate: the clusters' remaining tokens, through their mean values (DESIGN.md "Exactly": est, output)."""
+"""Estimate: the clusters' remaining tokens, through their mean values (docs/design.md "Exactly": est, output)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refine: each candidate's logit from its code; the best are recalled (DESIGN.md "Exactly": logit, recalled)."""
+"""Refine: each candidate's logit from its code; the best are recalled (docs/design.md "Exactly": logit, recalled)."""
 
 from __future__ import annotations
 

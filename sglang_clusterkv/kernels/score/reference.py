@@ -1,4 +1,4 @@
-"""Score: estimated attention mass of every recallable cluster (DESIGN.md "Exactly": choice, total, mass per token)."""
+"""Score: estimated attention mass of every recallable cluster (docs/design.md "Exactly": choice, total, mass per token)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,9 +111,34 @@ def mean(groups: Sequence[ArrayLike]) -> float:
     return float(np.mean(np.concatenate([np.asarray(group, dtype=np.float64) for group in groups])))
 
 
+def parts_of(documents: Sequence[ArrayLike], tokens: int) -> list[np.ndarray]:
+    """Values of each document in parts of about so many tokens, for a bootstrap over the parts."""
+    values = [np.asarray(document, dtype=np.float64) for document in documents]
+    return [part for document in values for part in np.array_split(document, max(1, len(document) // tokens))]
+
+
 def interval(groups: Sequence[ArrayLike]) -> tuple[float, float]:
     """95 % of that mean, by bootstrap over the groups: values of one turn or document are not independent of each other."""
     sums, counts = np.array([np.sum(group) for group in groups]), np.array([np.size(group) for group in groups])
     picks = np.random.default_rng(7).integers(len(groups), size=(10_000, len(groups)))
     low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+class Ratio(NamedTuple):
+    """One mean over another of the same tokens, and 95 % of it."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def paired_ratio(over: Sequence[ArrayLike], under: Sequence[ArrayLike], tokens: int) -> Ratio:
+    """Mean of `over` over that of `under`, by bootstrap over parts of so many tokens; a list per document, both alike."""
+    sums = [np.array([part.sum() for part in parts_of(values, tokens)]) for values in (over, under)]
+    picks = np.random.default_rng(7).integers(len(sums[0]), size=(10_000, len(sums[0])))
+    low, high = np.quantile(sums[0][picks].sum(1) / sums[1][picks].sum(1), [0.025, 0.975])
+    return Ratio(float(sums[0].sum() / sums[1].sum()), float(low), float(high))

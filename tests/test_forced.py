@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.forced import ForcedText, interval, kl_divergence, mean
+from benchmarks.forced import ForcedText, interval, kl_divergence, mean, paired_ratio, parts_of
 
 VOCABULARY = 50
 
@@ -62,6 +62,15 @@ def test_kl_is_that_of_two_known_distributions() -> None:
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
     assert kl_divergence(np.log(p), np.log(p)) == 0
     assert kl_divergence(np.log(p), np.log(q))[0] == pytest.approx(0.25 * np.log(2))
+
+
+def test_a_ratio_is_paired_by_part_and_of_sums() -> None:
+    one = [np.array([1.0, 3.0, 10.0, 30.0]), np.array([0.5, 0.5])]
+    assert [len(part) for part in parts_of(one, 2)] == [2, 2, 2]
+    assert paired_ratio([2 * values for values in one], one, 2) == (2.0, 2.0, 2.0), "the same in every part"
+    found = paired_ratio([np.array([1.0, 1.0]), np.array([3.0])], [np.array([1.0, 1.0]), np.array([1.0])], 2)
+    assert found.value == pytest.approx(5 / 3) and found.low == 1.0 and found.high == 3.0
+    assert str(found) == "1.67 (1.00 to 3.00)"
 
 
 def test_an_interval_is_of_groups_not_of_values() -> None:

@@ -25,15 +25,16 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.forced import forced_decode, interval, kl_divergence, mean
+from benchmarks.forced import forced_decode, interval, kl_divergence, mean, paired_ratio, parts_of
 from benchmarks.policies.control import forget_clusters, use
 from benchmarks.quality.documents import read_text
 from benchmarks.quality.figures import kl_over_answer
-from benchmarks.quality.model_level import PART, SERVER_FLAGS, options_of
+from benchmarks.quality.model_level import SERVER_FLAGS, options_of
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.demo_model import default_out
 
+PART = 32  # tokens that the bootstrap takes together
 QUARTERS = 4
 FRESH = {"clustered": "same KV, clustered afresh", "prefilled": "prefilled and clustered afresh"}
 
@@ -81,19 +82,6 @@ def measure(server: Server, prompt: list[int], answer: list[int], args: argparse
     }
 
 
-def ratio(over: list[list[float]], under: list[list[float]]) -> tuple[float, float, float]:
-    """One KL over another of the same tokens, and 95 % of it by bootstrap over parts, paired; a list per document."""
-    sums = [
-        np.array(
-            [np.sum(part) for document in values for part in np.array_split(document, max(1, len(document) // PART))]
-        )
-        for values in (over, under)
-    ]
-    picks = np.random.default_rng(7).integers(len(sums[0]), size=(10_000, len(sums[0])))
-    low, high = np.quantile(sums[0][picks].sum(1) / sums[1][picks].sum(1), [0.025, 0.975])
-    return float(sums[0].sum() / sums[1].sum()), float(low), float(high)
-
-
 def table(documents: list[dict[str, Any]]) -> str:
     """Quarters of the answers, all documents together, then the tails."""
     out = [
@@ -104,8 +92,7 @@ def table(documents: list[dict[str, Any]]) -> str:
     for begin, end in zip(edges, edges[1:], strict=False):
         part = slice(begin, end)
         kl = [document["kl"][part] for document in documents]
-        parts = [piece for values in kl for piece in np.array_split(values, max(1, len(values) // PART))]
-        low, high = interval(parts)
+        low, high = interval(parts_of(kl, PART))
         dense, ours = (
             float(np.exp(mean([document["surprise"][name][part] for document in documents])))
             for name in ("dense", "ours")
@@ -129,8 +116,7 @@ def table(documents: list[dict[str, Any]]) -> str:
         cells = [name, f"{mean(tails):.5f}"]
         for fresh in FRESH:
             values = [document[fresh] for document in some]
-            found, low, high = ratio(tails, values)
-            cells += [f"{mean(values):.5f}", f"{found:.2f} ({low:.2f} to {high:.2f})"]
+            cells += [f"{mean(values):.5f}", str(paired_ratio(tails, values, PART))]
         out.append("| " + " | ".join(cells) + " |")
     counts = {name: sum(document["counts"][name] for document in documents) for name in documents[0]["counts"]}
     out += [

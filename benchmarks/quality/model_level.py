@@ -9,7 +9,8 @@ continuation, KL over the answers' digits (Q) and how many answers have every di
 decode step, layer and kv head as bf16 KV would have them: metadata, recalled tokens, sinks and window.
 
 `equal-bytes` rows give the published policy the budget at which it reads what ours reads. Intervals are 95 %, by bootstrap over
-parts of 32 tokens. Writes JSON, Markdown and SVG to benchmarks/results/.
+parts of 8 tokens. "Over ours" is a KL over that of ours at the same budget (or bytes), paired by part. Writes JSON, Markdown
+and SVG to benchmarks/results/.
 
     python -m benchmarks.quality.model_level --join RESULT.json RESULT.json
 
@@ -32,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.forced import FLAGS, forced_decode, interval, kl_divergence, mean
+from benchmarks.forced import FLAGS, forced_decode, interval, kl_divergence, mean, paired_ratio, parts_of
 from benchmarks.policies import POLICIES, Reading
 from benchmarks.policies.control import use
 from benchmarks.quality.documents import Document, make_documents, read_text
@@ -42,7 +43,7 @@ from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.demo_model import default_out
 
-PART = 32  # tokens that the bootstrap takes together
+PART = 8  # tokens that the bootstrap takes together
 MOST_CANDIDATES = 2048
 SMALL_BUDGET = 128  # half of the candidates do up to here
 # An idle server would take most of a core from what runs beside it.
@@ -216,13 +217,21 @@ def run_document(
     return found
 
 
+def like_ours(name: str, options: dict[str, Any]) -> str | None:
+    """The arm of ours, with the defaults, that an arm is compared with: of the same budget or bytes; None for itself."""
+    _, equal, budget = name.partition("-equal-bytes-")
+    like = f"{OURS}-{budget if equal else options['budget_tokens']}"
+    return None if like == name else like
+
+
 def summary(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line per arm over all documents."""
     lines = []
     for name in documents[0]["arms"]:
         parts = [document["arms"][name] for document in documents]
         kl = [part["kl"] for part in parts]
-        groups = [chunk for values in kl for chunk in np.array_split(values, max(4, len(values) // PART))]
+        ours = [document["arms"].get(like_ours(name, parts[0]["options"])) for document in documents]
+        compared = [arm["kl"] for arm in ours if arm is not None]
         right = [answer for part in parts for answer in part["right"]]
         lines.append(
             {
@@ -233,7 +242,8 @@ def summary(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "candidates": parts[0]["options"]["candidate_tokens"],
                 "bytes": mean([[part["bytes"]] for part in parts]),
                 "kl": mean(kl),
-                "kl_interval": interval(groups),
+                "kl_interval": interval(parts_of(kl, PART)),
+                "over_ours": paired_ratio(kl, compared, PART) if len(compared) == len(kl) else None,
                 "same": mean([part["same"] for part in parts]),
                 "answer_kl": mean([digits for part in parts for digits in part["answer_kl"]]),
                 "right": sum(right),
@@ -254,9 +264,9 @@ def table(lines: list[dict[str, Any]], documents: list[dict[str, Any]]) -> str:
         f"Dense: perplexity {dense:.2f}, {sum(dense_right)} of {len(dense_right)} answers right, reads "
         f"{everything / 1024:.0f} KiB per step, layer and kv head. Mean over {len(documents)} document(s).",
         "",
-        "| policy | budget | candidates | KiB per step | of dense | KL (95 %) | top-1 same | Q: KL of answers | right "
-        "| perplexity |",
-        "|" + "---|" * 10,
+        "| policy | budget | candidates | KiB per step | of dense | KL (95 %) | over ours (95 %) | top-1 same "
+        "| Q: KL of answers | right | perplexity |",
+        "|" + "---|" * 11,
     ]
     for line in lines:
         low, high = line["kl_interval"]
@@ -265,8 +275,8 @@ def table(lines: list[dict[str, Any]], documents: list[dict[str, Any]]) -> str:
         candidates = line["candidates"] if line["policy"].startswith(OURS) else "-"
         out.append(
             f"| {title} | {line['budget']} | {candidates} | {line['bytes'] / 1024:.0f} | 1/{everything / line['bytes']:.1f} "
-            f"| {line['kl']:.5f} ({low:.5f} to {high:.5f}) | {100 * line['same']:.1f} % | {line['answer_kl']:.4f} "
-            f"| {line['right']} of {line['answers']} | {line['perplexity']:.2f} |"
+            f"| {line['kl']:.5f} ({low:.5f} to {high:.5f}) | {line['over_ours'] or '-'} | {100 * line['same']:.1f} % "
+            f"| {line['answer_kl']:.4f} | {line['right']} of {line['answers']} | {line['perplexity']:.2f} |"
         )
     return "\n".join(out)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import AutoTokenizer
 
-from benchmarks.forced import forced_decode, interval, kl_divergence
+from benchmarks.forced import forced_decode, interval, kl_divergence, parts_of
 from benchmarks.policies.control import use
 from benchmarks.quality.documents import Document, make_documents, read_text
 from benchmarks.quality.model_level import PART, SERVER_FLAGS, options_of
@@ -76,7 +76,7 @@ def lines(rows: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
             {
                 "title": title,
                 "kl": float(kl.mean()),
-                "kl_interval": interval(np.array_split(kl, max(4, len(kl) // PART))),
+                "kl_interval": interval(parts_of([kl], PART)),
                 "same": float(np.mean(p.argmax(1) == q.argmax(1))),
             }
         )

@@ -14,23 +14,23 @@ from typing import Any
 
 import pytest
 
-from sglang_clusterkv import cli, hooks
+from sglang_clusterkv import cli, sglang_symbols
 
 
 @pytest.fixture
 def one_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """An SGLang that lacks one symbol, and prints while it is imported."""
 
-    def check() -> list[hooks.Difference]:
+    def check() -> list[sglang_symbols.Difference]:
         print("noise of an import")
-        return [hooks.Difference("sglang.srt.some.thing", "(a b)", "(a)")]
+        return [sglang_symbols.Difference("sglang.srt.some.thing", "(a b)", "(a)")]
 
-    monkeypatch.setattr(hooks, "check", check)
+    monkeypatch.setattr(sglang_symbols, "check", check)
 
 
 @pytest.fixture
 def no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "check", lambda: [])
+    monkeypatch.setattr(sglang_symbols, "check", lambda: [])
 
 
 def test_check_exits_1_with_one_line_per_difference(one_difference: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_check_without_sglang_says_how_to_install_it(
     def report() -> dict[str, Any]:
         raise PackageNotFoundError("sglang")
 
-    monkeypatch.setattr(hooks, "report", report)
+    monkeypatch.setattr(sglang_symbols, "report", report)
     assert cli.main(["check"]) == 1
     assert "SGLang is not installed: pip install" in capsys.readouterr().err
 

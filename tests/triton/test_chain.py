@@ -15,6 +15,7 @@ import torch
 from filled import LENGTHS, SCALE, Guarded, assert_close, index_on, scene_of, step_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step_model import StepShape, sparse_launches
 from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.rotation import rotation_signs
 from sglang_clusterkv.clusters.step import SparseStep
@@ -22,7 +23,6 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, sparse_decode
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
-from sglang_clusterkv.kernels.step_model import StepShape, sparse_launches
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 MOST_LAUNCHES = 7

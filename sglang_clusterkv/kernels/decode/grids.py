@@ -1,6 +1,6 @@
 """How many programs the Triton launches of a decode step have: from the shapes of its lists alone, so graphs can be captured.
 
-Imports nothing of Triton: the model of the step (`kernels/step_model.py`) counts with the same numbers.
+Imports nothing of Triton: the model of the step (`benchmarks/step_model.py`) counts with the same numbers.
 """
 
 from __future__ import annotations

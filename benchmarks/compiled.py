@@ -2,6 +2,7 @@
 
     python -m benchmarks.compiled                           # all cases of sglang_clusterkv/kernels/*/triton.py
     python -m benchmarks.compiled --only score --target 90  # those whose name holds "score", for Hopper
+    python -m benchmarks.compiled --target 89 --target 120  # Ada, and Blackwell of workstations: does all fit?
 
 prints one line per case and target (about a second each, on as many cores as OMP_NUM_THREADS allows), and ends with 1 if
 a case lost a property that it states (`sglang_clusterkv/kernels/compile_case.py`). Columns:
@@ -42,13 +43,16 @@ import sglang_clusterkv
 from sglang_clusterkv.kernels.compile_case import CompileCase
 
 TARGETS = (80, 90, 100)  # Ampere, Hopper, Blackwell
+SMALL_TARGETS = (89, 120)  # Ada and the Blackwell of workstations: less shared memory, nothing is tuned for them
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# Of one SM (CUDA programming guide, "Technical specifications per compute capability"); the same for the three but for
-# shared memory. Registers are handed out by 256 per warp, from a quarter of the SM's.
-_SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+# Of one SM (CUDA programming guide, "Technical specifications per compute capability"). Registers are handed out by 256 per
+# warp, from a quarter of the SM's.
+_SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 89: 100 << 10, 120: 100 << 10}
+_WARPS = {80: 64, 90: 64, 100: 64, 89: 48, 120: 48}
+_PROGRAMS = {80: 32, 90: 32, 100: 32, 89: 24, 120: 24}
 _RESERVED_SHARED_BYTES = 1 << 10  # of each program
-_REGISTERS, _WARPS, _PROGRAMS, _QUARTERS = 65536, 64, 32, 4
+_REGISTERS, _QUARTERS = 65536, 4
 
 _TENSOR_CORE = re.compile(r"\b(?:[HIQDB]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)\b")
 _LOAD_128 = re.compile(r"\bLDG(?:STS)?(?:\.\w+)*\.128\b")
@@ -79,7 +83,7 @@ def programs_per_sm(target: int, registers: int, shared_bytes: int, warps: int) 
     registers_per_warp = -(-registers * 32 // 256) * 256
     fitting_warps = _REGISTERS // _QUARTERS // registers_per_warp * _QUARTERS
     by_shared = _SHARED_BYTES[target] // (shared_bytes + _RESERVED_SHARED_BYTES)
-    return min(min(fitting_warps, _WARPS) // warps, by_shared, _PROGRAMS)
+    return min(min(fitting_warps, _WARPS[target]) // warps, by_shared, _PROGRAMS[target])
 
 
 def loop_divisions(ptx: str) -> int:
@@ -126,8 +130,10 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def losses(case: CompileCase, result: Compiled) -> list[str]:
-    """What the case states and the machine code does not have."""
+def losses(case: CompileCase, result: Compiled, target: int) -> list[str]:
+    """What the case states and the machine code does not have; of `SMALL_TARGETS` it has to fit, no more."""
+    if target in SMALL_TARGETS:
+        return [] if result.programs_per_sm else ["does not fit an SM"]
     checks = (
         (result.spills == 0 and result.local_bytes == 0, "uses local memory"),
         (result.loop_divisions == 0, "divides integers in a loop"),
@@ -190,7 +196,7 @@ def lines(modules: tuple[str, ...], only: str, targets: list[int]) -> Iterator[t
     )
     yield f"{header} {'MMA':>4} {'div':>3}", bool(todo)
     for (name, target), result in zip(todo, _results(modules, todo), strict=True):
-        lost = losses(cases[name], result)
+        lost = losses(cases[name], result, target)
         spills = f"{result.spills}, {result.local_bytes} B"
         yield (
             f"{name:{width}} {target:>4} {result.registers:>4} {spills:>11} {result.shared_bytes:>7,}"
@@ -205,7 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="modules with COMPILE_CASES (default: all kernels)")
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="may be repeated (default: all)")
+    parser.add_argument(
+        "--target",
+        type=int,
+        action="append",
+        choices=TARGETS + SMALL_TARGETS,
+        help="may be repeated (default: the first three)",
+    )
     options = parser.parse_args(arguments)
     kept = True
     for line, held in lines(tuple(options.modules), options.only, options.target or list(TARGETS)):

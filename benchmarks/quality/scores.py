@@ -117,10 +117,10 @@ def change(answers: Sequence[Answer], arm: str, chosen: Sequence[Cell]) -> Chang
     return bootstrap([a.score - reference[a.question] for a in pairs], [a.document for a in pairs])
 
 
-def length_ratio(answers: Sequence[Answer], arm: str, chosen: Sequence[Cell]) -> float:
+def length_ratio(answers: Sequence[Answer], arm: str, chosen: Sequence[Cell]) -> float | None:
     """Tokens of an arm's answers over those of dense's, in some cells."""
     own, dense = (sum(a.tokens for a in answers if a.arm == name and a.cell in chosen) for name in (arm, DENSE))
-    return own / dense if dense else float("nan")
+    return own / dense if dense else None
 
 
 def table(answers: Sequence[Answer], sparse: dict[str, float]) -> str:
@@ -148,7 +148,8 @@ def table(answers: Sequence[Answer], sparse: dict[str, float]) -> str:
             if found is None
             else (f"{found.points:+.1f} ({found.low:+.1f} to {found.high:+.1f}) | {found.samples}")
         )
-        lines.append(f"| {arm} | {text} | {length_ratio(answers, arm, kept):.2f} | {100 * sparse[arm]:.0f} % |")
+        ratio = length_ratio(answers, arm, kept)
+        lines.append(f"| {arm} | {text} | {'-' if ratio is None else f'{ratio:.2f}'} | {100 * sparse[arm]:.0f} % |")
     others = [f"{task} at {length:,}" for task, length in cells_in(answers) if (task, length) not in kept]
     if others:
         lines += ["", f"Listed, not judged (dense scores below {100 * JUDGED_FROM:.0f} %): {', '.join(others)}."]

@@ -24,6 +24,8 @@ from sglang_clusterkv.kernels.cpu_math import (
     prefetch_row,
 )
 
+TOKENS_AHEAD = 4  # tokens whose keys or values of all heads are being loaded while one is computed
+
 
 @njit(inline="always")
 def load_row(buffer: Any, slot: int, head: int, is_bf16: bool, channels: int, out: Any) -> None:
@@ -104,40 +106,47 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
 
 @functools.cache
 def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
-    """Compile attention over listed tokens for one head_dim, group size and pool dtype."""
+    """Compile attention over listed tokens for one head_dim, group size and pool dtype.
+
+    All kv heads of a token are read before the next token: they lie together.
+    """
     row_bytes = channels * (2 if is_bf16 else 4)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
         q: Any, keys: Any, values: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any
     ) -> None:
+        heads = q.shape[1]
         row = np.empty(channels, np.float32)
         rows = np.empty((ROWS_AT_ONCE, channels), np.float32)
         dots = np.empty(group, np.float32)
-        logits = np.zeros((group, slots.shape[1] + ROWS_AT_ONCE), np.float32)
+        logits = np.zeros((heads, group, slots.shape[1] + ROWS_AT_ONCE), np.float32)
         for b in range(q.shape[0]):
             begin, end = begins[b], ends[b]
-            for h in range(q.shape[1]):
-                for t in range(begin, end):
-                    prefetch_row(keys, slots[b, min(t + ROWS_AHEAD, end - 1)], h, row_bytes)
+            for t in range(begin, end):
+                prefetch_row(keys, slots[b, min(t + TOKENS_AHEAD, end - 1)], 0, heads * row_bytes)
+                for h in range(heads):
                     load_row(keys, slots[b, t], h, is_bf16, channels, row)
                     dot_group(q[b, h], row, group, channels, dots)
                     for g in range(group):
-                        logits[g, t] = dots[g] * scale
+                        logits[h, g, t] = dots[g] * scale
+            for h in range(heads):
                 for g in range(group):
                     if cap > 0:
                         for t in range(begin, end):
-                            logits[g, t] = cap * np.tanh(logits[g, t] / cap)
-                    softmax_in_place(logits[g], begin, end)
+                            logits[h, g, t] = cap * np.tanh(logits[h, g, t] / cap)
+                    softmax_in_place(logits[h, g], begin, end)
                     for t in range(end, end + ROWS_AT_ONCE):
-                        logits[g, t] = 0.0
+                        logits[h, g, t] = 0.0
                     for d in range(channels):
                         out[b, h, g, d] = 0.0
-                for t in range(begin, end, ROWS_AT_ONCE):
+            for t in range(begin, end, ROWS_AT_ONCE):
+                for k in range(ROWS_AT_ONCE):
+                    prefetch_row(values, slots[b, min(t + k + TOKENS_AHEAD, end - 1)], 0, heads * row_bytes)
+                for h in range(heads):
                     for k in range(ROWS_AT_ONCE):
-                        prefetch_row(values, slots[b, min(t + k + ROWS_AHEAD, end - 1)], h, row_bytes)
                         load_row(values, slots[b, min(t + k, end - 1)], h, is_bf16, channels, rows[k])
-                    add_rows(logits, t, rows, group, channels, out[b, h])
+                    add_rows(logits[h], t, rows, group, channels, out[b, h])
 
     return kernel
 

@@ -251,6 +251,7 @@ COMPILE_CASES = [
         )
         for bits, channels, group in ((2, 64, 3), (2, 96, 4), (2, 128, 4), (2, 128, 8), (2, 256, 4), (1, 128, 4))
     ),
+    _case("values 2 bits D=128 G=4 float32", value_kernel, constants(8, 4, 128, 2, torch.float32)),
     *(
         _case(
             f"recall K={block}", recall_kernel, {"HEADS": 8, "BLOCK": block}, num_warps=warps(block), programs_per_sm=2

@@ -71,7 +71,7 @@ def build_segment(
     index.mark(segment_id, slots[::PAGE] // PAGE)
 
 
-def decode(config: ClusterKVConfig, lengths: list[int], waiting: int = 0) -> None:
+def decode(config: ClusterKVConfig, lengths: list[int], waiting: int = 0, dtype: torch.dtype = DTYPE) -> None:
     """One sparse and one dense step of the second of two layers, for requests of these lengths, and tokens that wait."""
     pages = sum(lengths) // PAGE + 2 * len(lengths) + 1
     scene = Scene(
@@ -83,7 +83,7 @@ def decode(config: ClusterKVConfig, lengths: list[int], waiting: int = 0) -> Non
         scene.prefill(row, length - 1)
     step = scene.decode(rows, [length + waiting for length in lengths])
     assert step.sparse is not None and step.dense is None, "it must decode sparsely"
-    q = torch.zeros(len(rows), HEADS * GROUP, HEAD_DIM, dtype=DTYPE)
+    q = torch.zeros(len(rows), HEADS * GROUP, HEAD_DIM, dtype=dtype)
     sparse_decode(q, scene.keys[1], scene.values[1], scene.index, 1, step.sparse, 0.1)
     slots = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
     dense_decode(q, scene.keys[1], scene.values[1], slots, torch.tensor(lengths), 0.1)
@@ -101,8 +101,9 @@ def main() -> None:
     """Warm up, then everything else."""
     compiled = Compiled()
     at_start, late = 0, []
-    # The second: requests with fewer clusters than have their own mean value, and more.
-    for config in (ClusterKVConfig(), ClusterKVConfig(estimate_clusters=100)):
+    own, half = ClusterKVConfig(estimate_clusters=100), torch.float16
+    # Requests with fewer clusters than have their own mean value, and more; a model in another dtype than its KV.
+    for config, dtype in ((ClusterKVConfig(), DTYPE), (own, DTYPE), (ClusterKVConfig(), half)):
         warmup.compile_kernels(
             config,
             "cpu",
@@ -112,12 +113,15 @@ def main() -> None:
             head_dim=HEAD_DIM,
             dtype=DTYPE,
             context_tokens=CONTEXT,
+            query_dtype=dtype,
         )
         at_start += len(compiled.late)
         compiled.late.clear()
         for lengths in ([700], [3001], [9000], [701, 1500], [2000, 900, 5017], [1000] * 8, [777] * 33):
-            compiled.occasion = f"decode {lengths[:8]}, estimate_clusters {config.estimate_clusters}"
-            decode(config, lengths)
+            compiled.occasion = (
+                f"decode {lengths[:8]}, estimate_clusters {config.estimate_clusters}, queries in {dtype}"
+            )
+            decode(config, lengths, dtype=dtype)
         late += compiled.late
         compiled.late.clear()
     for waiting in (500, 1000, 1800):

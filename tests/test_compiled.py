@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.compiled import programs_per_sm
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,6 +22,13 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_small_gpus_are_asked_no_more_than_whether_a_kernel_fits() -> None:
+    assert (programs_per_sm(89, 128, 99 << 10, 4), programs_per_sm(89, 128, (99 << 10) + 1, 4)) == (1, 0)
+    assert programs_per_sm(90, 128, (99 << 10) + 1, 4) == 2
+    done = compiled("losing_kernels", "--target", "89")
+    assert done.returncode == 0 and "LOST" not in done.stdout, done.stdout + done.stderr
 
 
 def test_the_check_names_what_a_kernel_lost() -> None:

@@ -36,7 +36,7 @@ help:
 	@echo "             SGLANG_CLUSTERKV_CONFIG='{\"budget_tokens\": 256}' make serve"
 	@echo "make test    environment with test tools (once), demo model (once), then all tests but the long ones:"
 	@echo "             'make test-unit test-compiled test-servers'"
-	@echo "             TESTS=tests/test_cli.py PYTEST_ARGS='-k word'"
+	@echo "             TESTS=tests/tools/test_cli.py PYTEST_ARGS='-k word'"
 	@echo "make test-unit     the tests that need no server, a process per core"
 	@echo "make test-compiled  the Triton kernels as machine code, without a GPU: registers, spills, instructions"
 	@echo "make test-servers  those against real servers, two at a time"
@@ -73,7 +73,7 @@ env: $(VENV)/.installed
 dev-env: $(VENV)/.installed-dev
 
 demo-model: env
-	@$(PY) -m sglang_clusterkv.cli demo-model
+	@$(PY) -m sglang_clusterkv.tools.cli demo-model
 
 serve: env $(if $(MODEL),,demo-model)
 	@echo
@@ -136,12 +136,12 @@ bench: dev-env demo-model
 	$(PY) -m benchmarks.chat
 
 test-gpu: dev-env
-	$(PY) -m pytest tests/triton --device cuda
+	$(PY) -m pytest tests/kernels/triton --device cuda
 	$(MAKE) sanitize
 	$(PY) -m benchmarks.kernels --device cuda --trust
 
 # Every kernel, in a short run. Without the caching allocator, else a read beyond a tensor ends in another one.
-SANITIZED = tests/triton --device cuda -q -k 'chain_equals or dense_decode_equals or index_holds or duplicate_keys_are_labelled'
+SANITIZED = tests/kernels/triton --device cuda -q -k 'chain_equals or dense_decode_equals or index_holds or duplicate_keys_are_labelled'
 sanitize: dev-env
 	@find_tool() { command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || \
 		ls $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/compute-sanitizer 2>/dev/null; }; \
@@ -157,10 +157,10 @@ soak: dev-env demo-model
 
 mutants: dev-env
 	@echo "Breaking the engine, one rule at a time; the state machine must notice each. Half a minute."
-	@cd tests && PYTHONPATH=.. '$(abspath $(PY))' mutants.py
+	@$(PY) -m tests.support.mutants
 
 check: env
-	$(PY) -m sglang_clusterkv.cli check
+	$(PY) -m sglang_clusterkv.tools.cli check
 
 lint: style types
 

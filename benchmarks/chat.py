@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 from benchmarks.forced import FLAGS, decoded, forced_decode, interval, kl_divergence, mean
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
 
 DENSE = {"budget_tokens": 8192, "candidate_tokens": 8192}
 # The borders of a finished request are a debug line; SGLang's own debug level would slow the server down.

@@ -14,10 +14,10 @@ import torch
 
 from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.step import DenseStep, SparseStep, dense_step
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import Geometry, index_bytes
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.step import DenseStep, SparseStep, dense_step
 
 PAGE_SIZE = 16
 STEP = "whole step"

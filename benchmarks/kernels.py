@@ -48,25 +48,25 @@ CLUSTERING = {"k-means", "encode"}
 WARM_UP_TOKENS = 4096
 _MODEL_COLUMNS = "".join(f" model at {tbs} TB/s |" for tbs in BANDWIDTHS_TBS)
 _DECODE, _BUILD = (
-    ["tests/test_decode_cpu.py"],
-    ["tests/test_exact_engine.py", "-k", "build_and_references or duplicate"],
+    ["tests/kernels/test_decode_cpu.py"],
+    ["tests/clusters/test_exact_engine.py", "-k", "build_and_references or duplicate"],
 )
-# Arguments of pytest that show an operation right, by device; tests/test_benchmarks.py holds that none is missing.
+# Arguments of pytest that show an operation right, by device; tests/benchmarks/test_benchmarks.py holds that none is missing.
 TESTS: dict[str, dict[str, list[str]]] = {
     "cpu": {
-        "rotate": ["tests/test_codec.py", "-k", "rotation"],
+        "rotate": ["tests/memory/test_codec.py", "-k", "rotation"],
         **dict.fromkeys(["score", "select", "refine", "recall", "attend", "estimate", "merge", STEP], _DECODE),
         **dict.fromkeys(CLUSTERING, _BUILD),
     },
     "cuda": {
         **{
-            name: [f"tests/triton/test_{name}.py"]
+            name: [f"tests/kernels/triton/test_{name}.py"]
             for name in ("score", "select", "refine", "attend", "estimate", "merge")
         },
-        "recall": ["tests/triton/test_refine.py"],
-        STEP: ["tests/triton/test_chain.py"],
-        "k-means": ["tests/triton/test_kmeans.py"],
-        "encode": ["tests/triton/test_encode.py"],
+        "recall": ["tests/kernels/triton/test_refine.py"],
+        STEP: ["tests/kernels/triton/test_chain.py"],
+        "k-means": ["tests/kernels/triton/test_kmeans.py"],
+        "encode": ["tests/kernels/triton/test_encode.py"],
     },
 }
 

@@ -10,11 +10,11 @@ import torch
 
 from benchmarks.kernel_scene import OUR_DENSE, Clustering, Operation, Scene, step_bytes
 from sglang_clusterkv.clusters import build
-from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.kernels import kmeans
 from sglang_clusterkv.kernels.attend.cpu import dense_decode
 from sglang_clusterkv.kernels.cpu_math import bits
 from sglang_clusterkv.kernels.decode import cpu
+from sglang_clusterkv.memory.rotation import rotation_matrix
 
 
 def operations(scene: Scene) -> list[Operation]:

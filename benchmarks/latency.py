@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
 from examples.agent import FACTS, make_document
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
 
 SHORT_TOKENS = 1000
 

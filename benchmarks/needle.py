@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
-from sglang_clusterkv.demo_model import default_out
-from sglang_clusterkv.haystack import CITIES, Fact, magic_number, make_document
+from sglang_clusterkv.tools.demo_model import default_out
+from sglang_clusterkv.tools.haystack import CITIES, Fact, magic_number, make_document
 
 
 def prompts(tokens: int) -> list[tuple[str, Fact]]:

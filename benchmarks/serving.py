@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import CPU_FLAGS, Server, model_folder, serve
-from sglang_clusterkv.demo_model import default_out
-from sglang_clusterkv.haystack import FACTS, make_document
+from sglang_clusterkv.tools.demo_model import default_out
+from sglang_clusterkv.tools.haystack import FACTS, make_document
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -27,9 +27,9 @@ import psutil  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from benchmarks.servers import Server, serve
-from sglang_clusterkv.demo_model import default_out
-from tests.tiny_model import tiny_model
-from tests.traffic import Request, prompt
+from sglang_clusterkv.tools.demo_model import default_out
+from tests.support.tiny_model import tiny_model
+from tests.support.traffic import Request, prompt
 
 WARM_UP_SHARE = 0.2
 SAMPLE_EVERY_S = 3.0

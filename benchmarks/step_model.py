@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import grids
 from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS
+from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 SMS = 132  # of an H100 or H200
 BANDWIDTHS_TBS = (3.35, 4.8)  # H100 SXM, H200

@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sglang_clusterkv.haystack import CHARS_PER_TOKEN, FACTS, make_document
+from sglang_clusterkv.tools.haystack import CHARS_PER_TOKEN, FACTS, make_document
 
 Message = dict[str, str]
 

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sglang_clusterkv.demo_model import default_out
-from sglang_clusterkv.haystack import FACTS, make_document
+from sglang_clusterkv.tools.demo_model import default_out
+from sglang_clusterkv.tools.haystack import FACTS, make_document
 
 
 def device_arguments() -> dict[str, Any]:

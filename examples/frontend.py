@@ -16,7 +16,7 @@ from typing import Any
 
 import sglang as sgl
 
-from sglang_clusterkv.haystack import FACTS, make_document
+from sglang_clusterkv.tools.haystack import FACTS, make_document
 
 ASKED, CHOSEN = FACTS[:3], FACTS[3]
 CHOICES = [fact.answer for fact in FACTS if fact.answer.isdigit()]

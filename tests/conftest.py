@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interpreter import interpreting
-from tiny_model import tiny_model
-from traffic import CONFIG, logging_of_requests
 
 from benchmarks.servers import Server, serve
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
+from tests.support.interpreter import interpreting
+from tests.support.servers import ASLEEP, CHUNK, DEMO_CHUNK, DEMO_CONFIG, POOL, OneServer
+from tests.support.tiny_model import tiny_model
+from tests.support.traffic import CONFIG, logging_of_requests
 
-CHUNK = 2048
-POOL = 8192
-DEMO_CHUNK = 512
-# One dense layer, so that a step has layers of both kinds. Counts of tokens clustered are exact without merging.
-DEMO_CONFIG = {
-    "budget_tokens": 128,
-    "candidate_tokens": 512,
-    "segment_tokens": 256,
-    "recluster_every": 64,
-    "dense_layers": 1,
-    "merge_segments": False,
-}
 # Files that share a server stay together where processes share the files.
 SHARED_SERVERS = {
-    "tests/test_abuse.py": "tiny",
-    "tests/test_scheduler_server.py": "tiny",
-    "tests/test_metrics.py": "demo",
-    "tests/test_server.py": "demo",
+    "tests/serving/test_abuse.py": "tiny",
+    "tests/serving/test_scheduler_server.py": "tiny",
+    "tests/serving/test_metrics.py": "demo",
+    "tests/serving/test_server.py": "demo",
 }
-ASLEEP = "--sleep-on-idle"  # without it an idle server takes most of a core from the tests that follow
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="where tests/triton run: cpu is Triton's interpreter"
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where tests/kernels/triton run: cpu is Triton's interpreter",
     )
 
 
@@ -62,28 +53,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return SHARED_SERVERS.get(file, file)
 
     return BySharedServer(config, log)
-
-
-class OneServer:
-    """Keeps the server that was last asked for: one may serve several files in turn, and no two are up at a time."""
-
-    def __init__(self) -> None:
-        self._name = ""
-        self._server: Server | None = None
-        self._running = ExitStack()
-
-    def get(self, name: str, start: Callable[[], AbstractContextManager[Server]]) -> Server:
-        """The server of that name; ends another one and starts it where need be."""
-        if self._server is None or name != self._name:
-            self.end()
-            self._server = self._running.enter_context(start())
-            self._name = name
-        return self._server
-
-    def end(self) -> None:
-        """End the server, if there is one."""
-        self._server = None
-        self._running.close()
 
 
 @pytest.fixture(scope="session")

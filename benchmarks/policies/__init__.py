@@ -28,7 +28,7 @@ from benchmarks.policies.estimates import (
     two_bit_bytes,
 )
 from benchmarks.policies.policy import Policy, Reading, kv_bytes
-from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
+from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 EVERYTHING = 1 << 30
 

@@ -10,9 +10,9 @@ from typing import NamedTuple, cast
 import torch
 
 from benchmarks.policies.policy import KeyTables, TokenPolicy
-from sglang_clusterkv.clusters.codec import TokenCodec
-from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.kernels.kmeans.reference import sum_by_label
+from sglang_clusterkv.memory.codec import TokenCodec
+from sglang_clusterkv.memory.rotation import rotation_matrix
 
 QUEST_PAGE = 16
 PUBLISHED_TOKENS_PER_CLUSTER = 80

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.rotation import rotation_matrix
-from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.kernels.cpu_math import bits
 from sglang_clusterkv.kernels.decode.cpu import CpuDecoder, decoder_of
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.rotation import rotation_matrix
+from sglang_clusterkv.memory.step import SparseStep
 
 
 class ChangedChoice(ABC):

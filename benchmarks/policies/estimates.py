@@ -10,9 +10,6 @@ from typing import NamedTuple, cast
 
 import torch
 
-from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec, channels_per_scale, rows_at
-from sglang_clusterkv.clusters.index import ClusterIndex, LayerView
-from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.kernels.attend.reference import Partial, attend
 from sglang_clusterkv.kernels.estimate.reference import estimate
 from sglang_clusterkv.kernels.kmeans.reference import labels_of
@@ -20,6 +17,9 @@ from sglang_clusterkv.kernels.merge.reference import merge, note_mass
 from sglang_clusterkv.kernels.refine.reference import refine
 from sglang_clusterkv.kernels.score.reference import Scores, exact_logits, score, segment_vectors
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory.codec import RowCodec, TokenCodec, channels_per_scale, rows_at
+from sglang_clusterkv.memory.index import ClusterIndex, LayerView
+from sglang_clusterkv.memory.step import SparseStep
 
 CLUSTERS_PER_GROUP = 8
 GROUP_PASSES = 3

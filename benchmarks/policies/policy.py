@@ -15,10 +15,10 @@ import msgspec
 import torch
 
 from sglang_clusterkv.clusters.engine import SparseDecode
-from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.reference import attend
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.step import SparseStep
 
 
 class Reading(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 from benchmarks.policies.estimates import ChangedEstimate
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from sglang_clusterkv.clusters.engine import SparseDecode
-from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.kernels.decode import cpu
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.step import SparseStep
 
 
 class Recorder:

@@ -26,7 +26,7 @@ from benchmarks.quality.figures import error_maps
 from benchmarks.quality.model_level import SERVER_FLAGS, options_of
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import model_folder, serve
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
 
 LAYER_GROUPS = 5
 

@@ -32,7 +32,7 @@ from benchmarks.quality.figures import kl_over_answer
 from benchmarks.quality.model_level import SERVER_FLAGS, options_of
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
 
 PART = 32  # tokens that the bootstrap takes together
 QUARTERS = 4

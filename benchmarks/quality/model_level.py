@@ -41,7 +41,7 @@ from benchmarks.quality.figures import quality_against_bytes
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
 
 PART = 8  # tokens that the bootstrap takes together
 MOST_CANDIDATES = 2048

@@ -24,7 +24,7 @@ from benchmarks.quality.documents import Document, make_documents, read_text
 from benchmarks.quality.model_level import PART, SERVER_FLAGS, options_of
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import serve
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
 
 
 class Run(NamedTuple):

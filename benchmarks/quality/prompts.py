@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from sglang_clusterkv.haystack import CITIES, magic_number
+from sglang_clusterkv.tools.haystack import CITIES, magic_number
 
 DEPTHS = (10, 30, 50, 70, 90)  # percent of the document before the needle that is asked for
 DISTRACTORS = 5  # further cities with a number of their own

@@ -34,7 +34,7 @@ from benchmarks.quality.model_level import Arm
 from benchmarks.quality.scores import DENSE, Answer, report
 from benchmarks.quality.tasks import heat_map
 from benchmarks.servers import Server, model_folder, serve
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
 
 TASKS = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
 PROMPTS = 500  # of a task, as lm-eval makes them

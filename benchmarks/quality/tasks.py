@@ -31,7 +31,7 @@ from benchmarks.quality.model_level import Arm
 from benchmarks.quality.prompts import TASKS, Prompts, Sample
 from benchmarks.quality.scores import Answer, report, string_match
 from benchmarks.servers import Server, model_folder, serve
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
 
 POOL_SLACK_TOKENS = 4096
 

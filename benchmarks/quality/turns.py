@@ -32,8 +32,8 @@ from benchmarks.quality.model_level import Arm
 from benchmarks.quality.prompts import Prompts
 from benchmarks.quality.scores import DENSE, Answer, arms_in, cells_in, mean_score, report, string_match
 from benchmarks.servers import Server, model_folder, serve
-from sglang_clusterkv.demo_model import default_out
-from sglang_clusterkv.haystack import CITIES, magic_number
+from sglang_clusterkv.tools.demo_model import default_out
+from sglang_clusterkv.tools.haystack import CITIES, magic_number
 
 ANSWER_TOKENS = 16
 TURN_TOKENS = 96  # a question, its template and an answer, at most

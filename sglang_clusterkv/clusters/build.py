@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.kernels import encode, kmeans
+from sglang_clusterkv.memory.index import ClusterIndex
 
 
 class SegmentTables(NamedTuple):

@@ -21,15 +21,15 @@ import torch
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.counters import Counters, Faults
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.index import UNCLUSTERED, ClusterIndex
-from sglang_clusterkv.clusters.mass import mean_by_group
 from sglang_clusterkv.clusters.plan import Make, Plan, Planner
 from sglang_clusterkv.clusters.rows import DenseReason, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
-from sglang_clusterkv.clusters.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step, to_device
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ConfigError, validate
 from sglang_clusterkv.kernels.decode import prepare, sparse_decode
+from sglang_clusterkv.memory.index import UNCLUSTERED, ClusterIndex
+from sglang_clusterkv.memory.mass import mean_by_group
+from sglang_clusterkv.memory.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step, to_device
 
 logger = logging.getLogger(__name__)
 

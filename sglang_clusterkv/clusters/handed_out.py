@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
     from sglang_clusterkv.clusters.stream import ForwardStream
+    from sglang_clusterkv.memory.index import ClusterIndex
 
 
 class HandedOut:

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_clusterkv.clusters.index import UNCLUSTERED
 from sglang_clusterkv.clusters.merging import groups_to_merge
 from sglang_clusterkv.clusters.rows import Row, Segment
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
+from sglang_clusterkv.memory.index import UNCLUSTERED
 
 _MOST_BRANCH_ENDS = 1 << 16
 _MOST_IDS = np.iinfo(np.int32).max  # as a page's state holds them

@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_clusterkv.clusters.codec import INNER_LEVEL, OUTER_LEVEL, SLICES, RowCodec, channels_per_scale
+from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL, SLICES, RowCodec, channels_per_scale
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
+    from sglang_clusterkv.memory.index import ClusterIndex
 
 INT4, INT8, BF16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ROW_FORMATS = {"int4": 0, "int8": 1, "bf16": 2}

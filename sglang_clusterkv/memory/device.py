@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
+from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig

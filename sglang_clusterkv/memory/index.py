@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sglang_clusterkv.clusters.codec import RowCodec, TokenCodec
 from sglang_clusterkv.memory import device as device_tier
+from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig

@@ -11,15 +11,15 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_clusterkv import runtime
 from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep
 from sglang_clusterkv.clusters.rows import DenseReason
-from sglang_clusterkv.clusters.step import DenseStep, dense_step
 from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
-from sglang_clusterkv.platform import prefill_threads
+from sglang_clusterkv.memory.step import DenseStep, dense_step
+from sglang_clusterkv.serving import runtime
+from sglang_clusterkv.serving.platform import prefill_threads
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

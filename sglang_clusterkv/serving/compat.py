@@ -307,7 +307,7 @@ def compatibility_markdown() -> str:
     rows = "\n".join(f"| {row.name} | {row.sentence} |" for row in REFUSALS)
     return f"""# Compatibility
 
-<!-- Written by `python -m sglang_clusterkv.compat > docs/compatibility.md`: change compat.py, not this. -->
+<!-- Written by `python -m sglang_clusterkv.serving.compat > docs/compatibility.md`: change compat.py, not this. -->
 
 ## SGLang
 

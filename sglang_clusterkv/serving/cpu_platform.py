@@ -10,7 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from sglang_clusterkv.platform import OMP_BINDING, default_omp_binding
+from sglang_clusterkv.serving.platform import OMP_BINDING, default_omp_binding
 
 
 class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -41,12 +41,12 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         """Our KV pool when this process serves with clusterkv, else what SGLang would take."""
-        from sglang_clusterkv.plugin import kv_pool_cls
+        from sglang_clusterkv.serving.plugin import kv_pool_cls
 
         return kv_pool_cls(super().get_kv_pool_cls(kind=kind), kind)
 
     def get_paged_allocator_cls(self) -> type | None:
         """Our allocator when this process serves with clusterkv, else what SGLang would take."""
-        from sglang_clusterkv.plugin import paged_allocator_cls
+        from sglang_clusterkv.serving.plugin import paged_allocator_cls
 
         return paged_allocator_cls(super().get_paged_allocator_cls())

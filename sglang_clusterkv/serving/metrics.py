@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.mass import mean_by_group
+from sglang_clusterkv.memory.mass import mean_by_group
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
     from sglang.srt.managers.tp_worker import TpModelWorker
 
     from sglang_clusterkv.clusters.engine import ClusterEngine
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.pool import ClusterKVPool
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.serving.pool import ClusterKVPool
 
 logger = logging.getLogger(__name__)
 

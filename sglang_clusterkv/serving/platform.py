@@ -20,12 +20,12 @@ def activate() -> str | None:
     """The platform's dotted path where no accelerator is found, else None (SGLang's entry point for platforms)."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None  # the user asks for SGLang's own CPU platform
-    return None if accelerator_found() else "sglang_clusterkv.cpu_platform.ClusterKVCpuPlatform"
+    return None if accelerator_found() else "sglang_clusterkv.serving.cpu_platform.ClusterKVCpuPlatform"
 
 
 def is_our_platform(platform: Any) -> bool:
     """Whether SGLang's current platform is the one that `activate` names."""
-    return type(platform).__module__ == "sglang_clusterkv.cpu_platform"
+    return type(platform).__module__ == "sglang_clusterkv.serving.cpu_platform"
 
 
 def accelerator_found() -> bool:

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from sglang_clusterkv import compat, sglang_symbols
-from sglang_clusterkv.compat import BACKEND, ModelFacts
 from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
-from sglang_clusterkv.platform import apply_thread_count, is_our_platform
+from sglang_clusterkv.serving import compat, sglang_symbols
+from sglang_clusterkv.serving.compat import BACKEND, ModelFacts
+from sglang_clusterkv.serving.platform import apply_thread_count, is_our_platform
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def kv_pool_cls(default: type | None, kind: str) -> type | None:
     """Our KV pool class over `default` (None: SGLang's own) where clusterkv is active, else `default`."""
     if kind != "mha" or active_config() is None:
         return default
-    from sglang_clusterkv.pool import kv_pool_class
+    from sglang_clusterkv.serving.pool import kv_pool_class
 
     return kv_pool_class(default)
 
@@ -83,13 +83,13 @@ def paged_allocator_cls(default: type | None) -> type | None:
     """Our allocator class over `default` (None: SGLang's own) where clusterkv is active, else `default`."""
     if active_config() is None:
         return default
-    from sglang_clusterkv.pool import allocator_class
+    from sglang_clusterkv.serving.pool import allocator_class
 
     return allocator_class(default)
 
 
 def _create_backend(runner: Any) -> Any:
-    from sglang_clusterkv.backend import create_backend
+    from sglang_clusterkv.serving.backend import create_backend
 
     return create_backend(runner)
 
@@ -242,7 +242,7 @@ def _after_publish(context: Any, server_args: Any, *, role: str, ranks: Any = No
             "sglang.srt.plugins.load_plugins() before ServerArgs is made, or start through sglang.launch_server or sgl.Engine"
         )
     if role == "tokenizer" and config_of(server_args) is not None:
-        from sglang_clusterkv import request_checks
+        from sglang_clusterkv.serving import request_checks
 
         request_checks.install()
     if role != "scheduler":
@@ -252,6 +252,6 @@ def _after_publish(context: Any, server_args: Any, *, role: str, ranks: Any = No
     if is_our_platform(current_platform):
         apply_thread_count(ranks.gpu_id if ranks is not None and ranks.gpu_id is not None else 0)
     if config_of(server_args) is not None:
-        from sglang_clusterkv.scheduler_hooks import install
+        from sglang_clusterkv.serving.scheduler_hooks import install
 
         install(current_platform)

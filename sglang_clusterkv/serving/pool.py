@@ -15,8 +15,8 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.memory.device import Geometry, index_pages
+from sglang_clusterkv.memory.index import ClusterIndex
 
 
 class ClusterKVPool(MHATokenToKVPool):
@@ -30,7 +30,7 @@ class ClusterKVPool(MHATokenToKVPool):
         super().__init__(*args, **kwargs)
 
     def _create_buffers(self) -> None:
-        from sglang_clusterkv.plugin import active_config
+        from sglang_clusterkv.serving.plugin import active_config
 
         super()._create_buffers()
         config = active_config()

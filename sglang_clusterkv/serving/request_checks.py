@@ -23,14 +23,14 @@ def install() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookType
 
-    from sglang_clusterkv.scheduler_hooks import add_hooks
+    from sglang_clusterkv.serving.scheduler_hooks import add_hooks
 
     add_hooks([(_TARGET, _before_validation, HookType.BEFORE)])
     _installed = True
 
 
 def _before_validation(manager: Any, obj: Any, input_ids: Any, *args: Any, **kwargs: Any) -> None:
-    from sglang_clusterkv import plugin
+    from sglang_clusterkv.serving import plugin
 
     # Inputs that bring embeddings, images or sound fill places of their own.
     if plugin.active_config() is None or obj.contains_mm_input() or getattr(obj, "input_embeds", None) is not None:

@@ -8,9 +8,9 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_clusterkv import plugin
 from sglang_clusterkv.config import ConfigError
-from sglang_clusterkv.platform import is_our_platform
+from sglang_clusterkv.serving import plugin
+from sglang_clusterkv.serving.platform import is_our_platform
 
 _SRT = "sglang.srt."
 _installed = False
@@ -81,7 +81,7 @@ def _attribute(target: str) -> Any:
 
 def _before_forward(worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> None:
     if plugin.active_config() is not None:
-        from sglang_clusterkv import metrics, runtime
+        from sglang_clusterkv.serving import metrics, runtime
 
         runtime.before_forward(worker, batch)
         metrics.forward(worker)
@@ -90,21 +90,21 @@ def _before_forward(worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -
 def _checkpoint(original: Callable[..., Any], cache: Any, *args: Any, **kwargs: Any) -> Any:
     if plugin.active_config() is None:
         return original(cache, *args, **kwargs)
-    from sglang_clusterkv import runtime
+    from sglang_clusterkv.serving import runtime
 
     return runtime.around_checkpoint(original, cache, *args, **kwargs)
 
 
 def _after_insert(result: Any, cache: Any, *args: Any, **kwargs: Any) -> None:
     if plugin.active_config() is not None:
-        from sglang_clusterkv import runtime
+        from sglang_clusterkv.serving import runtime
 
         runtime.after_insert(result, cache, *args, **kwargs)
 
 
 def _after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
     if plugin.active_config() is not None:
-        from sglang_clusterkv import metrics, runtime
+        from sglang_clusterkv.serving import metrics, runtime
 
         result.internal_state["clusterkv"] = runtime.server_info()
         metrics.refresh(controller.scheduler.metrics_reporter)
@@ -112,21 +112,21 @@ def _after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: An
 
 def _after_collector(result: None, collector: Any, *args: Any, **kwargs: Any) -> None:
     if plugin.active_config() is not None:
-        from sglang_clusterkv import metrics
+        from sglang_clusterkv.serving import metrics
 
         metrics.collector_made(collector)
 
 
 def _after_batch(result: None, reporter: Any, *args: Any, **kwargs: Any) -> None:
     if plugin.active_config() is not None:
-        from sglang_clusterkv import metrics
+        from sglang_clusterkv.serving import metrics
 
         metrics.batch_done(reporter)
 
 
 def _after_idle(result: None, reporter: Any) -> None:
     if plugin.active_config() is not None:
-        from sglang_clusterkv import metrics
+        from sglang_clusterkv.serving import metrics
 
         metrics.idle(reporter)
 

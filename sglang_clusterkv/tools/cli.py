@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_clusterkv import __version__
-from sglang_clusterkv.demo_model import SMOLLM2, SOURCES, DemoModelError, make_demo_model
+from sglang_clusterkv.tools.demo_model import SMOLLM2, SOURCES, DemoModelError, make_demo_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +141,7 @@ def _depths(text: str) -> list[int]:
 def _check(args: argparse.Namespace) -> int:
     from importlib.metadata import PackageNotFoundError
 
-    from sglang_clusterkv import sglang_symbols
+    from sglang_clusterkv.serving import sglang_symbols
 
     try:
         # SGLang's modules print and warn while they are imported; the result alone is wanted here.
@@ -175,8 +175,8 @@ def _demo_model(args: argparse.Namespace) -> int:
 
 
 def _needle(args: argparse.Namespace) -> int:
-    from sglang_clusterkv.needle import NeedleError, run
-    from sglang_clusterkv.needle_report import Settings
+    from sglang_clusterkv.tools.needle import NeedleError, run
+    from sglang_clusterkv.tools.needle_report import Settings
 
     settings = Settings(
         base_url=args.base_url,

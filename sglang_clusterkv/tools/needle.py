@@ -17,8 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from sglang_clusterkv.haystack import CITIES, Fact, haystack, hide, magic_number
-from sglang_clusterkv.needle_report import Answer, Result, Settings, show, write
+from sglang_clusterkv.tools.haystack import CITIES, Fact, haystack, hide, magic_number
+from sglang_clusterkv.tools.needle_report import Answer, Result, Settings, show, write
 
 # Long enough that the tokens of a sample's first and last word do not show in the ratio.
 _SAMPLE_CHARS = 4000

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import interpreting
 
 from benchmarks import kernels, serving
 from benchmarks.kernel_scene import (
@@ -39,6 +38,7 @@ from benchmarks.quality import model_level
 from benchmarks.results_file import write_results
 from benchmarks.serving import BenchmarkError, Cell, Load
 from sglang_clusterkv.config import ClusterKVConfig
+from tests.support.interpreter import interpreting
 
 CONFIG = ClusterKVConfig(budget_tokens=64, candidate_tokens=256)
 SHORT_SEGMENTS = ClusterKVConfig(segment_tokens=64, recluster_every=64)

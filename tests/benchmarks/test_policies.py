@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scenes import PAGE, Scene
 
 from benchmarks.policies import EVERYTHING, POLICIES, Reading, kv_bytes
 from benchmarks.policies.baselines import BinaryCodes, PublishedTables, Quest, Window
@@ -29,7 +28,6 @@ from benchmarks.policies.estimates import (
 )
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from benchmarks.policies.recorder import Recorder
-from sglang_clusterkv.clusters.step import SparseStep, dense_step
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.kernels.attend.reference import dense_decode
 from sglang_clusterkv.kernels.decode import reference
@@ -37,6 +35,8 @@ from sglang_clusterkv.kernels.decode.cpu import decoder_of
 from sglang_clusterkv.kernels.refine.reference import refine
 from sglang_clusterkv.kernels.score.reference import score, segment_vectors
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory.step import SparseStep, dense_step
+from tests.support.scenes import PAGE, Scene
 
 SCALE = 0.2
 LENGTHS = [700, 333]

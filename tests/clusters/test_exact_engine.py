@@ -14,18 +14,11 @@ import itertools
 import os
 from typing import NamedTuple
 
-import exactly as ex
 import numpy as np
 import pytest
 import torch
-from captured import Captured, capture
-from scenes import PAGE, Scene
 
-from sglang_clusterkv import demo_model
 from sglang_clusterkv.clusters import build
-from sglang_clusterkv.clusters.codec import RowCodec, rows_at
-from sglang_clusterkv.clusters.rotation import rotation_signs
-from sglang_clusterkv.clusters.step import RowBorders, SparseStep, sparse_step
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import encode, kmeans
 from sglang_clusterkv.kernels.attend.reference import attend
@@ -37,6 +30,13 @@ from sglang_clusterkv.kernels.merge.reference import merge
 from sglang_clusterkv.kernels.refine.reference import candidate_scores, recall, recall_all
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory.codec import RowCodec, rows_at
+from sglang_clusterkv.memory.rotation import rotation_signs
+from sglang_clusterkv.memory.step import RowBorders, SparseStep, sparse_step
+from sglang_clusterkv.tools import demo_model
+from tests.support import exactly as ex
+from tests.support.captured import Captured, capture
+from tests.support.scenes import PAGE, Scene
 
 MODEL = demo_model.default_out()  # before a test points the cache elsewhere
 AGREE = 1e-5  # relative; values this close are equal to a choice

@@ -18,16 +18,16 @@ from unittest.mock import patch
 
 import msgspec
 import pytest
-import rules
-from world import SMALL, World, stream
 
 from sglang_clusterkv.clusters import build, engine
 from sglang_clusterkv.clusters.counters import Faults
 from sglang_clusterkv.clusters.engine import ClusterEngine
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.plan import Planner
 from sglang_clusterkv.clusters.rows import RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
+from sglang_clusterkv.memory.index import ClusterIndex
+from tests.support import rules
+from tests.support.world import SMALL, World, stream
 
 EVERY_CALL = os.environ.get("CLUSTERKV_FAULTS") == "all"  # else some six of each operation's calls
 CONFIG = msgspec.structs.replace(SMALL, merge_segments=True, recluster_every=64)

@@ -1,5 +1,5 @@
 """The rules of cluster storage under any schedule: 2,000 steps of `machine.py`, 20,000 and more on demand
-(CLUSTERKV_STEPS=20000 pytest tests/test_machine.py), with the forward's stream at pace and behind.
+(CLUSTERKV_STEPS=20000 pytest tests/clusters/test_machine.py), with the forward's stream at pace and behind.
 
 Red when: a schedule is found under which a rule of docs/design.md breaks, a page is lost or has two owners, a step would
 attend what the request does not own, or a fault is survived; or when a run does not go through every kind of event.
@@ -13,7 +13,8 @@ import random
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from machine import COUNTS, SchedulerMachine
+
+from tests.support.machine import COUNTS, SchedulerMachine
 
 STEPS = int(os.environ.get("CLUSTERKV_STEPS", "2000"))
 STEPS_OF_A_WORLD = 50

@@ -13,12 +13,11 @@ import random
 
 import msgspec
 import pytest
-from scenes import PAGE
-from test_plan import question, served
-from world import SMALL, Pieces, World, stream
 
 from sglang_clusterkv.clusters.merging import groups_to_merge
 from sglang_clusterkv.clusters.rows import Segment
+from tests.support.scenes import PAGE
+from tests.support.world import SMALL, Pieces, World, question, served, stream
 
 MERGING = msgspec.structs.replace(SMALL, recluster_every=64, merge_segments=True)
 

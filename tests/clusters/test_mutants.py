@@ -5,7 +5,8 @@ table). Red when a mutant survives.
 from __future__ import annotations
 
 import pytest
-from mutants import MUTANTS, verdict
+
+from tests.support.mutants import MUTANTS, verdict
 
 FIRST, *OTHERS = MUTANTS
 

@@ -12,25 +12,13 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from rules import assert_whole
-from scenes import PAGE
-from world import SMALL, Pieces, Request, World, stream
+
+from tests.support.rules import assert_whole
+from tests.support.scenes import PAGE
+from tests.support.world import SMALL, Pieces, Request, World, question, served, stream
 
 WINDOW = SMALL.window_tokens
 DOCUMENT = stream(1, 1000)  # (16, 272), (272, 528), (528, 784), (784, 928)
-
-
-def question(number: int, tokens: int) -> list[int]:
-    """A text that no other request has."""
-    return stream(1000 + number, tokens)
-
-
-def served(world: World, tokens: list[int], *, decoded: int = 1) -> Request:
-    """A request whose prefill ran in one chunk and which decodes."""
-    request = world.submit(tokens)
-    world.extend(request)
-    world.decode(request, steps=decoded)
-    return request
 
 
 def clustered(world: World, request: Request) -> int:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mutants import MUTANTS
-from world import World, stream
+
+from tests.support.mutants import MUTANTS
+from tests.support.world import World, stream
 
 TEXT = stream(1, 700)
 

@@ -33,12 +33,11 @@ def test_any_configuration_is_warmed_up(fields: dict[str, object]) -> None:
 
 
 def test_triton_compiles_nothing_after_the_warm_up() -> None:
-    tests = Path(__file__).parent
+    root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests)])
-    done = subprocess.run(
-        [sys.executable, str(tests / "launches.py")], env=environment, capture_output=True, text=True, timeout=600
-    )
+    environment["PYTHONPATH"] = str(root)
+    command = [sys.executable, "-m", "tests.support.launches"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["late"] == [] and found["at_start"] > 15

@@ -19,14 +19,14 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ASLEEP, OneServer
 
 from benchmarks.servers import Server, free_port, serve
-from sglang_clusterkv.haystack import FACTS
+from sglang_clusterkv.tools.haystack import FACTS
+from tests.support.servers import ASLEEP, OneServer
 
 pytestmark = pytest.mark.server
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Of the small documents: sinks, window and the question are not clustered. Two copies would have twice as many.
 ONE_COPY = range(1300, 1700)
 

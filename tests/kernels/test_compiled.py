@@ -13,26 +13,26 @@ from pathlib import Path
 
 from benchmarks.compiled import programs_per_sm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the check in a process of its own: in this one, kernels may be interpreted."""
     command = [sys.executable, "-m", "benchmarks.compiled", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_small_gpus_are_asked_no_more_than_whether_a_kernel_fits() -> None:
     assert (programs_per_sm(89, 128, 99 << 10, 4), programs_per_sm(89, 128, (99 << 10) + 1, 4)) == (1, 0)
     assert programs_per_sm(90, 128, (99 << 10) + 1, 4) == 2
-    done = compiled("losing_kernels", "--target", "89")
+    done = compiled("tests.support.losing_kernels", "--target", "89")
     assert done.returncode == 0 and "LOST" not in done.stdout, done.stdout + done.stderr
 
 
 def test_the_check_names_what_a_kernel_lost() -> None:
-    done = compiled("losing_kernels", "--target", "90")
+    done = compiled("tests.support.losing_kernels", "--target", "90")
     assert done.returncode == 1, done.stdout + done.stderr
     lost = {line[: line.index(" 90 ")].strip(): line.partition("LOST: ")[2] for line in done.stdout.splitlines()[1:]}
     assert lost == {

@@ -11,13 +11,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scenes import Scene
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.refine.reference import candidate_scores
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
+from tests.support.scenes import Scene
 
 SCALE = 0.2
 

@@ -9,9 +9,10 @@ one).
 
 import math
 
-import exactly as ex
 import numpy as np
 import pytest
+
+from tests.support import exactly as ex
 
 HEAD_DIMS = (16, 64, 80, 96, 128, 256)
 

@@ -7,13 +7,13 @@ not bf16; a zero is not zero; decoding is not exactly level times scale.
 
 from __future__ import annotations
 
-import exactly as ex
 import numpy as np
 import pytest
 import torch
 
-from sglang_clusterkv.clusters.codec import INNER_LEVEL, OUTER_LEVEL, RowCodec, TokenCodec, channels_per_scale, rows_at
-from sglang_clusterkv.clusters.rotation import rotation_matrix, rotation_signs
+from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL, RowCodec, TokenCodec, channels_per_scale, rows_at
+from sglang_clusterkv.memory.rotation import rotation_matrix, rotation_signs
+from tests.support import exactly as ex
 
 HEAD_DIMS = range(16, 257, 16)
 INT_BITS = {"int4": 4, "int8": 8}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import Geometry, index_bytes, metadata_bytes_per_token
+from sglang_clusterkv.memory.index import ClusterIndex
 
 LLAMA_8B = {"layers": 32, "kv_heads": 8, "head_dim": 128}
 

@@ -10,10 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from exactly import exact_logits, f64, log_sum_exp
-from scenes import Scene
 
-from sglang_clusterkv.clusters.mass import layer_groups, mean_by_group
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.estimate.reference import estimate
@@ -22,6 +19,9 @@ from sglang_clusterkv.kernels.merge.reference import note_mass
 from sglang_clusterkv.kernels.refine.reference import recall_all, refine
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory.mass import layer_groups, mean_by_group
+from tests.support.exactly import exact_logits, f64, log_sum_exp
+from tests.support.scenes import Scene
 
 SCALE = 0.2
 LENGTHS = [700, 333, 1300]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sglang_clusterkv.clusters.rows import Row, RowTables, Segment
-from sglang_clusterkv.clusters.step import RowBorders, dense_step, sparse_step
+from sglang_clusterkv.memory.step import RowBorders, dense_step, sparse_step
 
 CONTEXT = 800
 

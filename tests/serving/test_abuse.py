@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import POOL
-from tiny_model import SHAPE
-from traffic import PAGE, Request, alone, assert_well, prompt
 
 from benchmarks.servers import Server
+from tests.support.servers import POOL
+from tests.support.tiny_model import SHAPE
+from tests.support.traffic import PAGE, Request, alone, assert_well, prompt
 
 pytestmark = pytest.mark.server
 

@@ -1,6 +1,6 @@
 """Load, aborts, leaks and killed processes, on servers with the tiny model.
 
-`CLUSTERKV_ABORTS=1000 pytest tests/test_churn.py -k abort` aborts so many of four times as many requests.
+`CLUSTERKV_ABORTS=1000 pytest tests/serving/test_churn.py -k abort` aborts so many of four times as many requests.
 
 Red when: with merging off, a border depends on other requests; an idle server does not repeat itself; an abort at any
 moment leaves a row, a page or a cluster behind; the strict idle check is off or blind; a killed server leaves processes or
@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import leaky_plugin
 import psutil
 import pytest
 import requests
-from traffic import CONFIG, Request, alone, assert_well, borders, logging_of_requests, prompt, wait_until
 
 from benchmarks.servers import Server, serve
+from tests.support import leaky_plugin
+from tests.support.traffic import CONFIG, Request, alone, assert_well, borders, logging_of_requests, prompt, wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 

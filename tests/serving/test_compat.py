@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_clusterkv import compat, plugin
 from sglang_clusterkv.clusters.rows import DenseReason
-from sglang_clusterkv.compat import REFUSALS, ModelFacts, compatibility_markdown
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.serving import compat, plugin
+from sglang_clusterkv.serving.compat import REFUSALS, ModelFacts, compatibility_markdown
 
 SERVED = {
     "device": "cpu",
@@ -311,7 +311,7 @@ def test_a_model_in_which_no_layer_recalls_is_found_once_it_is_loaded(layers, re
     import torch
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    from sglang_clusterkv.backend import ClusterKVAttnBackend
+    from sglang_clusterkv.serving.backend import ClusterKVAttnBackend
 
     backend = object.__new__(ClusterKVAttnBackend)
     backend.engine = SimpleNamespace(config=ClusterKVConfig(dense_layers=1))
@@ -340,7 +340,7 @@ def test_another_sglang_is_refused_with_what_differs(resolve, monkeypatch):
 
 
 def test_a_sglang_that_cannot_be_registered_with_is_only_refused_when_asked_for(monkeypatch):
-    from sglang_clusterkv import sglang_symbols
+    from sglang_clusterkv.serving import sglang_symbols
 
     difference = sglang_symbols.Difference("sglang.srt.runtime_context.publish", "(a)", "(b)")
     monkeypatch.setattr(sglang_symbols, "check", lambda symbols: [difference])
@@ -383,8 +383,8 @@ def test_the_server_exits_with_one_sentence_and_no_traceback(model_path):
 
 
 def test_the_documentation_is_of_this_table() -> None:
-    written = (Path(__file__).parent.parent / "docs" / "compatibility.md").read_text()
-    assert written == compatibility_markdown(), "run python -m sglang_clusterkv.compat > docs/compatibility.md"
+    written = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    assert written == compatibility_markdown(), "run python -m sglang_clusterkv.serving.compat > docs/compatibility.md"
 
 
 def test_the_documentation_names_every_reason_to_decode_densely() -> None:

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ASLEEP
 
 from benchmarks.servers import serve
+from tests.support.servers import ASLEEP
 
 pytestmark = pytest.mark.server
 

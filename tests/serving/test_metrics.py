@@ -19,18 +19,18 @@ import pytest
 import requests
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
-from scenes import Scene
 
 from benchmarks.servers import Server
-from sglang_clusterkv import metrics
 from sglang_clusterkv.clusters import engine as engine_module
-from sglang_clusterkv.clusters.mass import mean_by_group
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import sparse_decode
-from sglang_clusterkv.metrics import Exporter
+from sglang_clusterkv.memory.mass import mean_by_group
+from sglang_clusterkv.serving import metrics
+from sglang_clusterkv.serving.metrics import Exporter
+from tests.support.scenes import Scene
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 BOARD = json.loads((DOCS / "grafana.json").read_text())
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 LABELS = {"model_name": "m", "engine_type": "unified", "tp_rank": 1, "pp_rank": 0, "moe_ep_rank": 0}

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ASLEEP, OneServer
 
 from benchmarks.servers import Server, serve
-from sglang_clusterkv.demo_model import default_out
+from sglang_clusterkv.tools.demo_model import default_out
+from tests.support.servers import ASLEEP, OneServer
 
 pytestmark = [pytest.mark.server, pytest.mark.peers]
 

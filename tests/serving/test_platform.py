@@ -12,10 +12,10 @@ import pytest
 import sglang.srt.platforms  # before cpu_platform, which SGLang may ask for while it is imported
 import torch
 
-from sglang_clusterkv import plugin
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.cpu_platform import ClusterKVCpuPlatform
-from sglang_clusterkv.platform import (
+from sglang_clusterkv.serving import plugin
+from sglang_clusterkv.serving.cpu_platform import ClusterKVCpuPlatform
+from sglang_clusterkv.serving.platform import (
     OMP_BINDING,
     accelerator_found,
     activate,
@@ -109,7 +109,7 @@ def test_pool_and_allocator_are_sglangs_unless_clusterkv_is_active(monkeypatch):
     monkeypatch.setattr(plugin, "active_config", lambda: None)
     assert platform.get_kv_pool_cls(kind="mha") is None and platform.get_paged_allocator_cls() is None
     pool = SimpleNamespace(kv_pool_class=lambda default: "pool", allocator_class=lambda default: "allocator")
-    monkeypatch.setitem(sys.modules, "sglang_clusterkv.pool", pool)
+    monkeypatch.setitem(sys.modules, "sglang_clusterkv.serving.pool", pool)
     monkeypatch.setattr(plugin, "active_config", ClusterKVConfig)
     assert platform.get_kv_pool_cls(kind="mha") == "pool" and platform.get_paged_allocator_cls() == "allocator"
     assert platform.get_kv_pool_cls(kind="mla") is None

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_clusterkv import plugin, request_checks
-from sglang_clusterkv.request_checks import problem_of
+from sglang_clusterkv.serving import plugin, request_checks
+from sglang_clusterkv.serving.request_checks import problem_of
 
 
 @pytest.mark.parametrize("ids", [[0], [99], [5, 0, 99]])

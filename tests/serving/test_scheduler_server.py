@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import pytest
 import requests
-from conftest import CHUNK, POOL
-from tiny_model import SHAPE
-from traffic import PAGE, Request, alone, assert_well, at_once, borders, grew, prompt
 
 from benchmarks.servers import Server
+from tests.support.servers import CHUNK, POOL
+from tests.support.tiny_model import SHAPE
+from tests.support.traffic import PAGE, Request, alone, assert_well, at_once, borders, grew, prompt
 
 pytestmark = pytest.mark.server
 

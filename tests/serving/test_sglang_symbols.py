@@ -5,8 +5,8 @@ Red when SGLang changed one of them, or when the comparison stops noticing a cha
 
 import pytest
 
-from sglang_clusterkv import sglang_symbols
-from sglang_clusterkv.sglang_symbols import Symbol
+from sglang_clusterkv.serving import sglang_symbols
+from sglang_clusterkv.serving.sglang_symbols import Symbol
 
 
 def _first(symbol: Symbol) -> sglang_symbols.Difference:

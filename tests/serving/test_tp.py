@@ -16,17 +16,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHUNK, POOL
-from scenes import Scene
-from traffic import CONFIG, Request, alone, assert_well, at_once, borders, grew, logging_of_requests, prompt
 
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.demo_model import default_out
 from sglang_clusterkv.kernels.decode import cpu
 from sglang_clusterkv.kernels.refine.reference import refine
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.tools.demo_model import default_out
+from tests.support.scenes import Scene
+from tests.support.servers import CHUNK, POOL
+from tests.support.traffic import (
+    CONFIG,
+    Request,
+    alone,
+    assert_well,
+    at_once,
+    borders,
+    grew,
+    logging_of_requests,
+    prompt,
+)
 
 GROUP = 2
 SCALE = 0.2

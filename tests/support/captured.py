@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-TEXT = Path(__file__).parents[1] / "LICENSE"
+TEXT = Path(__file__).parents[2] / "LICENSE"
 
 
 class Captured(NamedTuple):

@@ -8,10 +8,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from scenes import Scene
 
-from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.reference import Partial, attend
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder
@@ -19,6 +16,9 @@ from sglang_clusterkv.kernels.estimate.reference import estimate
 from sglang_clusterkv.kernels.refine.reference import Recalled, recall_all, refine
 from sglang_clusterkv.kernels.score.reference import exact_logits, score, segment_vectors
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.step import SparseStep
+from tests.support.scenes import Scene
 
 SCALE = 0.2
 GUARD = 64  # elements on each side of a tensor

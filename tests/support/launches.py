@@ -2,7 +2,7 @@
 
 Run as a process of its own, in which kernels are not interpreted:
 
-    python tests/launches.py
+    python -m tests.support.launches
 
 prints, as JSON, how many kernels the warm-up of a server compiles, and which are compiled after it: [occasion, kernel].
 """
@@ -15,16 +15,16 @@ from unittest.mock import patch
 
 import torch
 import triton
-from scenes import PAGE, Scene
 from triton.backends.compiler import GPUTarget
 
 from sglang_clusterkv.clusters import build, warmup
 from sglang_clusterkv.clusters.build import write_in_place
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.triton import dense_decode
 from sglang_clusterkv.kernels.decode.triton import sparse_decode
 from sglang_clusterkv.memory.device import index_pages
+from sglang_clusterkv.memory.index import ClusterIndex
+from tests.support.scenes import PAGE, Scene
 
 HEADS, GROUP, HEAD_DIM, DTYPE = 2, 4, 128, torch.bfloat16
 CONTEXT = 10240

@@ -1,4 +1,4 @@
-"""Kernels that each lose one property which their case states: the compile check must name it (tests/test_compiled.py)."""
+"""Kernels that each lose one property that their case states; the compile check names it (tests/kernels/test_compiled.py)."""
 
 from __future__ import annotations
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections import Counter
 
 import msgspec
-import rules
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from scenes import PAGE
-from world import SMALL, Request, World, stream
 
 from sglang_clusterkv.config import ClusterKVConfig
+from tests.support import rules
+from tests.support.scenes import PAGE
+from tests.support.world import SMALL, Request, World, stream
 
 COUNTS: Counter[str] = Counter()
 

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from scenes import PAGE, Scene
 
 from sglang_clusterkv.clusters import build, plan
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.plan import Planner
 from sglang_clusterkv.clusters.rows import RowTables
+from sglang_clusterkv.memory.index import ClusterIndex
+from tests.support.scenes import PAGE, Scene
 
 
 class Mutant(NamedTuple):
@@ -137,7 +137,8 @@ def verdict(mutant: Mutant, worlds: int) -> str | None:
     """The first line of the assertion under which the state machine turned red within so many worlds, or None."""
     from hypothesis import HealthCheck, Phase, seed, settings
     from hypothesis.stateful import run_state_machine_as_test
-    from machine import COUNTS, SchedulerMachine
+
+    from tests.support.machine import COUNTS, SchedulerMachine
 
     COUNTS.clear()
     quiet = settings(
@@ -159,7 +160,7 @@ def verdict(mutant: Mutant, worlds: int) -> str | None:
 
 def main(worlds: int = 400) -> int:
     """Print the table."""
-    from machine import COUNTS
+    from tests.support.machine import COUNTS
 
     survived = 0
     print(f"{'rule':5} {'mutant':42} {'worlds':>6} {'launches':>8} {'s':>4}  turned red by")

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from scenes import PAGE
 
 from sglang_clusterkv.clusters.engine import DecodeStep
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
+from sglang_clusterkv.memory.index import ClusterIndex
+from tests.support.scenes import PAGE
 
 if TYPE_CHECKING:
-    from world import Made, Request, World
+    from tests.support.world import Made, Request, World
 
 
 def assert_handed_out_pages_are_unclustered(world: World, slots: torch.Tensor) -> None:

@@ -7,10 +7,10 @@ import torch
 
 from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import Geometry
+from sglang_clusterkv.memory.index import ClusterIndex
 
 PAGE = 16
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_clusterkv.demo_model import cache_dir, default_out
+from sglang_clusterkv.tools.demo_model import cache_dir, default_out
 
 SEED = 11
 SHAPE = {

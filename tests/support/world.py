@@ -23,9 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import rules
 import torch
-from scenes import PAGE, Scene
 
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.engine import DecodeStep, Extend
@@ -33,6 +31,8 @@ from sglang_clusterkv.clusters.plan import Make, Plan, Planner, Snapshot
 from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
+from tests.support import rules
+from tests.support.scenes import PAGE, Scene
 
 SMALL = ClusterKVConfig(
     budget_tokens=32,
@@ -506,3 +506,16 @@ class Contents:
 
 
 contents_of = functools.cache(Contents)
+
+
+def question(number: int, tokens: int) -> list[int]:
+    """A text that no other request has."""
+    return stream(1000 + number, tokens)
+
+
+def served(world: World, tokens: list[int], *, decoded: int = 1) -> Request:
+    """A request whose prefill ran in one chunk and which decodes."""
+    request = world.submit(tokens)
+    world.extend(request)
+    world.decode(request, steps=decoded)
+    return request

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from sglang_clusterkv import cli, sglang_symbols
+from sglang_clusterkv.serving import sglang_symbols
+from sglang_clusterkv.tools import cli
 
 
 @pytest.fixture
@@ -75,13 +76,13 @@ def test_demo_model_refuses_a_bad_wheel_without_a_traceback(tmp_path: Path, caps
 @pytest.mark.parametrize("arguments", [["--help"], ["needle", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys; from sglang_clusterkv import cli\n"
+        "import sys; from sglang_clusterkv.tools import cli\n"
         f"try: cli.main({arguments})\n"
         "except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'numpy', 'sglang', 'tqdm', 'transformers', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    root = Path(cli.__file__).resolve().parents[1]
+    root = Path(cli.__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     for word in ("check", "demo-model", "needle") if len(arguments) == 1 else ("--base-url", "--lengths", "--depths"):

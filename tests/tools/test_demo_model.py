@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_clusterkv import demo_model
-from sglang_clusterkv.demo_model import QWEN, SMOLLM2, SOURCES, DemoModelError, Source
+from sglang_clusterkv.tools import demo_model
+from sglang_clusterkv.tools.demo_model import QWEN, SMOLLM2, SOURCES, DemoModelError, Source
 
 REAL_MODEL = demo_model.default_out()  # before own_cache hides it
 

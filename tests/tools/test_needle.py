@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from sglang_clusterkv import cli
-from sglang_clusterkv.haystack import haystack, hide, magic_number
+from sglang_clusterkv.tools import cli
+from sglang_clusterkv.tools.haystack import haystack, hide, magic_number
 
 TEMPLATE_TOKENS = 20
 CHARS_PER_TOKEN = 3.0

@@ -9,7 +9,7 @@ import torch
 from sglang_clusterkv.kernels.score.reference import exact_logits, gather_heads
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.step import SparseStep
 
 
 class Partial(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from sglang_clusterkv.kernels.decode import reference
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 
 def prepare(index: ClusterIndex, group: int, step: SparseStep) -> None:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.codec import channels_per_scale
-from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.kernels.attend.cpu import attend_kernel
 from sglang_clusterkv.kernels.cpu_math import bits
 from sglang_clusterkv.kernels.decode import reference
@@ -19,10 +17,12 @@ from sglang_clusterkv.kernels.refine.cpu import recall_all_kernel, recall_kernel
 from sglang_clusterkv.kernels.row_cpu import ROW_FORMATS, row_views
 from sglang_clusterkv.kernels.score.cpu import score_kernel
 from sglang_clusterkv.kernels.select.cpu import select_kernel
+from sglang_clusterkv.memory.codec import channels_per_scale
+from sglang_clusterkv.memory.rotation import rotation_matrix
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 
 class LayerArrays:

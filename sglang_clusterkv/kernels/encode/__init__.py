@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_clusterkv.clusters.codec import TokenCodec
 from sglang_clusterkv.kernels.encode import reference
+from sglang_clusterkv.memory.codec import TokenCodec
 
 
 def within_variance(centered: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> reference.Variance:

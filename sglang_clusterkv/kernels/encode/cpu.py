@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numba import njit
 
-from sglang_clusterkv.clusters.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL, SLICES, TokenCodec
-from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.kernels.cpu_math import FAST
 from sglang_clusterkv.kernels.encode.reference import Variance
+from sglang_clusterkv.memory.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL, SLICES, TokenCodec
+from sglang_clusterkv.memory.rotation import rotation_matrix
 
 _INNER, _OUTER, _BORDER = np.float32(INNER_LEVEL), np.float32(OUTER_LEVEL), np.float32(LEVEL_BORDER)
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_clusterkv.clusters.codec import TokenCodec
-from sglang_clusterkv.clusters.rotation import rotation_matrix
+from sglang_clusterkv.memory.codec import TokenCodec
+from sglang_clusterkv.memory.rotation import rotation_matrix
 
 
 class Variance(NamedTuple):

@@ -14,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_clusterkv.clusters.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL, SLICES, RowCodec, TokenCodec
-from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.kmeans.triton import (
     LENGTHS,
@@ -26,6 +24,8 @@ from sglang_clusterkv.kernels.kmeans.triton import (
     head_pointer,
     segment_range,
 )
+from sglang_clusterkv.memory.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL, SLICES, RowCodec, TokenCodec
+from sglang_clusterkv.memory.rotation import rotation_matrix
 
 _CLUSTERS = 16  # clusters per program
 _TOKENS = 64  # tokens per program where codes are made

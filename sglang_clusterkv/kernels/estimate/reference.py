@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_clusterkv.clusters.codec import rows_at
 from sglang_clusterkv.kernels.attend.reference import Partial
 from sglang_clusterkv.kernels.score.reference import Scores, segment_vectors
+from sglang_clusterkv.memory.codec import rows_at
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 
 def estimate(scores: Scores, left: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep) -> Partial:

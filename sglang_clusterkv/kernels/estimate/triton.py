@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_clusterkv.clusters.codec import RowCodec
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.decode.grids import LEAST_OWN
 from sglang_clusterkv.kernels.triton_rows import (
@@ -31,12 +30,13 @@ from sglang_clusterkv.kernels.triton_rows import (
     row_constants,
 )
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise, raise_peak
+from sglang_clusterkv.memory.codec import RowCodec
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
     from sglang_clusterkv.kernels.decode.grids import EstimateParts
     from sglang_clusterkv.kernels.decode.workspace import Workspace
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 MASSES_HELD = 16384  # by one program, in registers
 LEAST_HELD = 256  # fewer make no program faster, and every size is a compilation

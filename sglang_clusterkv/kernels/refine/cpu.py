@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sglang_clusterkv.clusters.codec import INNER_LEVEL, OUTER_LEVEL
 from sglang_clusterkv.kernels.cpu_math import (
     FAST,
     LANES,
@@ -23,6 +22,7 @@ from sglang_clusterkv.kernels.cpu_math import (
     unpack_codes,
 )
 from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
+from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL
 
 _INNER, _OUTER = np.float32(INNER_LEVEL), np.float32(OUTER_LEVEL)
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.kernels.score.reference import Scores
 from sglang_clusterkv.kernels.select.reference import Candidates
+from sglang_clusterkv.memory.rotation import rotation_matrix
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 
 class Recalled(NamedTuple):

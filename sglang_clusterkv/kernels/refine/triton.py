@@ -18,8 +18,8 @@ from sglang_clusterkv.kernels.triton_rows import code_levels, layer_arrays, padd
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 TILE = 64  # candidates per program of the values
 LEAST_BLOCK = 64  # candidates

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_clusterkv.clusters.codec import rows_at
+from sglang_clusterkv.memory.codec import rows_at
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 
 class Scores(NamedTuple):

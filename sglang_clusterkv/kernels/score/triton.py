@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_clusterkv.clusters.codec import RowCodec
-from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.kernels.triton_rows import (
@@ -31,10 +29,12 @@ from sglang_clusterkv.kernels.triton_rows import (
     slice_levels,
     slice_scales,
 )
+from sglang_clusterkv.memory.codec import RowCodec
+from sglang_clusterkv.memory.rotation import rotation_matrix
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 
 @triton.jit

@@ -17,8 +17,8 @@ from sglang_clusterkv.kernels.score.triton import base_tiles, log_sum_exp
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.clusters.index import ClusterIndex
-    from sglang_clusterkv.clusters.step import SparseStep
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
 
 BASE_TILES = 8  # of always-attended tokens at a time: half as many are usual
 LEAST_HELD = 256  # clusters; fewer make no program faster, and every size is a compilation

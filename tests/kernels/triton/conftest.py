@@ -9,7 +9,8 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
-from interpreter import interpreting
+
+from tests.support.interpreter import interpreting
 
 
 @pytest.hookimpl(wrapper=True)

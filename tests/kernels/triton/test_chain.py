@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import math
 
-import exactly as ex
 import msgspec
 import pytest
 import torch
-from filled import LENGTHS, SCALE, Guarded, assert_close, index_on, scene_of, step_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step_model import StepShape, sparse_launches
-from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.rotation import rotation_signs
-from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, sparse_decode
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.rotation import rotation_signs
+from sglang_clusterkv.memory.step import SparseStep
+from tests.support import exactly as ex
+from tests.support.filled import LENGTHS, SCALE, Guarded, assert_close, index_on, scene_of, step_on
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 MOST_LAUNCHES = 7

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from sglang_clusterkv.clusters import build
-from sglang_clusterkv.clusters.index import ClusterIndex
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.encode import reference as encode_reference
 from sglang_clusterkv.kernels.kmeans import reference as kmeans_reference
 from sglang_clusterkv.memory.device import Geometry
+from sglang_clusterkv.memory.index import ClusterIndex
 
 PAGE, PAGES, POISON = 16, 24, 0xA5
 Buffers = list[torch.Tensor]

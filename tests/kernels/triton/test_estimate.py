@@ -10,12 +10,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-from filled import FAR, Filled, assert_close, merged
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.reference import Partial
 from sglang_clusterkv.kernels.decode import grids
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
+from tests.support.filled import FAR, Filled, assert_close, merged
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import exactly
 import pytest
 import torch
 
 from sglang_clusterkv.kernels.kmeans import reference
 from sglang_clusterkv.kernels.kmeans import triton as kernels
+from tests.support import exactly
 
 GUARD = 64  # elements around a buffer
 Make = Callable[..., torch.Tensor]

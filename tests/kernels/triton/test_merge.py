@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from filled import Guarded, merged
 
 from sglang_clusterkv.kernels.attend.reference import Partial
 from sglang_clusterkv.kernels.decode.workspace import Workspace, WorkspaceShape, make_workspace
 from sglang_clusterkv.kernels.merge import reference
 from sglang_clusterkv.kernels.merge.triton import merge, merge_parts
+from tests.support.filled import Guarded, merged
 
 BATCH, HEADS = 2, 2
 STEP = 2.0**-20  # of the accumulated shares

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from filled import FAR, SCALE, Filled
 
-from sglang_clusterkv.clusters.rotation import rotation_matrix
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.refine.reference import Recalled, candidate_scores, recall, recall_all
 from sglang_clusterkv.kernels.refine.triton import recall as recall_triton
 from sglang_clusterkv.kernels.select.reference import Candidates, select
+from sglang_clusterkv.memory.rotation import rotation_matrix
+from tests.support.filled import FAR, SCALE, Filled
 
 FIELDS = {"budget_tokens": 48, "candidate_tokens": 160, "segment_tokens": 256, "estimate_clusters": 20}
 

@@ -10,18 +10,18 @@ import functools
 
 import pytest
 import torch
-from filled import SCALE, Guarded, assert_close, index_on, step_on
 from msgspec.structs import replace
-from scenes import Scene
 
-from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.rotation import rotation_matrix
-from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder
 from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.kernels.score.reference import exact_logits, score, segment_vectors
 from sglang_clusterkv.kernels.score.triton import base_tiles, cluster_tiles
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.rotation import rotation_matrix
+from sglang_clusterkv.memory.step import SparseStep
+from tests.support.filled import SCALE, Guarded, assert_close, index_on, step_on
+from tests.support.scenes import Scene
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 

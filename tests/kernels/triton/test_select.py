@@ -13,10 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from filled import Guarded
 
-from sglang_clusterkv.clusters.index import ClusterIndex
-from sglang_clusterkv.clusters.step import SparseStep
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS, WorkspaceShape, make_workspace
 from sglang_clusterkv.kernels.score.reference import Scores
@@ -24,6 +21,9 @@ from sglang_clusterkv.kernels.select.reference import select as reference_select
 from sglang_clusterkv.kernels.select.triton import select
 from sglang_clusterkv.kernels.triton_threshold import bracket
 from sglang_clusterkv.memory.device import Geometry
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.step import SparseStep
+from tests.support.filled import Guarded
 
 PAGE, PER_PAGE, HEAD_DIM = 16, 2, 16
 

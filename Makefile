@@ -49,7 +49,7 @@ help:
 	@echo "make soak    30 minutes of mixed traffic: are memory and latency flat? (SOAK_ARGS='--minutes 5')"
 	@echo "make mutants breaks the engine, one rule at a time: the state machine of the tests must notice each"
 	@echo "make check   compares the installed SGLang with what this package relies on"
-	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make lint    ruff check, ruff format --check, import-linter (the floors), mypy"
 	@echo "make clean   removes $(VENV) (if make made it) and caches; the demo model stays in $(CACHE)"
 
 $(PY):
@@ -167,6 +167,7 @@ lint: style types
 style: dev-env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 types: dev-env
 	$(PY) -m mypy

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels.decode import grids
-from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS
+from sglang_clusterkv.kernels import grids
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 SMS = 132  # of an H100 or H200

@@ -1,41 +1,62 @@
-"""The engine runs without SGLang, and the package without the flag changes nothing that SGLang runs.
+"""The floors of the house hold, the engine runs without SGLang, and the package without the flag changes nothing that SGLang
+runs.
 
-Red when: a module of clusters/, kernels/ or memory/ imports sglang, or importing the configuration pulls in torch.
+Red when: the check of `make style` does not notice a floor that imports from above, a cycle, a new room outside of the floors
+or an import of sglang below serving/; importing the engine pulls in sglang, or the configuration torch.
 """
 
 from __future__ import annotations
 
-import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import sglang_clusterkv
+ROOT = Path(__file__).parents[1]
 
-PACKAGE = Path(sglang_clusterkv.__file__).parent
-ENGINE = sorted(path for part in ("clusters", "kernels", "memory") for path in (PACKAGE / part).rglob("*.py"))
-
-
-def imported(path: Path) -> set[str]:
-    """Top-level names of everything that a file imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
+# What a mistaken change would add, and the contract of pyproject.toml that names it.
+WRONG = {
+    "an import from above": ("memory/device.py", "from sglang_clusterkv.clusters import plan", "Floors import downwards"),
+    "a cycle": ("memory/codec.py", "from sglang_clusterkv.memory import index", "No import cycles"),
+    "a room outside": ("utils.py", "", "No floor of the package has a room outside of them"),
+    "sglang below serving": ("clusters/engine.py", "import sglang", "Only serving imports sglang"),
+}
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_engine_does_not_import_sglang(path: Path) -> None:
-    assert "sglang" not in imported(path)
+def floors(root: Path) -> subprocess.CompletedProcess[str]:
+    """What `make style` says of the floors of a checkout."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    options = ["--no-logo", "--no-cache"]
+    return subprocess.run(
+        command + options, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
-def test_the_detector_fires_on_the_sglang_side() -> None:
-    assert "sglang" in imported(PACKAGE / "backend.py")
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The checkout's code, to be changed."""
+    for folder in ("sglang_clusterkv", "benchmarks", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_the_floors_hold() -> None:
+    done = floors(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_check_names_what_breaks_a_floor(name: str, copied: Path) -> None:
+    file, line, contract = WRONG[name]
+    path = copied / "sglang_clusterkv" / file
+    path.write_text((path.read_text() if path.exists() else "") + line + "\n")
+    done = floors(copied)
+    assert done.returncode == 1 and f"{contract} BROKEN" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_engine_runs_without_sglang() -> None:

@@ -10,10 +10,10 @@ from typing import NamedTuple, cast
 
 import torch
 
-from sglang_clusterkv.kernels.attend.reference import Partial, attend
+from sglang_clusterkv.kernels.attend.reference import attend
 from sglang_clusterkv.kernels.estimate.reference import estimate
 from sglang_clusterkv.kernels.kmeans.reference import labels_of
-from sglang_clusterkv.kernels.merge.reference import merge, note_mass
+from sglang_clusterkv.kernels.merge.reference import Partial, merge, note_mass
 from sglang_clusterkv.kernels.refine.reference import refine
 from sglang_clusterkv.kernels.score.reference import Scores, exact_logits, score, segment_vectors
 from sglang_clusterkv.kernels.select.reference import select

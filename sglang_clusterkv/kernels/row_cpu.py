@@ -1,4 +1,4 @@
-"""Unpacking of stored rows in the CPU kernels; clusters/codec.py is the definition."""
+"""Unpacking of stored rows in the CPU kernels; memory/codec.py is the definition."""
 
 from __future__ import annotations
 
@@ -54,3 +54,13 @@ def decode_row(
     else:
         for i in range(channels):
             out[i] = float_of_bf16(halves[row, head, i])
+
+
+@njit(inline="always")
+def load_row(buffer: Any, slot: int, head: int, is_bf16: bool, channels: int, out: Any) -> None:
+    """One key or value as float32 into out [channels]."""
+    for d in range(channels):
+        if is_bf16:
+            out[d] = float_of_bf16(buffer[slot, head, d])
+        else:
+            out[d] = np.float32(buffer[slot, head, d])

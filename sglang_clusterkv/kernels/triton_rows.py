@@ -1,4 +1,4 @@
-"""Unpacking of stored rows and codes in Triton kernels; clusters/codec.py is the definition.
+"""Unpacking of stored rows and codes in Triton kernels; memory/codec.py is the definition.
 
 A row or a code has eight slices of head_dim / 8 channels; slice j of all 32-bit words of int4 rows is one shift and one
 mask, whose result meets a contiguous slice of a query or of an accumulator in one `tl.dot`. So a kernel loads a tile of

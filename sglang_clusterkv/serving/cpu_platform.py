@@ -10,6 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_clusterkv.serving import active
 from sglang_clusterkv.serving.platform import OMP_BINDING, default_omp_binding
 
 
@@ -41,12 +42,18 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         """Our KV pool when this process serves with clusterkv, else what SGLang would take."""
-        from sglang_clusterkv.serving.plugin import kv_pool_cls
+        default = super().get_kv_pool_cls(kind=kind)
+        if active.active_config() is None:
+            return default
+        from sglang_clusterkv.serving import pool
 
-        return kv_pool_cls(super().get_kv_pool_cls(kind=kind), kind)
+        return pool.kv_pool_cls(default, kind)
 
     def get_paged_allocator_cls(self) -> type | None:
         """Our allocator when this process serves with clusterkv, else what SGLang would take."""
-        from sglang_clusterkv.serving.plugin import paged_allocator_cls
+        default = super().get_paged_allocator_cls()
+        if active.active_config() is None:
+            return default
+        from sglang_clusterkv.serving import pool
 
-        return paged_allocator_cls(super().get_paged_allocator_cls())
+        return pool.paged_allocator_cls(default)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
 from sglang_clusterkv.serving import compat, sglang_symbols
+from sglang_clusterkv.serving.active import config_of, keep_config
 from sglang_clusterkv.serving.compat import BACKEND, ModelFacts
 from sglang_clusterkv.serving.platform import apply_thread_count, is_our_platform
 
@@ -25,9 +26,8 @@ _GROK = {"Grok1ForCausalLM", "Grok1ModelForCausalLM"}
 _GROK_CAP = 30.0
 _GEMMA_4 = {"Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4UnifiedForConditionalGeneration"}
 _EXAONE_4 = {"Exaone4ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM"}
-# Bookkeeping on SGLang's ServerArgs record, which pickles it to every child process.
-_FLAG_VALUE = "_clusterkv_config"  # what --clusterkv-config said; present when the record comes from a command line
-_RESOLVED = "_clusterkv_resolved"  # the ClusterKVConfig to serve with; present when clusterkv is the chosen backend
+# Attribute of SGLang's ServerArgs: what --clusterkv-config said; present when the record comes from a command line.
+_FLAG_VALUE = "_clusterkv_config"
 
 
 def register() -> None:
@@ -53,39 +53,6 @@ def register() -> None:
     register_resolution_hook("handle_model_specific_adjustments")(_check_model)
     register_resolution_hook("handle_attention_backend_compatibility")(_declare_defaults)
     register_resolution_hook("handle_model_capability_adjustments")(_resolve_config)
-
-
-def active_config() -> ClusterKVConfig | None:
-    """The configuration that this process serves with, or None where clusterkv is not the chosen backend."""
-    from sglang.srt.runtime_context import get_server_args
-
-    try:
-        return config_of(get_server_args())
-    except ValueError:  # nothing is published in this process
-        return None
-
-
-def config_of(server_args: Any) -> ClusterKVConfig | None:
-    """The resolved configuration of a ServerArgs record, or None where clusterkv is not its backend."""
-    return getattr(server_args, _RESOLVED, None)
-
-
-def kv_pool_cls(default: type | None, kind: str) -> type | None:
-    """Our KV pool class over `default` (None: SGLang's own) where clusterkv is active, else `default`."""
-    if kind != "mha" or active_config() is None:
-        return default
-    from sglang_clusterkv.serving.pool import kv_pool_class
-
-    return kv_pool_class(default)
-
-
-def paged_allocator_cls(default: type | None) -> type | None:
-    """Our allocator class over `default` (None: SGLang's own) where clusterkv is active, else `default`."""
-    if active_config() is None:
-        return default
-    from sglang_clusterkv.serving.pool import allocator_class
-
-    return allocator_class(default)
 
 
 def _create_backend(runner: Any) -> Any:
@@ -183,7 +150,7 @@ def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
         validate(config, view.page_size, facts.head_dim, facts.layers)
     except ConfigError as error:
         _refuse(server_args, str(error))
-    setattr(server_args, _RESOLVED, config)
+    keep_config(server_args, config)
 
 
 def _load(server_args: Any) -> ClusterKVConfig:

@@ -6,7 +6,6 @@ stream by the engine, which the backend attaches to the pool.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.memory.device import Geometry, index_pages
 from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.serving import active
 
 
 class ClusterKVPool(MHATokenToKVPool):
@@ -30,10 +30,8 @@ class ClusterKVPool(MHATokenToKVPool):
         super().__init__(*args, **kwargs)
 
     def _create_buffers(self) -> None:
-        from sglang_clusterkv.serving.plugin import active_config
-
         super()._create_buffers()
-        config = active_config()
+        config = active.active_config()
         assert config is not None, "the ClusterKV pool was built without a configuration"
         geometry = Geometry(
             layers=self.layer_num,
@@ -83,15 +81,15 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
         return slots
 
 
-@functools.cache
-def kv_pool_class(default: type | None) -> type:
-    """The pool class to use instead of SGLang's `default`."""
+def kv_pool_cls(default: type | None, kind: str) -> type | None:
+    """Our KV pool where SGLang would take `default` (None: its own) for plain attention; `default` for other kinds."""
+    if kind != "mha":
+        return default
     assert default in (None, MHATokenToKVPool), f"clusterkv carries its index on MHATokenToKVPool, not on {default}"
     return ClusterKVPool
 
 
-@functools.cache
-def allocator_class(default: type | None) -> type:
-    """The allocator class to use instead of SGLang's `default`."""
+def paged_allocator_cls(default: type | None) -> type:
+    """Our allocator where SGLang would take `default` (None: its own)."""
     assert default in (None, PagedTokenToKVPoolAllocator), f"clusterkv needs the paged allocator, not {default}"
     return ClusterKVAllocator

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_clusterkv.serving import active
+from sglang_clusterkv.serving.hooks import add_hooks
+
 _TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 _installed = False
 
@@ -23,17 +26,13 @@ def install() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookType
 
-    from sglang_clusterkv.serving.scheduler_hooks import add_hooks
-
     add_hooks([(_TARGET, _before_validation, HookType.BEFORE)])
     _installed = True
 
 
 def _before_validation(manager: Any, obj: Any, input_ids: Any, *args: Any, **kwargs: Any) -> None:
-    from sglang_clusterkv.serving import plugin
-
     # Inputs that bring embeddings, images or sound fill places of their own.
-    if plugin.active_config() is None or obj.contains_mm_input() or getattr(obj, "input_embeds", None) is not None:
+    if active.active_config() is None or obj.contains_mm_input() or getattr(obj, "input_embeds", None) is not None:
         return
     # A session's history may be all there is; SGLang looks itself whether anything is left.
     if not input_ids and getattr(obj, "session_params", None):

@@ -3,13 +3,11 @@
 A process may publish another configuration later (an engine after an engine), so each wrapper asks again.
 """
 
-import inspect
-import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from sglang_clusterkv.config import ConfigError
-from sglang_clusterkv.serving import plugin
+from sglang_clusterkv.serving import active
+from sglang_clusterkv.serving.hooks import add_hooks
 from sglang_clusterkv.serving.platform import is_our_platform
 
 _SRT = "sglang.srt."
@@ -55,32 +53,8 @@ def install(platform: Any) -> None:
     _installed = True
 
 
-def add_hooks(targets: Sequence[tuple[str, Callable[..., Any], Any]]) -> None:
-    """Apply hooks to this process: each a target's dotted name, our function, SGLang's HookType.
-
-    Raises ConfigError when one did not take effect: SGLang's registry patches each target only once, and only logs.
-    """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource
-
-    source = HookSource(plugin_name="clusterkv", dist_name="sglang-clusterkv")
-    before = {target: _attribute(target) for target, _, _ in targets}
-    for target, hook, kind in targets:
-        HookRegistry.register(target, hook, kind, source=source)
-    HookRegistry.apply_hooks()
-    ignored = [target for target, _, _ in targets if _attribute(target) is before[target]]
-    if ignored:
-        raise ConfigError(
-            f"another plugin has hooked {', '.join(ignored)} already: leave it out with SGLANG_PLUGINS=clusterkv"
-        )
-
-
-def _attribute(target: str) -> Any:
-    owner, name = target.rsplit(".", 1)
-    return inspect.getattr_static(pkgutil.resolve_name(owner), name)
-
-
 def _before_forward(worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> None:
-    if plugin.active_config() is not None:
+    if active.active_config() is not None:
         from sglang_clusterkv.serving import metrics, runtime
 
         runtime.before_forward(worker, batch)
@@ -88,7 +62,7 @@ def _before_forward(worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -
 
 
 def _checkpoint(original: Callable[..., Any], cache: Any, *args: Any, **kwargs: Any) -> Any:
-    if plugin.active_config() is None:
+    if active.active_config() is None:
         return original(cache, *args, **kwargs)
     from sglang_clusterkv.serving import runtime
 
@@ -96,14 +70,14 @@ def _checkpoint(original: Callable[..., Any], cache: Any, *args: Any, **kwargs: 
 
 
 def _after_insert(result: Any, cache: Any, *args: Any, **kwargs: Any) -> None:
-    if plugin.active_config() is not None:
+    if active.active_config() is not None:
         from sglang_clusterkv.serving import runtime
 
         runtime.after_insert(result, cache, *args, **kwargs)
 
 
 def _after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
-    if plugin.active_config() is not None:
+    if active.active_config() is not None:
         from sglang_clusterkv.serving import metrics, runtime
 
         result.internal_state["clusterkv"] = runtime.server_info()
@@ -111,21 +85,21 @@ def _after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: An
 
 
 def _after_collector(result: None, collector: Any, *args: Any, **kwargs: Any) -> None:
-    if plugin.active_config() is not None:
+    if active.active_config() is not None:
         from sglang_clusterkv.serving import metrics
 
         metrics.collector_made(collector)
 
 
 def _after_batch(result: None, reporter: Any, *args: Any, **kwargs: Any) -> None:
-    if plugin.active_config() is not None:
+    if active.active_config() is not None:
         from sglang_clusterkv.serving import metrics
 
         metrics.batch_done(reporter)
 
 
 def _after_idle(result: None, reporter: Any) -> None:
-    if plugin.active_config() is not None:
+    if active.active_config() is not None:
         from sglang_clusterkv.serving import metrics
 
         metrics.idle(reporter)
@@ -133,7 +107,7 @@ def _after_idle(result: None, reporter: Any) -> None:
 
 def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int | None:
     """Bytes per token of SGLang's KV plus ours, for the layers and kv heads of this rank."""
-    config = plugin.active_config()
+    config = active.active_config()
     if config is None:
         return None
     from sglang.srt.runtime_context import get_parallel, get_schedule
@@ -151,8 +125,16 @@ def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) 
 
 
 def _after_kv_pool_cls(result: type | None, platform: Any, *, kind: str) -> type | None:
-    return plugin.kv_pool_cls(result, kind)
+    if active.active_config() is None:
+        return None
+    from sglang_clusterkv.serving import pool
+
+    return pool.kv_pool_cls(result, kind)
 
 
 def _after_allocator_cls(result: type | None, platform: Any) -> type | None:
-    return plugin.paged_allocator_cls(result)
+    if active.active_config() is None:
+        return None
+    from sglang_clusterkv.serving import pool
+
+    return pool.paged_allocator_cls(result)

@@ -16,7 +16,7 @@ import pytest
 
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.serving import compat, plugin
+from sglang_clusterkv.serving import active, compat, plugin
 from sglang_clusterkv.serving.compat import REFUSALS, ModelFacts, compatibility_markdown
 
 SERVED = {
@@ -201,9 +201,9 @@ CLUSTERKV = ("--attention-backend", "clusterkv")
 
 def test_the_page_size_is_16_unless_set(resolve):
     record, view = resolve(*CLUSTERKV)
-    assert view.page_size == 16 and plugin.config_of(record) == ClusterKVConfig()
+    assert view.page_size == 16 and active.config_of(record) == ClusterKVConfig()
     record, view = resolve(*CLUSTERKV, "--page-size", "64")
-    assert view.page_size == 64 and plugin.config_of(record) == ClusterKVConfig(sink_tokens=64, window_tokens=128)
+    assert view.page_size == 64 and active.config_of(record) == ClusterKVConfig(sink_tokens=64, window_tokens=128)
 
 
 def test_the_flag_reaches_every_process(resolve, monkeypatch):
@@ -212,15 +212,15 @@ def test_the_flag_reaches_every_process(resolve, monkeypatch):
     monkeypatch.setenv("SGLANG_CLUSTERKV_CONFIG", '{"budget_tokens": 100}')
     record, view = resolve(*CLUSTERKV, "--clusterkv-config", '{"budget_tokens": 200}')
     assert view.cuda_graph_config.decode.backend == "disabled"
-    assert plugin.config_of(pickle.loads(pickle.dumps(record))).budget_tokens == 200
+    assert active.config_of(pickle.loads(pickle.dumps(record))).budget_tokens == 200
     record, _ = resolve(*CLUSTERKV)
-    assert plugin.config_of(record).budget_tokens == 100
+    assert active.config_of(record).budget_tokens == 100
 
 
 def test_arguments_that_were_resolved_without_the_plugin_end_the_start(resolve):
     """As in a program that makes ServerArgs before it loads SGLang's plugins: everything would be served densely."""
     record, _ = resolve(*CLUSTERKV)
-    delattr(record, plugin._RESOLVED)
+    delattr(record, active._RESOLVED)
     for role in ("tokenizer", "scheduler"):
         with pytest.raises(plugin.ConfigError, match="load_plugins"):
             plugin._after_publish(None, record, role=role)
@@ -228,7 +228,7 @@ def test_arguments_that_were_resolved_without_the_plugin_end_the_start(resolve):
 
 def test_without_the_backend_nothing_is_declared(resolve):
     record, view = resolve("--attention-backend", "torch_native")
-    assert plugin.config_of(record) is None and view.page_size == 1
+    assert active.config_of(record) is None and view.page_size == 1
     assert "clusterkv" not in [source for source, _ in record._resolved_overrides]
 
 
@@ -295,7 +295,7 @@ def test_models_with_sliding_layers_in_one_pool_are_served(resolve, model_path, 
     gemma = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 512, "head_dim": 64}
     (tmp_path / "config.json").write_text(json.dumps(config | gemma))
     record, _ = resolve(*CLUSTERKV, model=tmp_path)
-    assert plugin.config_of(record) == ClusterKVConfig()
+    assert active.config_of(record) == ClusterKVConfig()
 
 
 @pytest.mark.parametrize(
@@ -360,15 +360,15 @@ def test_a_scheduler_process_gets_its_hooks_and_its_configuration(resolve, monke
     try:
         record, _ = resolve("--attention-backend", "torch_native")
         publish(record, role="scheduler")
-        assert plugin.active_config() is None
+        assert active.active_config() is None
         record, _ = resolve(*CLUSTERKV)
         publish(record, role="scheduler")
-        assert plugin.active_config() == ClusterKVConfig()
+        assert active.active_config() == ClusterKVConfig()
         assert hasattr(TpModelWorker.forward_batch_generation, "__wrapped__")
     finally:
         restore_context(before)
         torch.set_num_threads(threads)
-    assert plugin.active_config() is None
+    assert active.active_config() is None
 
 
 @pytest.mark.slow

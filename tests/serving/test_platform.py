@@ -5,7 +5,6 @@ Red when it takes over a machine with an accelerator, when a rank gets no core, 
 
 import os
 import pkgutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ import sglang.srt.platforms  # before cpu_platform, which SGLang may ask for whi
 import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.serving import plugin
+from sglang_clusterkv.serving import active
 from sglang_clusterkv.serving.cpu_platform import ClusterKVCpuPlatform
 from sglang_clusterkv.serving.platform import (
     OMP_BINDING,
@@ -23,6 +22,7 @@ from sglang_clusterkv.serving.platform import (
     default_omp_binding,
     thread_count,
 )
+from sglang_clusterkv.serving.pool import ClusterKVAllocator, ClusterKVPool
 
 
 @pytest.fixture
@@ -106,10 +106,9 @@ def test_a_later_engine_gets_a_binding_of_its_own_but_never_instead_of_the_users
 
 def test_pool_and_allocator_are_sglangs_unless_clusterkv_is_active(monkeypatch):
     platform = ClusterKVCpuPlatform()
-    monkeypatch.setattr(plugin, "active_config", lambda: None)
+    monkeypatch.setattr(active, "active_config", lambda: None)
     assert platform.get_kv_pool_cls(kind="mha") is None and platform.get_paged_allocator_cls() is None
-    pool = SimpleNamespace(kv_pool_class=lambda default: "pool", allocator_class=lambda default: "allocator")
-    monkeypatch.setitem(sys.modules, "sglang_clusterkv.serving.pool", pool)
-    monkeypatch.setattr(plugin, "active_config", ClusterKVConfig)
-    assert platform.get_kv_pool_cls(kind="mha") == "pool" and platform.get_paged_allocator_cls() == "allocator"
+    monkeypatch.setattr(active, "active_config", ClusterKVConfig)
+    assert platform.get_kv_pool_cls(kind="mha") is ClusterKVPool
+    assert platform.get_paged_allocator_cls() is ClusterKVAllocator
     assert platform.get_kv_pool_cls(kind="mla") is None

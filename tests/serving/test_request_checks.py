@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_clusterkv.serving import plugin, request_checks
+from sglang_clusterkv.serving import active, request_checks
 from sglang_clusterkv.serving.request_checks import problem_of
 
 
@@ -31,23 +31,23 @@ def test_no_token_is_refused(ids: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "embeds", "active"), [(True, None, True), (False, [[0.0]], True), (False, None, False)]
+    ("images", "embeds", "chosen"), [(True, None, True), (False, [[0.0]], True), (False, None, False)]
 )
 def test_inputs_of_other_kinds_and_other_backends_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, images: bool, embeds: list[list[float]] | None, active: bool
+    monkeypatch: pytest.MonkeyPatch, images: bool, embeds: list[list[float]] | None, chosen: bool
 ) -> None:
-    monkeypatch.setattr(plugin, "active_config", lambda: object() if active else None)
+    monkeypatch.setattr(active, "active_config", lambda: object() if chosen else None)
     manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100))
     request = SimpleNamespace(contains_mm_input=lambda: images, input_embeds=embeds)
     request_checks._before_validation(manager, request, [-1])
     with pytest.raises(ValueError, match="outside the model's vocabulary"):
-        monkeypatch.setattr(plugin, "active_config", object)
+        monkeypatch.setattr(active, "active_config", object)
         request = SimpleNamespace(contains_mm_input=lambda: False)
         request_checks._before_validation(manager, request, [-1])
 
 
 def test_a_sessions_history_may_be_the_whole_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "active_config", object)
+    monkeypatch.setattr(active, "active_config", object)
     manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100))
     request = SimpleNamespace(contains_mm_input=lambda: False, session_params={"id": "a"})
     request_checks._before_validation(manager, request, [])

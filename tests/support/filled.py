@@ -10,9 +10,10 @@ import functools
 import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels.attend.reference import Partial, attend
+from sglang_clusterkv.kernels.attend.reference import attend
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder
 from sglang_clusterkv.kernels.estimate.reference import estimate
+from sglang_clusterkv.kernels.merge.reference import Partial
 from sglang_clusterkv.kernels.refine.reference import Recalled, recall_all, refine
 from sglang_clusterkv.kernels.score.reference import exact_logits, score, segment_vectors
 from sglang_clusterkv.kernels.select.reference import select

@@ -20,21 +20,11 @@ from sglang_clusterkv.kernels.cpu_math import (
     bits,
     dot_group,
     fast_exp,
-    float_of_bf16,
     prefetch_row,
 )
+from sglang_clusterkv.kernels.row_cpu import load_row
 
 TOKENS_AHEAD = 4  # tokens whose keys or values of all heads are being loaded while one is computed
-
-
-@njit(inline="always")
-def load_row(buffer: Any, slot: int, head: int, is_bf16: bool, channels: int, out: Any) -> None:
-    """One key or value as float32 into out [channels]."""
-    for d in range(channels):
-        if is_bf16:
-            out[d] = float_of_bf16(buffer[slot, head, d])
-        else:
-            out[d] = np.float32(buffer[slot, head, d])
 
 
 @njit(inline="always")

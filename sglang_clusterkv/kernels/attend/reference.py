@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_clusterkv.kernels.merge.reference import Partial
 from sglang_clusterkv.kernels.score.reference import exact_logits, gather_heads
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
-
-
-class Partial(NamedTuple):
-    """Attention over a part of the tokens."""
-
-    output: torch.Tensor  # float32 [B, H, G, D], normalised over the part
-    lse: torch.Tensor  # float32 [B, H, G], log-sum-exp of the part's logits
 
 
 def attend(

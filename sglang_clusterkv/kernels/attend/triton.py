@@ -16,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.decode import grids
 from sglang_clusterkv.kernels.merge.triton import merge_parts
 from sglang_clusterkv.kernels.triton_rows import dot_dtype, padded_group
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.kernels.decode.workspace import Workspace
+    from sglang_clusterkv.kernels.workspace import Workspace
     from sglang_clusterkv.memory.step import SparseStep
 
 NO_WINDOW = 2**30  # tokens before the query's own that a layer without a sliding window sees

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_clusterkv.kernels.attend.reference import Partial, attend
+from sglang_clusterkv.kernels.attend.reference import attend
 from sglang_clusterkv.kernels.estimate.reference import estimate
-from sglang_clusterkv.kernels.merge.reference import merge, note_mass
+from sglang_clusterkv.kernels.merge.reference import Partial, merge, note_mass
 from sglang_clusterkv.kernels.refine.reference import recall_all, refine
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.attend import triton as attend_triton
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.decode import grids
-from sglang_clusterkv.kernels.decode.workspace import Allocate, Workspace, WorkspaceShape, make_workspace
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
 from sglang_clusterkv.kernels.merge import triton as merge_triton
 from sglang_clusterkv.kernels.refine import triton as refine_triton
 from sglang_clusterkv.kernels.score import triton as score_triton
 from sglang_clusterkv.kernels.select import triton as select_triton
+from sglang_clusterkv.kernels.workspace import Allocate, Workspace, WorkspaceShape, make_workspace
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_clusterkv.kernels.attend.reference import Partial
+from sglang_clusterkv.kernels.merge.reference import Partial
 from sglang_clusterkv.kernels.score.reference import Scores, segment_vectors
 from sglang_clusterkv.memory.codec import rows_at
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.decode.grids import LEAST_OWN
+from sglang_clusterkv.kernels.grids import LEAST_OWN
 from sglang_clusterkv.kernels.triton_rows import (
     BF16,
     INT4,
@@ -33,8 +33,8 @@ from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, na
 from sglang_clusterkv.memory.codec import RowCodec
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.kernels.decode.grids import EstimateParts
-    from sglang_clusterkv.kernels.decode.workspace import Workspace
+    from sglang_clusterkv.kernels.grids import EstimateParts
+    from sglang_clusterkv.kernels.workspace import Workspace
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numba import njit
 
-from sglang_clusterkv.kernels.attend.cpu import load_row
 from sglang_clusterkv.kernels.cpu_math import (
     FAST,
     NEGLIGIBLE,
@@ -28,6 +27,7 @@ from sglang_clusterkv.kernels.cpu_math import (
     prefetch_row,
 )
 from sglang_clusterkv.kernels.extend import reference
+from sglang_clusterkv.kernels.row_cpu import load_row
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FEW_ROWS = 64  # query rows per kv head up to which the pool is read in place

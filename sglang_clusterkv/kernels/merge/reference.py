@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from sglang_clusterkv.kernels.attend.reference import Partial
+
+class Partial(NamedTuple):
+    """Attention over a part of the tokens."""
+
+    output: torch.Tensor  # float32 [B, H, G, D], normalised over the part
+    lse: torch.Tensor  # float32 [B, H, G], log-sum-exp of the part's logits
 
 
 def merge(a: Partial, b: Partial) -> Partial:

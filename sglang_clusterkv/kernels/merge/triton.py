@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.decode.workspace import Workspace
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E
+from sglang_clusterkv.kernels.workspace import Workspace
 
 # Shares are added to the float64 accumulator as multiples of this: sums below 2^33 are exact then, so that atomic additions
 # give the same sum in any order.

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.decode.workspace import Workspace
 from sglang_clusterkv.kernels.triton_rows import code_levels, layer_arrays, padded_group, padded_slice
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
+from sglang_clusterkv.kernels.workspace import Workspace
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from sglang_clusterkv.kernels.attend.cpu import load_row
 from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, dot_group, fast_exp, float_of_bf16
-from sglang_clusterkv.kernels.row_cpu import decode_row
+from sglang_clusterkv.kernels.row_cpu import decode_row, load_row
 
 
 @functools.cache

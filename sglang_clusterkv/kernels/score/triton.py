@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.kernels.triton_rows import (
     BF16,
     dot_dtype,
@@ -29,6 +28,7 @@ from sglang_clusterkv.kernels.triton_rows import (
     slice_levels,
     slice_scales,
 )
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.memory.codec import RowCodec
 from sglang_clusterkv.memory.rotation import rotation_matrix
 

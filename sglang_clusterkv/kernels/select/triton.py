@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.kernels.score.triton import base_tiles, log_sum_exp
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex

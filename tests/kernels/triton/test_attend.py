@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.attend import reference
 from sglang_clusterkv.kernels.attend.triton import dense_decode
-from sglang_clusterkv.kernels.decode import grids
-from sglang_clusterkv.kernels.decode.grids import split_count
+from sglang_clusterkv.kernels.grids import split_count
 from tests.support.filled import SCALE, Filled, Guarded, assert_close, merged
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)

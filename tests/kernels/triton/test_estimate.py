@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels.attend.reference import Partial
-from sglang_clusterkv.kernels.decode import grids
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
+from sglang_clusterkv.kernels.merge.reference import Partial
 from tests.support.filled import FAR, Filled, assert_close, merged
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_clusterkv.kernels.attend.reference import Partial
-from sglang_clusterkv.kernels.decode.workspace import Workspace, WorkspaceShape, make_workspace
 from sglang_clusterkv.kernels.merge import reference
+from sglang_clusterkv.kernels.merge.reference import Partial
 from sglang_clusterkv.kernels.merge.triton import merge, merge_parts
+from sglang_clusterkv.kernels.workspace import Workspace, WorkspaceShape, make_workspace
 from tests.support.filled import Guarded, merged
 
 BATCH, HEADS = 2, 2

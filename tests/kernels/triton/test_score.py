@@ -14,9 +14,9 @@ from msgspec.structs import replace
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder
-from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.kernels.score.reference import exact_logits, score, segment_vectors
 from sglang_clusterkv.kernels.score.triton import base_tiles, cluster_tiles
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.rotation import rotation_matrix
 from sglang_clusterkv.memory.step import SparseStep

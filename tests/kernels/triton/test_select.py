@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels.decode.workspace import SCORE_CLUSTERS, SCORE_TOKENS, WorkspaceShape, make_workspace
 from sglang_clusterkv.kernels.score.reference import Scores
 from sglang_clusterkv.kernels.select.reference import select as reference_select
 from sglang_clusterkv.kernels.select.triton import select
 from sglang_clusterkv.kernels.triton_threshold import bracket
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, WorkspaceShape, make_workspace
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep

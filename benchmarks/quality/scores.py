@@ -226,7 +226,7 @@ def read_answers(files: Sequence[Path]) -> tuple[list[Answer], dict[str, float]]
     """
     answers: list[Answer] = []
     sparse: dict[str, float] = {}
-    counted: dict[tuple[str, int, int], int] = {}
+    counted: list[dict[str, Any]] = []
     abouts = [json.loads(file.read_text()) for file in files]
     settings = [about.get("setting", "") for about in abouts if "prompts" not in about["results"]]
     for file, about in zip(files, abouts, strict=True):
@@ -236,7 +236,7 @@ def read_answers(files: Sequence[Path]) -> tuple[list[Answer], dict[str, float]]
                 raise SystemExit(
                     f"{file} counts the tokens of {found['model']}: name it with results of that model only"
                 )
-            counted |= {(p["task"], p["length"], p["number"]): p["tokens"] for p in found["prompts"]}
+            counted += found["prompts"]
             continue
         if "answers" not in found:
             raise SystemExit(f"{file} has no answers: name JSON results of benchmarks.quality.tasks, ruler or turns")
@@ -246,10 +246,18 @@ def read_answers(files: Sequence[Path]) -> tuple[list[Answer], dict[str, float]]
         answers += [Answer(**answer) for answer in found["answers"]]
         for arm, share in found["sparse_steps"].items():
             sparse[arm] = min(share, sparse.get(arm, 1.0))
-    for i, answer in enumerate(answers):
-        if answer.prompt_tokens is None:
-            answers[i] = answer._replace(prompt_tokens=counted.get((answer.task, answer.length, answer.number)))
-    return answers, sparse
+    return with_prompts(answers, counted), sparse
+
+
+def with_prompts(answers: Sequence[Answer], counted: Sequence[dict[str, Any]]) -> list[Answer]:
+    """Answers that do not say how long their prompts were, with the tokens that `ruler --recount` found for them."""
+    tokens = {(prompt["task"], prompt["length"], prompt["number"]): prompt["tokens"] for prompt in counted}
+    return [
+        answer
+        if answer.prompt_tokens is not None
+        else answer._replace(prompt_tokens=tokens.get((answer.task, answer.length, answer.number)))
+        for answer in answers
+    ]
 
 
 def main() -> None:

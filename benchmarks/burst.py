@@ -27,14 +27,16 @@ from transformers import AutoTokenizer
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.tools.demo_model import default_out
-from sglang_clusterkv.tools.haystack import FACTS, make_document
+from sglang_clusterkv.tools.haystack import FACTS, log_book, make_document
 
 SERVERS = {
     "as SGLang starts (fcfs)": [],
     "lpm": ["--schedule-policy", "lpm"],
-    "fcfs, one prefill at a time": ["--prefill-max-requests", "1"],
-    "lpm, one prefill at a time": ["--schedule-policy", "lpm", "--prefill-max-requests", "1"],
+    "fcfs, prefills of 2,048 tokens": ["--chunked-prefill-size", "2048"],
+    "lpm, prefills of 2,048 tokens": ["--chunked-prefill-size", "2048", "--schedule-policy", "lpm"],
+    "one prefill at a time, no overlap": ["--prefill-max-requests", "1", "--disable-overlap-schedule"],
 }
+OTHERS = 8  # prompts that share nothing
 ANSWER_TOKENS = 8
 
 
@@ -57,12 +59,14 @@ def counts(server: Server) -> dict[str, Any]:
     return newer
 
 
-def generate(server: Server, prompts: list[str]) -> int:
-    """Ask for all in one list; tokens that were prefilled."""
+def generate(server: Server, prompts: list[str], others: list[str] | None = None) -> int:
+    """Ask for all in one list, others behind them; tokens that were prefilled of the prompts."""
     sampling = {"temperature": 0, "max_new_tokens": ANSWER_TOKENS, "ignore_eos": True}
-    reply = requests.post(f"{server.url}/generate", json={"text": prompts, "sampling_params": sampling}, timeout=1800)
+    texts = prompts + (others or [])
+    reply = requests.post(f"{server.url}/generate", json={"text": texts, "sampling_params": sampling}, timeout=1800)
     assert reply.status_code == 200, reply.text
-    return sum(a["meta_info"]["prompt_tokens"] - a["meta_info"]["cached_tokens"] for a in reply.json())
+    found = [answer["meta_info"] for answer in reply.json()][: len(prompts)]
+    return sum(meta["prompt_tokens"] - meta["cached_tokens"] for meta in found)
 
 
 def in_one_list(server: Server, document: str, questions: list[str]) -> int:
@@ -73,6 +77,16 @@ def in_one_list(server: Server, document: str, questions: list[str]) -> int:
 def equal_prompts(server: Server, document: str, questions: list[str]) -> int:
     """All at once, with the same question."""
     return generate(server, [document + questions[0]] * len(questions))
+
+
+def other_prompts(document: str) -> list[str]:
+    """As long as the document, and alike from no token on."""
+    return ["".join(log_book(len(document), seed=100 + i, first_day=1000 * (i + 1))) for i in range(OTHERS)]
+
+
+def equal_before_others(server: Server, document: str, questions: list[str]) -> int:
+    """All at once, with the same question, and other prompts behind them in the list."""
+    return generate(server, [document + questions[0]] * len(questions), other_prompts(document))
 
 
 def first_alone(server: Server, document: str, questions: list[str]) -> int:
@@ -113,6 +127,7 @@ def forked_after_sync(server: Server, document: str, questions: list[str]) -> in
 
 WAYS: dict[str, Callable[[Server, str, list[str]], int]] = {
     "equal prompts, one list": equal_prompts,
+    "equal prompts before others": equal_before_others,
     "one list": in_one_list,
     "first alone, then a list": first_alone,
     "fork": forked,
@@ -122,6 +137,12 @@ WAYS: dict[str, Callable[[Server, str, list[str]], int]] = {
 
 def burst(server: Server, ask: Callable[[Server, str, list[str]], int], document: str, questions: list[str]) -> Burst:
     """One burst over an empty cache, then one more copy."""
+    elsewhere = 0
+    if ask is equal_before_others:
+        server.flush()
+        before = counts(server)
+        generate(server, [], other_prompts(document))
+        elsewhere = counts(server)["tokens_clustered"] - before["tokens_clustered"]
     server.flush()
     before = counts(server)
     begin_s = time.perf_counter()
@@ -132,7 +153,7 @@ def burst(server: Server, ask: Callable[[Server, str, list[str]], int], document
     after = counts(server)
     return Burst(
         prefilled,
-        middle["tokens_clustered"] - before["tokens_clustered"],
+        middle["tokens_clustered"] - before["tokens_clustered"] - elsewhere,
         seconds,
         later["cached_tokens"],
         after["tokens_clustered"] - middle["tokens_clustered"],
@@ -197,7 +218,7 @@ def main() -> None:
     prompt = len(AutoTokenizer.from_pretrained(args.model)(document + questions[0]).input_ids)
     found: dict[str, dict[str, list[Burst]]] = {}
     once = 0
-    pool = str(args.copies * (prompt + 512) + 4096)
+    pool = str((args.copies + OTHERS) * (prompt + 512) + 4096)
     bar = tqdm(total=len(args.servers) * len(args.ways) * args.runs, unit="burst")
     for name in args.servers:
         log = Path(tempfile.mkdtemp(prefix="burst-")) / "server.log"

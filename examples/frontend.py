@@ -1,7 +1,7 @@
 """A program in SGLang's frontend language: one document, three branches that ask about it, and a choice between numbers.
 
-After a `sync`, `fork` sends the document once, before the branches. Its pages are in the radix cache then, and are clustered once
-for all that read them; the server's counts show it. Start a server with `make serve`, then:
+After a `sync`, `fork` sends the document once, before the branches. Its pages are in the radix cache then, and are clustered
+once for all that read them; the server's counts show it. Start a server with `make serve`, then:
 
     python examples/frontend.py --base-url http://127.0.0.1:30000 [--tokens 6000] [--small]
 """

@@ -352,7 +352,7 @@ class Arms:
 
 THREE_DOCUMENTS = "quality-model-20261128-211030"
 ALL_POLICIES = "quality-model-20261128-212012"
-SOURCE_CODE = "quality-model-20261129-113144"
+SOURCE_CODE, DIGITS = "quality-model-20261129-113144", "quality-model-20261129-122846"
 QWEN = "quality-model-20261128-211655"
 OTHER_MASSES = "quality-model-20261128-165418"
 TWO_LEVELS = "quality-model-20261128-133903"
@@ -446,7 +446,7 @@ def _(found: Any) -> Rows:
     ]
 
 
-@figures("kinds", QUALITY, THREE_DOCUMENTS, SOURCE_CODE)
+@figures("kinds", QUALITY, THREE_DOCUMENTS, SOURCE_CODE, DIGITS)
 def _(*found: Any) -> Rows:
     rows: Rows = []
     for one in found:
@@ -462,7 +462,7 @@ def _(*found: Any) -> Rows:
     return rows
 
 
-@figures("unsure", QUALITY, SOURCE_CODE)
+@figures("unsure", QUALITY, SOURCE_CODE, DIGITS)
 def _(*found: Any) -> Rows:
     rows: Rows = []
     for one in found:

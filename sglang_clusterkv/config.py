@@ -308,6 +308,7 @@ def configuration_markdown() -> str:
     for name, limit in LIMITS.items():
         reasons.setdefault(limit.why, []).append(f"`{name}`")
     limits = "\n".join(f"- {', '.join(names)}: {why}." for why, names in reasons.items())
+    tokens = f"{MAX_SEGMENT_TOKENS:,}"
     return f"""# Configuration
 
 <!-- Written by `python -m sglang_clusterkv.config > docs/configuration.md`: change config.py, not this. -->
@@ -324,9 +325,9 @@ sglang serve --model-path MODEL --attention-backend clusterkv {FLAG} '{EXAMPLE}'
 {rows}
 
 `--page-size` is SGLang's own flag; with `--attention-backend clusterkv` it is 16 unless set. Values that the table
-calls whole pages are raised to fit it where they are still the defaults. It may be 2 to {MAX_PAGE_SIZE:,}: a segment has {MIN_SEGMENT_PAGES}
-pages or more and {MAX_SEGMENT_TOKENS:,} tokens or less. An unknown key, one that is given twice, a wrong type, a number outside its
-limits or values that do not go together end the start with one sentence that names the fix.
+calls whole pages are raised to fit it where they are still the defaults. It may be 2 to {MAX_PAGE_SIZE:,}:
+a segment has {MIN_SEGMENT_PAGES} pages or more and {tokens} tokens or less. An unknown key, one that is given twice, a wrong
+type, a number outside its limits or values that do not go together end the start with one sentence that names the fix.
 
 Why not more:
 

@@ -3,7 +3,6 @@
 Red when a default changes unnoticed, a mistake passes or ends in another exception, or docs/configuration.md is stale.
 """
 
-import math
 import re
 import subprocess
 import sys

@@ -98,9 +98,9 @@ def _headless_is_whole() -> AbstractContextManager[Any]:
 def _built_from_the_row_of_the_launch_before() -> AbstractContextManager[Any]:
     make, rows = ClusterEngine._make, {}
 
-    def late(self: ClusterEngine, operation: Make) -> None:
+    def late(self: ClusterEngine, operation: Make, merges: bool) -> None:
         true, self.req_to_token = self.req_to_token, rows.get(id(self), self.req_to_token)
-        make(self, operation)
+        make(self, operation, merges)
         self.req_to_token = true
         rows[id(self)] = true.clone()
 

@@ -458,7 +458,7 @@ class World:
                 self.made.append(Made(operation, maker, bool(clustered[pages].any()), merged))
                 clustered[pages] = True
         self.history += self.made
-        self.splits = plan.splits
+        self.splits = len(plan.cut)
         return plan
 
     def _record_is_dirty(self, request: Request) -> bool:

@@ -17,6 +17,9 @@ from unittest.mock import patch
 import torch
 
 from sglang_clusterkv.clusters import build
+from sglang_clusterkv.clusters.backoff import BackOff
+from sglang_clusterkv.clusters.counters import Counters
+from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.planning import found
@@ -107,6 +110,41 @@ def _built_from_the_row_of_the_launch_before() -> AbstractContextManager[Any]:
     return patch.object(ClusterEngine, "_make", late)
 
 
+def _no_net_below_the_layers(
+    self: ClusterEngine, q: Any, keys: Any, values: Any, layer: int, step: DecodeStep, scale: float
+) -> torch.Tensor:
+    return self.sparse_decode(q, keys, values, self.index, layer, step.sparse, scale)
+
+
+def _counted_before_its_layers() -> AbstractContextManager[Any]:
+    begin = ClusterEngine.begin_decode
+
+    def begin_and_count(self: ClusterEngine, rows: Any, seq_lens: Any) -> DecodeStep:
+        step = begin(self, rows, seq_lens)
+        self.count_step()
+        return step
+
+    return patch.object(ClusterEngine, "begin_decode", begin_and_count)
+
+
+@contextmanager
+def _counted_with_its_lists() -> Iterator[None]:
+    begin, made = ClusterEngine.begin_decode, DecodeLists.step
+    counters: dict[int, Counters] = {}
+
+    def noted(self: ClusterEngine, rows: Any, seq_lens: Any) -> DecodeStep:
+        counters[id(self.decoding)] = self.counters
+        return begin(self, rows, seq_lens)
+
+    def counted(self: DecodeLists, *arguments: Any) -> DecodeStep:
+        step = made(self, *arguments)
+        counters[id(self)].add(step.counts)
+        return step._replace(counts=None)
+
+    with patch.object(ClusterEngine, "begin_decode", noted), patch.object(DecodeLists, "step", counted):
+        yield
+
+
 MUTANTS = {
     "handed-out pages keep their clusters": Mutant(
         "1", _replaced(ClusterIndex, "invalidate", lambda self, pages: None)
@@ -133,6 +171,12 @@ MUTANTS = {
     "tables of other keys": Mutant("4, 5", _spoiled_mark),
     "built differently each time": Mutant("5", _built_differently_each_time),
     "clusters inside the window": Mutant("6", _window_forgotten),
+    "layers' faults reach the scheduler": Mutant(
+        "7", _replaced(ClusterEngine, "sparse_layer", _no_net_below_the_layers)
+    ),
+    "what failed is tried again at once": Mutant("7", _replaced(BackOff, "failed", lambda self: None)),
+    "steps are counted before their layers": Mutant("8", _counted_before_its_layers),
+    "steps are counted with their lists": Mutant("8", _counted_with_its_lists),
 }
 
 

@@ -93,8 +93,8 @@ _ATTENDED = "every step attends to all of them"
 _NORMAL = "1 is the weight that normally distributed keys have"
 
 LIMITS: dict[str, Limit] = {
-    "budget_tokens": Limit(1, 65536, _HELD),
-    "candidate_tokens": Limit(1, 65536, _HELD),
+    "budget_tokens": Limit(1, 32768, _HELD),
+    "candidate_tokens": Limit(1, 32768, _HELD),
     "sink_tokens": Limit(1, 65536, _ATTENDED, pages=True),
     "window_tokens": Limit(2, 65536, _ATTENDED, pages=True),
     "segment_tokens": Limit(MIN_SEGMENT_PAGES, MAX_SEGMENT_TOKENS, _SEGMENT, pages=True),

@@ -170,7 +170,7 @@ def test_the_warm_up_takes_no_memory_for_what_a_configuration_only_allows(monkey
         return randn(*shape, **kwargs)
 
     monkeypatch.setattr(torch, "randn", watched)
-    config = ClusterKVConfig(sink_tokens=65536, window_tokens=65536, budget_tokens=65536, candidate_tokens=65536)
+    config = ClusterKVConfig(sink_tokens=65536, window_tokens=65536, budget_tokens=32768, candidate_tokens=32768)
     compile_kernels(
         config, "cpu", page_size=16, kv_heads=KV_HEADS, group=GROUP, head_dim=HEAD_DIM, dtype=torch.float32,
         context_tokens=10**6,

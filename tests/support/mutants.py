@@ -7,6 +7,7 @@ many worlds and launches it did, and by which assertion. Exit code 1 when a muta
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -197,11 +198,14 @@ def verdict(mutant: Mutant, worlds: int) -> str | None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
+    logging.disable(logging.CRITICAL)  # of faults that the machine injects
     with mutant.broken(), contextlib.redirect_stdout(None):
         try:
             run_state_machine_as_test(seed(0)(SchedulerMachine), settings=quiet)
         except (AssertionError, KeyError, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("AssertionError: ")
+        finally:
+            logging.disable(logging.NOTSET)
     return None
 
 

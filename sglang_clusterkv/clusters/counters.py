@@ -6,15 +6,37 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sglang_clusterkv.clusters.rows import DenseReason
 
 logger = logging.getLogger(__name__)
 
 _SAY_EVERY_S = 60.0
+_FAULT = DenseReason.FAULT.name.lower()
+
+
+class StepCounts(NamedTuple):
+    """What a decode step comes to if its layers do as its lists say: counted once they have."""
+
+    sparse: int  # requests
+    dense: Counter[str]  # requests by reason
+    tokens_available: int
+    tokens_recalled: int
+
+    @classmethod
+    def of_faults(cls, requests: int) -> StepCounts:
+        """A step that is dense because our own code failed."""
+        return cls(0, Counter({_FAULT: requests}), 0, 0)
+
+    def turned_dense(self) -> StepCounts:
+        """The same step, whose sparse requests attended to everything from some layer on: a fault."""
+        return StepCounts(0, self.dense + Counter({_FAULT: self.sparse}), 0, 0)
 
 
 @dataclass
 class Counters:
-    """Counts of one engine; all rise."""
+    """Counts of one engine of what has happened; all rise."""
 
     segments: int = 0
     tokens_clustered: int = 0
@@ -29,6 +51,13 @@ class Counters:
     dense_steps: Counter[str] = field(default_factory=Counter)  # requests of a step, by reason
     dense_layer_calls: Counter[str] = field(default_factory=Counter)  # requests of one layer of a step, by reason
     faults: Counter[str] = field(default_factory=Counter)  # exceptions of our own code that were survived, by operation
+
+    def add(self, step: StepCounts) -> None:
+        """A decode step has run."""
+        self.dense_steps.update(step.dense)
+        self.sparse_steps += step.sparse
+        self.tokens_available += step.tokens_available
+        self.tokens_recalled += step.tokens_recalled
 
 
 class Faults:

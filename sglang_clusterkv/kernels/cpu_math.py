@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+# All kernels are made by it: a division by zero gives an infinity or NaN, as in the references, and raises nothing.
+njit = functools.partial(numba.njit, error_model="numpy")
 # The kernels reassociate sums so that loops vectorise, but keep infinities: -inf marks what must count nothing.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 NEGLIGIBLE = np.float32(-1.0e30)

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -101,7 +102,7 @@ class ClusterKVAttnBackend(AttentionBackend):
                 # Warm-up and unit kits: no plan, so dense, and lengths that only the device knows.
                 rows, seq_lens = forward_batch.req_pool_indices.cpu().numpy(), forward_batch.seq_lens.cpu().numpy()
                 dense = dense_step(rows, seq_lens, self.req_to_token_pool.req_to_token)
-                self._step = DecodeStep(None, None, None, dense, rows, seq_lens)
+                self._step = _all_dense(rows, seq_lens, dense)
         elif self.prefill is not None:
             self.prefill.init_forward_metadata(forward_batch)
         else:
@@ -171,24 +172,22 @@ class ClusterKVAttnBackend(AttentionBackend):
         assert step is not None, "decode without init_forward_metadata"
         reason = self._dense_layer(layer) or (DenseReason.SHARED_KV if k is None else None)
         if reason is not None and step.sparse is not None:
+            output = self._dense(rows, keys, values, layer, self._dense_of_all(step)).flatten(1)
             self._count(reason, step)
-            return self._dense(rows, keys, values, layer, self._dense_of_all(step)).flatten(1)
-        if step.sparse is None:
-            assert step.dense is not None
-            return self._dense(rows, keys, values, layer, step.dense).flatten(1)
-        assert self.engine is not None
-        local = layer.layer_id - self.first_layer
-        if step.dense is None:
-            return self.engine.sparse_decode(
-                rows, keys, values, self.engine.index, local, step.sparse, layer.scaling
-            ).flatten(1)
-        assert step.sparse_at is not None and step.dense_at is not None
-        output = torch.empty_like(rows)
-        output[step.sparse_at] = self.engine.sparse_decode(
-            rows[step.sparse_at], keys, values, self.engine.index, local, step.sparse, layer.scaling
-        )
-        output[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense)
-        return output.flatten(1)
+            return output
+        if step.sparse is not None:
+            assert self.engine is not None
+            local = layer.layer_id - self.first_layer
+            mixed = self.engine.sparse_layer(rows, keys, values, local, step, layer.scaling)
+            if mixed is not None:
+                if step.dense is not None:
+                    assert step.dense_at is not None
+                    mixed[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense)
+                return mixed.flatten(1)
+            # Our own code failed: all requests attend to everything from this layer on.
+            step = self._step = _all_dense(step.rows, step.seq_lens, self._dense_of_all(step))
+        assert step.dense is not None
+        return self._dense(rows, keys, values, layer, step.dense).flatten(1)
 
     @staticmethod
     def _dense(
@@ -238,6 +237,11 @@ class ClusterKVAttnBackend(AttentionBackend):
     ) -> None:
         if save_kv_cache and k is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+
+
+def _all_dense(rows: np.ndarray, seq_lens: np.ndarray, dense: DenseStep) -> DecodeStep:
+    """The layers of a step in which every request attends to everything; what it counts as is the engine's to know."""
+    return DecodeStep(None, None, None, dense, rows, seq_lens)
 
 
 def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sglang_clusterkv.config import MAX_PAGE_SIZE
+
 BACKEND = "clusterkv"
 
 
@@ -87,7 +89,12 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "chunks of part pages",
-        lambda a, m: (a.chunked_prefill_size or 0) > 0 and a.chunked_prefill_size % (a.page_size or 1) != 0,
+        # What is said of too large a page does not hang on the chunks.
+        lambda a, m: (
+            (a.page_size or 1) <= MAX_PAGE_SIZE
+            and (a.chunked_prefill_size or 0) > 0
+            and a.chunked_prefill_size % (a.page_size or 1) != 0
+        ),
         "--chunked-prefill-size is not a multiple of --page-size: change one of them",
     ),
     Refusal(

@@ -61,7 +61,7 @@ _GAUGES = {
     "running_reqs": "Requests that clusterkv follows.",
 }
 # Shown as 0 before the first one, so that an alert sees that one rise.
-OPERATIONS = ("admit", "build", "copy", "cut", "free", "invalidate", "lists", "plan", "rewrite")
+OPERATIONS = ("admit", "build", "copy", "cut", "free", "invalidate", "layer", "lists", "plan", "rewrite")
 
 
 class DeviceCounts:
@@ -158,6 +158,7 @@ class Exporter:
         engine = _engine(pool)
         self._copy = None
         mass, pages = counts.read()
+        engine.count_step()
         for attribute, total in self._totals.items():
             self._raise(total, attribute, getattr(engine.counters, attribute))
         for attribute, total in self._totals_by.items():

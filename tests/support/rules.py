@@ -1,4 +1,4 @@
-"""docs/design.md's rules 1 to 6 as assertions over a world (world.py), called after every launch.
+"""docs/design.md's rules 1 to 8 as assertions over a world (world.py), called after every launch.
 
 They trust the device's page states, the pool and the world's rows; what the engine's records say is checked against those.
 """
@@ -189,13 +189,14 @@ def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) ->
         assert int(step.dense.seq_lens[i]) == request.length
         slots = world.scene.req_to_token[request.row, : request.length].long()
         assert torch.equal(step.dense.slots[i, : request.length], slots), f"{request.rid}'s dense list"
-        if not world.is_dirty(request) and not world.may_fault:
+        if not world.is_dirty(request) and not world.may_fault and not step_may_be_dense(world):
             recallable = request.length - world.attended(request, request.length)
             base, config = request.length - recallable, world.config
             most = config.sink_tokens + 2 * config.recluster_every + config.window_tokens + PAGE + recallable // 4
             assert recallable <= config.budget_tokens or base > most, (
                 f"{request.rid} decodes densely, {recallable} of {request.length} recallable: {record_of(world, request)}"
             )
+    assert not sparse_at or world.launches >= world.dense_until, "rule 7: layers that failed are tried again at once"
     for i, place in enumerate(sparse_at):
         assert_sparse_list(world, requests[place], step, i)
     for request in requests if not world.may_fault else []:
@@ -204,6 +205,24 @@ def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) ->
         assert request.dense_since_news < 2, f"{request.rid} decodes densely for a second time since its row was new"
         if not dirty and world.settled and not world.splits:  # a piece that a cut left is looked at in the next step
             assert_tail_is_short(world, request)
+
+
+def step_may_be_dense(world: World) -> bool:
+    """Whether a fault is the reason, in this step or before."""
+    return world.launches < world.dense_until or world.faulted_at == world.launches
+
+
+def assert_counts(world: World) -> None:
+    """Rule 8: every request of a decode step is counted once, as what the step came to."""
+    world.engine.count_step()
+    counters, counted = world.engine.counters, world.counted
+    dense = sum(counters.dense_steps.values())
+    assert (counters.sparse_steps, dense) == (counted["sparse"], counted["dense"]), (
+        f"rule 8: {counters.sparse_steps} sparse and {dense} dense steps are counted of {dict(counted)}"
+    )
+    assert counters.tokens_available == counted["available"] and counters.tokens_recalled <= counted["available"], (
+        f"rule 8: {counters.tokens_recalled} of {counters.tokens_available} tokens are counted of {dict(counted)}"
+    )
 
 
 def assert_sparse_list(world: World, request: Request, step: DecodeStep, i: int) -> None:

@@ -16,11 +16,14 @@ from a page too early or too late never equal the right ones. After every launch
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -190,6 +193,12 @@ class World:
         self.running: list[Request] = []
         self.launches = 0
         self.may_fault = False  # whether the engine may go the dense way longer than it should
+        self.raises: str | None = None  # "lists" or "layer": where the next decode step has a fault
+        self.injected: Counter[str] = Counter()  # such faults
+        self.counted: Counter[str] = Counter()  # requests of decode steps, sparse and dense; tokens to choose from
+        self.faulted_at = 0  # launch whose lists failed
+        self.dense_until = 0  # launch from which layers may be sparse again
+        self._failures = 0  # of layers, in a row
         self.catches_up = False  # with `lags`: a launch's head is done before the scheduler goes on
         self.handed_out: list[torch.Tensor] = []  # slots, since the last launch
         self.made: list[Made] = []  # of the last launch's plan
@@ -242,12 +251,58 @@ class World:
                 request.length += 1
                 self._allocate(request, request.length - 1, request.length)
             rows, lengths = np.array([r.row for r in requests]), np.array([r.length for r in requests])
-            step = self._begin(lambda rows=rows, lengths=lengths: self.engine.begin_decode(rows, lengths))
+            with self._lists_that_raise():
+                step = self._begin(lambda rows=rows, lengths=lengths: self.engine.begin_decode(rows, lengths))
             rules.assert_lists(self, requests, step)
+            self._layers(step)
+            rules.assert_counts(self)
             for request in requests:
                 self._write_kv(request, request.length - 1)
             self._results([])
         return step
+
+    @contextlib.contextmanager
+    def _lists_that_raise(self) -> Iterator[None]:
+        """If they are to: once they are made."""
+        if self.raises != "lists":
+            yield
+            return
+        made = self.engine.decoding.step
+
+        def raises(*arguments: Any) -> DecodeStep:
+            made(*arguments)
+            raise RuntimeError("a fault of the test")
+
+        self.raises = None
+        self.injected["lists"] += 1
+        self.faulted_at = self.launches + 1
+        with patch.object(self.engine.decoding, "step", raises):
+            yield
+
+    def _layers(self, step: DecodeStep) -> None:
+        """The layers of a step: none is computed, one may fail. Counts what the step came to."""
+        sparse = 0 if step.sparse is None else step.sparse.batch
+        if sparse and self.raises == "layer":
+            self.raises = None
+            self.injected["layer"] += 1
+            self._failures = min(self._failures + 1, 8)
+            self.dense_until = self.launches + 2**self._failures
+            sparse = 0
+
+            def raises(*_: Any) -> torch.Tensor:
+                raise RuntimeError("a fault of the test")
+
+            q = torch.zeros(len(step.rows), 1, self.index.geometry.head_dim)
+            with patch.object(self.engine, "sparse_decode", raises):
+                try:
+                    output = self.engine.sparse_layer(q, self.scene.keys[0], self.scene.values[0], 0, step, 1.0)
+                except RuntimeError:
+                    raise AssertionError("a layer's fault reached the scheduler") from None
+            assert output is None, "a layer that failed gave something"
+        elif sparse:
+            self._failures = 0
+        self.counted.update(sparse=sparse, dense=len(step.rows) - sparse)
+        self.counted["available"] += PAGE * int(step.sparse.page_count.sum()) if sparse else 0
 
     def finish(self, request: Request, *, in_flight: int = 1) -> None:
         """A request ends; the tree keeps its whole pages. The last `in_flight` tokens are of a launch that was in vain."""
@@ -458,7 +513,7 @@ class World:
                 self.made.append(Made(operation, maker, bool(clustered[pages].any()), merged))
                 clustered[pages] = True
         self.history += self.made
-        self.splits = plan.splits
+        self.splits = len(plan.cut)
         return plan
 
     def _record_is_dirty(self, request: Request) -> bool:

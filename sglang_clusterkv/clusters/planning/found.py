@@ -32,7 +32,7 @@ def cut(snapshot: Snapshot, run: Run, draft: Draft) -> None:
         return  # it stays whole for others; this row attends to its part
     viewers = [row for row in draft.records.viewers(run.id) if row is not record]
     owner = next((row for row in viewers if not row.dirty), None)
-    draft.plan.splits += 1
+    draft.plan.cut.add(run.id)
     draft.forget(run.id)
     # Index begin, index end, new id.
     pieces = [(b - first, e - first, draft.make(record, b, e)) for b, e in own]

@@ -42,7 +42,7 @@ class Plan:
 
     operations: list[Make | Forget] = field(default_factory=list)
     touched: list[Row] = field(default_factory=list)  # rows whose record changed
-    splits: int = 0
+    cut: set[int] = field(default_factory=set)  # ids of segments that are forgotten because a row sees a part of them
     merged: set[int] = field(default_factory=set)  # ids of segments made of neighbours
 
     def withdraw(self, segment_id: int) -> bool:

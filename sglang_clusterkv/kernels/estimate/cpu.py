@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import FAST, ROWS_AT_ONCE, add_rows, bits_of_float, float_of_bf16
+from sglang_clusterkv.kernels.cpu_math import FAST, ROWS_AT_ONCE, add_rows, bits_of_float, float_of_bf16, njit
 from sglang_clusterkv.kernels.row_cpu import decode_row
 from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from sglang_clusterkv.kernels.cpu_math import (
     FAST,
@@ -24,6 +23,7 @@ from sglang_clusterkv.kernels.cpu_math import (
     bits,
     dot_group,
     fast_exp,
+    njit,
     prefetch_row,
 )
 from sglang_clusterkv.kernels.extend import reference

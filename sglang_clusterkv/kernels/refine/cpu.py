@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from sglang_clusterkv.kernels.cpu_math import (
     FAST,
@@ -18,6 +17,7 @@ from sglang_clusterkv.kernels.cpu_math import (
     dot_group,
     fast_exp,
     float_of_bf16,
+    njit,
     prefetch_row,
     unpack_codes,
 )

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, dot_group, fast_exp, float_of_bf16
+from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, dot_group, fast_exp, float_of_bf16, njit
 from sglang_clusterkv.kernels.row_cpu import decode_row, load_row
 
 
@@ -88,19 +87,20 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
                     mass[b, h, c] = 0.0
                 for g in range(group):
                     # Two peaks: where clusters are wide, the choice's is so much higher that the estimate would vanish.
-                    highest = NEGLIGIBLE
-                    choice_peak = NEGLIGIBLE
+                    # Neither knows of the other's weight, for either may be the larger.
+                    base_peak = NEGLIGIBLE
+                    for t in range(tokens):
+                        base_peak = max(base_peak, base_logit[b, h, g, t])
+                    highest = base_peak
+                    choice_peak = base_peak
                     for c in range(clusters):
                         choice_peak = max(choice_peak, dot[b, h, g, c] + bonus[g, c] * choice_spread)
                         highest = max(highest, dot[b, h, g, c] + bonus[g, c] * estimate_spread)
-                    for t in range(tokens):
-                        highest = max(highest, base_logit[b, h, g, t])
-                    choice_peak = max(choice_peak, highest)
                     base = np.float32(0.0)
                     for t in range(tokens):
-                        base += fast_exp(base_logit[b, h, g, t] - highest)
-                    estimated = base
-                    chosen = base * fast_exp(highest - choice_peak)
+                        base += fast_exp(base_logit[b, h, g, t] - base_peak)
+                    estimated = base * fast_exp(base_peak - highest)
+                    chosen = base * fast_exp(base_peak - choice_peak)
                     for c in range(clusters):
                         count = np.float32(size[b, h, c])
                         value = count * fast_exp(dot[b, h, g, c] + bonus[g, c] * estimate_spread - highest)

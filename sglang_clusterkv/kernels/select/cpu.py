@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import bits_of_float
+from sglang_clusterkv.kernels.cpu_math import bits_of_float, njit
 from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
 
 

@@ -149,7 +149,7 @@ def test_each_stage_equals_its_reference() -> None:
         np.testing.assert_array_equal(buffers.size[b, h, :own], expected.size[b, h, :own])
         np.testing.assert_array_equal(buffers.begin[b, h, :own], expected.begin[b, h, :own])
         np.testing.assert_allclose(buffers.dot[b, h, :, :own], expected.dot[b, h, :, :own], atol=1e-5)
-        np.testing.assert_allclose(buffers.mass[b, h, :own], expected.mass[b, h, :own], rtol=2e-5)
+        np.testing.assert_allclose(buffers.log_mass[b, h, :own], expected.log_mass[b, h, :own], rtol=1e-6, atol=2e-5)
     np.testing.assert_allclose(buffers.total, expected.total, rtol=1e-5)
 
     decoder.select()

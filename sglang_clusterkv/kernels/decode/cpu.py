@@ -54,7 +54,7 @@ class Buffers:
     size: np.ndarray  # int32 [B, H, C]
     begin: np.ndarray  # int32 [B, H, C]
     taken: np.ndarray  # int32 [B, H, C]: members that are candidates, then tokens recalled
-    mass: np.ndarray  # float32 [B, H, C]
+    log_mass: np.ndarray  # float32 [B, H, C]
     dot: np.ndarray  # float32 [B, H, G, C]
     weight: np.ndarray  # float32 [B, H, G, C]
     base_logit: np.ndarray  # float32 [B, H, G, W]
@@ -88,7 +88,7 @@ def make_buffers(
         size=ints(*by_head, clusters),
         begin=ints(*by_head, clusters),
         taken=ints(*by_head, clusters),
-        mass=floats(*by_head, clusters),
+        log_mass=floats(*by_head, clusters),
         dot=floats(*by_query, clusters),
         weight=floats(*by_query, clusters),
         base_logit=floats(*by_query, base),
@@ -164,13 +164,15 @@ class CpuDecoder:
             self.segment_count, self.page_count, self.base_slots, self.base_count, np.float32(scale),
             np.float32(self.config.choice_spread), np.float32(self.config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page,
-            u.size, u.begin, u.dot, u.weight, u.mass, u.base_logit, u.peak, u.total,
+            u.size, u.begin, u.dot, u.weight, u.log_mass, u.base_logit, u.peak, u.total,
         )  # fmt: skip
 
     def select(self) -> None:
         """Members of each cluster that are candidates."""
         u = self.buffers
-        select_kernel(u.mass, u.size, self.page_count, self.index.clusters_per_page, self.limit, u.taken, u.candidates)
+        select_kernel(
+            u.log_mass, u.size, self.page_count, self.index.clusters_per_page, self.limit, u.taken, u.candidates
+        )
 
     def refine(self, rotated: np.ndarray, layer: int, scale: float) -> None:
         """Candidates' scores from their codes."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.compiled import programs_per_sm
+from benchmarks.machine_code import programs_per_sm
 
 ROOT = Path(__file__).parents[2]
 

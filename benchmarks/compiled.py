@@ -1,6 +1,6 @@
 """Compile the Triton kernels for three generations of GPUs, without one, and read the machine code.
 
-    python -m benchmarks.compiled                           # all cases of sglang_clusterkv/kernels/*/triton.py
+    python -m benchmarks.compiled                           # all cases of sglang_clusterkv/kernels/
     python -m benchmarks.compiled --only score --target 90  # those whose name holds "score", for Hopper
     python -m benchmarks.compiled --target 89 --target 120  # Ada, and Blackwell of workstations: does all fit?
     python -m benchmarks.compiled --keep                    # all cases anew, kept in benchmarks/compiled.json
@@ -68,14 +68,11 @@ def losses(case: CompileCase, result: Compiled, target: int) -> list[str]:
 
 @functools.cache
 def collect(names: tuple[str, ...]) -> dict[str, CompileCase]:
-    """The cases of these modules by name, in order; of all kernels where no module is named."""
-    if not names:
-        folder = Path(sglang_clusterkv.__file__).parent / "kernels"
-        names = tuple(
-            f"sglang_clusterkv.kernels.{path.parent.name}.triton" for path in sorted(folder.glob("*/triton.py"))
-        )
+    """The cases of these modules by name, in order; of a package's where it is one, of all kernels where none is named."""
+    found = triton_modules()
+    wanted = [own for name in names for own in _within(name, found) or [name]] if names else found
     cases: dict[str, CompileCase] = {}
-    for module in map(importlib.import_module, names):
+    for module in map(importlib.import_module, wanted):
         for value in vars(module).values():
             if isinstance(value, triton.JITFunction):
                 value.starting_line_number = 1  # Triton hashes it; where a function stands changes no instruction
@@ -87,6 +84,18 @@ def collect(names: tuple[str, ...]) -> dict[str, CompileCase]:
             assert case.name not in cases, f"{module.__name__}: another case is named {case.name!r}"
             cases[case.name] = case
     return cases
+
+
+def triton_modules() -> list[str]:
+    """Modules of kernels/ that are Triton's: by convention, their name or their folder's begins with `triton`."""
+    package = Path(sglang_clusterkv.__file__).parent
+    paths = [path.relative_to(package.parent) for path in sorted((package / "kernels").rglob("*.py"))]
+    names = [path.parent if path.stem == "__init__" else path.with_suffix("") for path in paths]
+    return [".".join(name.parts) for name in names if any(part.startswith("triton") for part in name.parts)]
+
+
+def _within(package: str, modules: list[str]) -> list[str]:
+    return [name for name in modules if name == package or name.startswith(package + ".")]
 
 
 def _launched(value: object, module: str) -> bool:

@@ -26,7 +26,8 @@ from benchmarks.step_model import BANDWIDTHS_TBS, Launch, StepShape, dense_launc
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.kernels.attend.triton import dense_decode
 from sglang_clusterkv.kernels.decode import triton as chain
-from sglang_clusterkv.kernels.kmeans import triton as kmeans_triton
+from sglang_clusterkv.kernels.kmeans.triton import cluster
+from sglang_clusterkv.kernels.kmeans.triton.segments import pool_of, segments_of
 
 KV_SPLITS = (8, 16, 32, 64)  # of SGLang's decode; its server's default is 8
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
@@ -158,16 +159,14 @@ def clustering(scene: Scene) -> list[Clustering]:
     """k-means alone, and with it all that is stored, of the first request's whole segments: all layers of the scene at once."""
     engine, config, shape = scene.engine, scene.config, scene.shape
     slots = _whole_segments(scene)
-    pool = kmeans_triton.pool_of(engine.key_buffers)
-    segments = kmeans_triton.segments_of(slots, config.tokens_per_cluster, config.outlier_share)
+    pool = pool_of(engine.key_buffers)
+    segments = segments_of(slots, config.tokens_per_cluster, config.outlier_share)
     tokens = len(slots) * config.segment_tokens
     key_bytes = scene.layers * tokens * shape.kv_heads * shape.head_dim * scene.dtype.itemsize
     # Each pass reads the keys to assign them, and all but the last to move the centroids; before them one reads the mean.
     passes = 2 * config.kmeans_passes
     return [
-        Clustering(
-            "k-means", lambda: kmeans_triton.cluster(pool, segments, config.kmeans_passes), passes * key_bytes, tokens
-        ),
+        Clustering("k-means", lambda: cluster(pool, segments, config.kmeans_passes), passes * key_bytes, tokens),
         Clustering(
             "encode",
             lambda: build.write_in_place(engine.index, slots, engine.key_buffers, engine.value_buffers),
@@ -195,12 +194,12 @@ def kmeans_comparison(scene: Scene, repeats: int) -> list[dict[str, Any]]:
     keys = keys.contiguous()
     strided = torch.arange(clusters, device=keys.device) * config.segment_tokens // clusters
     start = keys[:, strided].contiguous()
-    pool = kmeans_triton.pool_of(engine.key_buffers)
-    segments = kmeans_triton.segments_of(slots, config.tokens_per_cluster)
+    pool = pool_of(engine.key_buffers)
+    segments = segments_of(slots, config.tokens_per_cluster)
     clock = CudaClock(graphs=False)
 
     def ours() -> torch.Tensor:
-        labels = kmeans_triton.cluster(pool, segments, config.kmeans_passes).labels
+        labels = cluster(pool, segments, config.kmeans_passes).labels
         return labels.view(-1, config.segment_tokens)
 
     def flash() -> torch.Tensor:

@@ -1,16 +1,22 @@
 """Write what a benchmark found to benchmarks/results/: JSON, Markdown and a picture, never over an older file.
 
-Each begins with what a reader needs to judge or repeat it: machine, versions, model and configuration, command.
+Each begins with what a reader needs to judge or repeat it: machine, versions, commit, model and configuration, command.
+benchmarks.cited compares what README and docs print with these files.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import platform
+import re
 import shlex
+import subprocess
 import sys
 import time
+import tokenize
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = RESULTS.parents[1]
 PACKAGES = {"SGLang": "sglang", "torch": "torch", "triton": "triton", "sglang-clusterkv": "sglang-clusterkv"}
 
 
@@ -50,6 +57,71 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def commit_of(root: Path) -> dict[str, Any]:
+    """The commit that a tree has checked out, and whether it differs from it beside the results.
+
+    No commit outside of a git checkout, nor where the checkout is somebody else's who keeps this tree in it.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return {"commit": None, "dirty": None}
+        changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def commit_text(found: dict[str, Any]) -> str:
+    """That commit in words."""
+    if found["commit"] is None:
+        try:
+            return f"no git checkout, sglang-clusterkv {version('sglang-clusterkv')}"
+        except PackageNotFoundError:
+            return "no git checkout, sglang-clusterkv not installed"
+    return f"commit {found['commit'][:10]}" + (", with changes that are in no commit" if found["dirty"] else "")
+
+
+def code_of(folder: Path) -> str:
+    """A digest of a package's code that comments, docstrings, imports and the place of a definition do not change."""
+    parts: list[str] = []
+    for file in folder.rglob("*.py"):
+        parts += re.split(r"\n(?=\S)", _bare(file.read_text(encoding="utf-8")))
+    text = "\n".join(sorted(re.sub(r"\s+", "", part) for part in parts))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _bare(source: str) -> str:
+    """Python without comments, docstrings and imports."""
+    lines = io.StringIO(source).readlines()
+    begins = True  # of a statement
+    left_out: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    statement: tuple[int, int] | None = None  # where an import began
+    layout = (tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT or (begins and token.type == tokenize.STRING):
+            left_out.append((token.start, token.end))
+        elif begins and token.string in ("import", "from"):
+            statement = token.start
+        elif token.type == tokenize.NEWLINE and statement:
+            left_out.append((statement, token.start))
+            statement = None
+        begins = token.type == tokenize.NEWLINE or (begins and token.type in (*layout, tokenize.COMMENT))
+    for (first, begin), (last, end) in reversed(left_out):
+        lines[first - 1 : last] = [lines[first - 1][:begin] + lines[last - 1][end:]]
+    return "".join(lines)
+
+
+# As a run begins: a benchmark takes hours, in which the tree may go on.
+MEASURED = commit_of(ROOT)
+CODE = code_of(ROOT / "sglang_clusterkv")
 
 
 def command_of(module: str) -> str:
@@ -92,10 +164,13 @@ def write_results(
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine(device),
         "versions": versions(),
+        **MEASURED,
+        "code": CODE,
         "setting": setting,
         "command": command,
     }
-    header = f"# {title}\n\n{setting}; {about['machine']}; {about['versions']}\n\n    {command}\n"
+    header = f"# {title}\n\n{setting}; {about['machine']}; {about['versions']}; "
+    header += f"{commit_text(MEASURED)}\n\n    {command}\n"
     folder.mkdir(parents=True, exist_ok=True)
     stem = _unused(folder / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     _write_new(stem.with_name(stem.name + ".json"), json.dumps(about | {"results": data}, indent=1) + "\n")

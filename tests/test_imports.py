@@ -1,8 +1,9 @@
-"""The floors of the house hold, the engine runs without SGLang, and the package without the flag changes nothing that SGLang
-runs.
+"""The floors of the house hold, no file of it is long, the engine runs without SGLang, and the package without the flag changes
+nothing that SGLang runs.
 
 Red when: the check of `make style` does not notice a floor that imports from above, a cycle, a new room outside of the floors
-or an import of sglang below serving/; importing the engine pulls in sglang, or the configuration torch.
+or an import of sglang below serving/; a file of the package is longer than its floor allows; importing the engine pulls in
+sglang, or the configuration torch.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sglang_clusterkv"
+MOST_LINES, MOST_LINES_OF_A_KERNEL = 400, 500
 
 # What a mistaken change would add, and the contract of pyproject.toml that names it.
 WRONG = {
-    "an import from above": ("memory/device.py", "from sglang_clusterkv.clusters import plan", "Floors import downwards"),
+    "an import from above": (
+        "memory/device.py",
+        "from sglang_clusterkv.clusters import rows",
+        "Floors import downwards",
+    ),
     "a cycle": ("memory/codec.py", "from sglang_clusterkv.memory import index", "No import cycles"),
     "a room outside": ("utils.py", "", "No floor of the package has a room outside of them"),
     "sglang below serving": ("clusters/engine.py", "import sglang", "Only serving imports sglang"),
@@ -57,6 +64,13 @@ def test_the_check_names_what_breaks_a_floor(name: str, copied: Path) -> None:
     path.write_text((path.read_text() if path.exists() else "") + line + "\n")
     done = floors(copied)
     assert done.returncode == 1 and f"{contract} BROKEN" in done.stdout, done.stdout + done.stderr
+
+
+def test_no_file_is_long() -> None:
+    lengths = {path.relative_to(PACKAGE): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert len(lengths) > 50
+    most = {path: MOST_LINES_OF_A_KERNEL if path.parts[0] == "kernels" else MOST_LINES for path in lengths}
+    assert {str(path): length for path, length in lengths.items() if length > most[path]} == {}
 
 
 def test_the_engine_runs_without_sglang() -> None:

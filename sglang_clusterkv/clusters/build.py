@@ -132,19 +132,21 @@ def write_in_place(
         value_buffers: likewise.
     """
     from sglang_clusterkv.kernels.encode import triton as encoding
+    from sglang_clusterkv.kernels.encode.triton.target import target_of
     from sglang_clusterkv.kernels.kmeans import triton as clustering
+    from sglang_clusterkv.kernels.kmeans.triton.segments import pool_of, segments_of
 
     pools = ("pools", *(buffer.data_ptr() for buffer in (*key_buffers, *value_buffers)))
     if pools not in index.scratch:
-        index.scratch[pools] = clustering.pool_of(key_buffers), clustering.pool_of(value_buffers)
+        index.scratch[pools] = pool_of(key_buffers), pool_of(value_buffers)
     keys, values = index.scratch[pools]
-    batch = clustering.segments_of(segments, index.config.tokens_per_cluster, index.config.outlier_share)
+    batch = segments_of(segments, index.config.tokens_per_cluster, index.config.outlier_share)
     encoding.write(
         keys,
         values,
         batch,
         clustering.cluster(keys, batch, index.config.kmeans_passes),
-        encoding.target_of(index.arrays, index.row_codec, index.token_codec),
+        target_of(index.arrays, index.row_codec, index.token_codec),
         page_size=index.geometry.page_size,
         clusters_per_page=index.clusters_per_page,
         rows=index.row_codec,

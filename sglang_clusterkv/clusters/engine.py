@@ -19,24 +19,27 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.clusters import build
+from sglang_clusterkv.clusters.backoff import BackOff
 from sglang_clusterkv.clusters.counters import Counters, Faults
+from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.plan import Make, Plan, Planner
-from sglang_clusterkv.clusters.rows import DenseReason, Row, RowTables
+from sglang_clusterkv.clusters.planning.plan import Make, Plan
+from sglang_clusterkv.clusters.planning.planner import Planner
+from sglang_clusterkv.clusters.planning.records import Records
+from sglang_clusterkv.clusters.rows import Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ConfigError, validate
-from sglang_clusterkv.kernels.decode import prepare, sparse_decode
+from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.index import UNCLUSTERED, ClusterIndex
 from sglang_clusterkv.memory.mass import mean_by_group
-from sglang_clusterkv.memory.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step, to_device
+from sglang_clusterkv.memory.step import SparseStep
 
 logger = logging.getLogger(__name__)
 
 # The signature of kernels.decode.sparse_decode.
 SparseDecode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ClusterIndex, int, SparseStep, float], torch.Tensor]
 
-_MOST_FAILURES = 8  # in a row, that make the wait for another try longer: 256 launches
 # What a decode step reads and nothing that is stored depends on: may change between two steps.
 STEP_OPTIONS = (
     "budget_tokens",
@@ -60,17 +63,6 @@ class Extend(NamedTuple):
     end_tokens: int  # tokens whose KV exists after it
     prompt_len: int
     last_chunk: bool
-
-
-class DecodeStep(NamedTuple):
-    """How the requests of one decode batch attend; indices are places in the batch."""
-
-    sparse_at: torch.Tensor | None  # int64, None: the whole batch
-    sparse: SparseStep | None
-    dense_at: torch.Tensor | None
-    dense: DenseStep | None
-    rows: np.ndarray  # int64 [B], lines of req_to_token
-    seq_lens: np.ndarray  # int64 [B]
 
 
 class ClusterEngine:
@@ -104,7 +96,8 @@ class ClusterEngine:
         self.key_buffers = key_buffers
         self.value_buffers = value_buffers
         self.req_to_token = req_to_token
-        self.planner = Planner(self.config, self.page_size)
+        self.records = Records()
+        self.planner = Planner(self.config, self.page_size, self.records)
         self.tables = RowTables(len(req_to_token), self.config.window_tokens)
         self.counters = Counters()
         self.faults = Faults(self.counters.faults)
@@ -112,9 +105,8 @@ class ClusterEngine:
         # One layer of a step's sparse requests; the benchmarks put other policies here.
         self.sparse_decode: SparseDecode = sparse_decode
         self.snapshots = Snapshots(index, req_to_token, self.stream)
-        self._launch = 0
-        self._look_from = 0  # launch, after a fault
-        self._plans_failed = 0  # in a row
+        self.decoding = DecodeLists(index, self.tables, req_to_token, self.counters, group)
+        self._back_off = BackOff()
         # On a GPU one call takes all layers' heads; on a CPU a few stay in its cache.
         self._layers_per_call = len(key_buffers) if index.device != "cpu" else 1
 
@@ -137,26 +129,26 @@ class ClusterEngine:
 
     def row_freed(self, row: int) -> None:
         """The row's request ended."""
-        record = self.planner.rows.get(row)
+        record = self.records.rows.get(row)
         if record is not None:
             borders = [(segment.begin, segment.end) for segment in record.segments]
             logger.debug("clusterkv: request %s: %d tokens, segments %s", record.rid, record.length, borders)
         self.tables.drop(row)
         try:
-            self.planner.free(row)
+            self.records.free(row)
         except Exception as error:
-            self.planner.rows.pop(row, None)
+            self.records.rows.pop(row, None)
             self._start_over("free", error)
 
     def rows_cleared(self) -> None:
         """All rows were freed."""
-        self.planner.clear()
+        self.records.clear()
         self.tables.clear()
 
     def row_rewritten(self, row: int, begin: int, end: int) -> None:
         """The row's slots for positions [begin, end) were replaced by the tree's."""
         try:
-            if self.planner.rewritten(row, begin, end):
+            if self.records.rewritten(row, begin, end):
                 self.tables.dirty[row] = True
         except Exception as error:
             self._start_over("rewrite", error)
@@ -173,10 +165,10 @@ class ClusterEngine:
     def _admit(self, extend: Extend) -> Row | None:
         """Note a request's chunk; None where that failed, and the request will decode densely."""
         try:
-            record = self.planner.rows.get(extend.row)
+            record = self.records.rows.get(extend.row)
             # A session's next turn has the row and the id of the last one.
             if record is None or record.rid != extend.rid or not record.prefilling:
-                record = self.planner.admit(
+                record = self.records.admit(
                     extend.row, rid=extend.rid, found_tokens=extend.prefix_tokens, prompt_len=extend.prompt_len
                 )
             record.length = extend.end_tokens
@@ -184,7 +176,7 @@ class ClusterEngine:
             self.tables.write(record)
             return record
         except Exception as error:
-            self.planner.rows.pop(extend.row, None)
+            self.records.rows.pop(extend.row, None)
             self.tables.drop(extend.row)
             self._start_over("admit", error)
             return None
@@ -204,21 +196,20 @@ class ClusterEngine:
         aged = seq_lens // self.page_size * self.page_size - self.config.window_tokens
         waits = aged - tables.waits_from[rows] >= self.config.recluster_every
         look = np.flatnonzero(
-            tables.known[rows] & (waits | tables.dirty[rows]) & (tables.look_from[rows] <= self._launch)
+            tables.known[rows] & (waits | tables.dirty[rows]) & (tables.look_from[rows] <= self._back_off.launch)
         )
         if ready and len(look):
             self._look_at_decoding(rows[look], seq_lens[look])
         try:
-            return self._decode_step(rows, seq_lens)
+            return self.decoding.step(rows, seq_lens, self._back_off.launch, self._back_off.look_from)
         except Exception as error:
             self.faults.note("lists", error)
         # Out of its handler, whose error keeps alive what the failed attempt had allocated.
-        self.counters.dense_steps["fault"] += len(rows)
-        return DecodeStep(None, None, None, dense_step(rows, seq_lens, self.req_to_token), rows, seq_lens)
+        return self.decoding.all_dense(rows, seq_lens)
 
     def _look_at_decoding(self, rows: np.ndarray, seq_lens: np.ndarray) -> None:
         """Rows of a decode batch that were rewritten or have aged tokens: rare, so a loop is fine."""
-        records = [self.planner.rows[row] for row in rows.tolist()]
+        records = [self.records.rows[row] for row in rows.tolist()]
         for record, length in zip(records, seq_lens.tolist(), strict=True):
             record.length = length
         self._look(records)
@@ -227,7 +218,7 @@ class ClusterEngine:
         """Take a snapshot of these rows; the next launch plans from it."""
         if any(record.dirty for record in records):
             # Another request's open pages may be among what a new one found: look at those too.
-            records = records + [record for record in self.planner.rows.values() if record not in records]
+            records = records + [record for record in self.records.rows.values() if record not in records]
         try:
             self.snapshots.take([(record, self.planner.first_page_to_look_at(record)) for record in records])
         except Exception as error:
@@ -236,7 +227,7 @@ class ClusterEngine:
 
     def _begin(self) -> bool:
         """Invalidate, plan and build; false where nothing should be looked at in this launch."""
-        self._launch += 1
+        self._back_off.launch += 1
         doing = "invalidate"
         try:
             self.handed_out.apply(self.index, self.stream)
@@ -250,10 +241,10 @@ class ClusterEngine:
         try:
             if snapshots:
                 self._run(self.planner.plan(snapshots))
-                self._plans_failed = 0
+                self._back_off.planned()
         except Exception as error:
             self._start_over("plan", error)
-        return self._launch >= self._look_from
+        return self._back_off.over
 
     def _run(self, plan: Plan) -> None:
         """Queue a plan's device work and publish the rows it touched."""
@@ -312,14 +303,13 @@ class ClusterEngine:
 
     def _lost(self, segment_id: int) -> None:
         """A segment was not made: rows that were to see it decode densely, and are looked at again a little later."""
-        for record in self.planner.lost(segment_id):
-            record.failures = min(record.failures + 1, _MOST_FAILURES)
+        for record in self.records.lost(segment_id):
             self.tables.dirty[record.row] = True
-            self.tables.look_from[record.row] = self._launch + 2**record.failures
+            self.tables.look_from[record.row] = self._back_off.row_failed(record)
 
     def _start_over(self, operation: str, error: Exception) -> None:
         """The records of rows may be wrong: all are dropped, and looked at again."""
-        self.planner.forget_what_rows_see()
+        self.records.forget_what_rows_see()
         self.tables.dirty[:] = True
         self.snapshots.drop()
         self._wait(operation, error)
@@ -327,8 +317,7 @@ class ClusterEngine:
     def _wait(self, operation: str, error: Exception) -> None:
         """Count a fault, and look at no row for a while: longer each time in a row."""
         self.faults.note(operation, error)
-        self._plans_failed = min(self._plans_failed + 1, _MOST_FAILURES)
-        self._look_from = self._launch + 2**self._plans_failed
+        self._back_off.failed()
 
     def _announce(self, record: Row) -> None:
         """Say once per request, when its prefill is planned, what was clustered and what was reused."""
@@ -341,53 +330,6 @@ class ClusterEngine:
                 "clusterkv: request %s: %d prompt tokens, %d cached, %d clustered, %d reused",
                 record.rid, record.prompt_len, record.cached_tokens, record.clustered_tokens, record.reused_tokens,
             )  # fmt: skip
-
-    def _decode_step(self, rows: np.ndarray, seq_lens: np.ndarray) -> DecodeStep:
-        """Sort the batch into sparse and dense requests, and make the lists of both."""
-        config, tables = self.config, self.tables
-        count = tables.recallable(rows, seq_lens)
-        covered = tables.covered[rows, count]
-        base = seq_lens - covered
-        # Gaps between short segments are attended as the window is: many turns leave many, and that is no reason to read all.
-        longest = config.sink_tokens + 2 * config.recluster_every + config.window_tokens + self.page_size + covered // 4
-        dirty = tables.dirty[rows]
-        waits = np.maximum(tables.look_from[rows], self._look_from) > self._launch
-        reasons = np.select(
-            [
-                ~tables.known[rows] | dirty & waits,
-                dirty,
-                seq_lens < config.dense_below_tokens,
-                covered <= config.budget_tokens,
-                base > longest,
-            ],
-            [DenseReason.FAULT, DenseReason.DIRTY, DenseReason.SHORT, DenseReason.BUDGET, DenseReason.WINDOW],
-            0,
-        )
-        sparse, dense = np.flatnonzero(reasons == 0), np.flatnonzero(reasons)
-        device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
-        step = DecodeStep(
-            sparse_at=to_device(sparse, device) if mixed else None,
-            sparse=self._sparse_step(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
-            dense_at=to_device(dense, device) if mixed else None,
-            dense=dense_step(rows[dense], seq_lens[dense], self.req_to_token) if len(dense) else None,
-            rows=rows,
-            seq_lens=seq_lens,
-        )
-        for reason, times in zip(*np.unique(reasons[reasons > 0], return_counts=True), strict=True):
-            self.counters.dense_steps[DenseReason(reason).name.lower()] += int(times)
-        self.counters.sparse_steps += len(sparse)
-        self.counters.tokens_available += int(covered[sparse].sum())
-        self.counters.tokens_recalled += int(np.minimum(covered[sparse], config.budget_tokens).sum())
-        return step
-
-    def _sparse_step(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:
-        """Lists, and the memory that the layers need for them."""
-        tables = self.tables
-        borders = RowBorders(rows, seq_lens, count, tables.begin[rows], tables.end[rows], tables.covered[rows])
-        step = sparse_step(borders, self.req_to_token, self.page_size)
-        if self.group is not None:
-            prepare(self.index, self.group, step)
-        return step
 
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""
@@ -409,5 +351,5 @@ class ClusterEngine:
             "build_conflicts": counters.build_conflicts,
             "build_ms": round(1000 * counters.build_s),
             "bytes": self.index.bytes,
-            "running": len(self.planner.rows),
+            "running": len(self.records.rows),
         }

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.plan import Snapshot
+from sglang_clusterkv.clusters.planning.plan import Snapshot
 from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.clusters.stream import Event, ForwardStream
 from sglang_clusterkv.memory.index import ClusterIndex

@@ -1,8 +1,8 @@
 """What a Triton kernel must look like once compiled, stated beside it and checked without a GPU.
 
-Each `kernels/<operation>/triton.py` lists its kernels, at the shapes that matter, as `COMPILE_CASES`;
-`benchmarks/compiled.py` compiles them for three generations of GPUs and reads the machine code. This module imports
-nothing of Triton.
+Each Triton module of an operation (`kernels/<operation>/triton.py`, or a file of the folder `triton/`) lists its kernels, at
+the shapes that matter, as `COMPILE_CASES`; `benchmarks/compiled.py` compiles them for three generations of GPUs and reads the
+machine code. This module imports nothing of Triton.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scalar helpers that the CPU kernels inline: bf16 bits to float32, and an exponential that vectorises."""
+"""What the CPU kernels inline: bf16 bits to float32, packed bits, an exponential and products that vectorise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unpacking of stored rows in the CPU kernels; memory/codec.py is the definition."""
+"""Rows as the CPU kernels read them: the index's are unpacked (memory/codec.py is the definition), the pool's converted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact selection without a sort: the threshold of a weighted top-k, by radix."""
+"""Exact selection without a sort in CPU kernels: the threshold of a weighted top-k, by radix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The device tensors that the Triton operations of one layer hand to each other.
+"""The device tensors that the Triton launches of one layer hand to each other, from score to merge; decode/triton.py owns
+them.
 
 Allocated once and used by all layers and steps; nothing in it needs to be initialised or is kept from one layer to the
 next. A step may fill less than a tensor holds: the first `step.batch` requests, and of each row what the step's counts say

@@ -11,7 +11,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep
+from sglang_clusterkv.clusters.decoding import DecodeStep
+from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ConfigError

@@ -168,7 +168,7 @@ class Exporter:
                 self._raise(total, attribute, count, **{_TOTALS_BY[attribute][2]: value})
         self._gauges["clusters"].labels(**self._labels).set(pages * engine.index.clusters_of_a_page)
         self._gauges["bytes"].labels(**self._labels).set(engine.index.bytes)
-        self._gauges["running_reqs"].labels(**self._labels).set(len(engine.planner.rows))
+        self._gauges["running_reqs"].labels(**self._labels).set(len(engine.records.rows))
         for layers, mean in mean_by_group(mass - self._mass, pool.start_layer).items():
             self._recalled_mass.labels(**self._labels, layers=layers).set(mean)
         self._mass = mass

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
-from sglang_clusterkv.serving import compat, sglang_symbols
+from sglang_clusterkv.serving import compat, sglang_differences, sglang_symbols
 from sglang_clusterkv.serving.active import config_of, keep_config
 from sglang_clusterkv.serving.compat import BACKEND, ModelFacts
 from sglang_clusterkv.serving.platform import apply_thread_count, is_our_platform
@@ -32,7 +32,7 @@ _FLAG_VALUE = "_clusterkv_config"
 
 def register() -> None:
     """Make `--attention-backend clusterkv` known to this process (entry point sglang.srt.plugins)."""
-    differences = sglang_symbols.check(sglang_symbols.REGISTRATION)
+    differences = sglang_differences.check(sglang_symbols.REGISTRATION)
     if differences:
         message = _differs(differences)
         if any(BACKEND in argument for argument in sys.argv[1:]):
@@ -100,7 +100,7 @@ def _check_arguments(server_args: Any, previous: Callable[[Any], None]) -> None:
         if sentence := compat.refusal(view):
             _refuse(server_args, sentence)
         _load(server_args)
-        if differences := sglang_symbols.check():
+        if differences := sglang_differences.check():
             _refuse(server_args, _differs(differences))
     elif getattr(server_args, _FLAG_VALUE, None):
         logger.warning("%s has no effect without --attention-backend %s", FLAG, BACKEND)
@@ -191,7 +191,7 @@ def _model_facts(server_args: Any) -> ModelFacts:
     )
 
 
-def _differs(differences: list[sglang_symbols.Difference]) -> str:
+def _differs(differences: list[sglang_differences.Difference]) -> str:
     listed = "; ".join(map(str, differences[:3])) + (f"; and {len(differences) - 3} more" if differences[3:] else "")
     return (
         f"the installed SGLang is not the one it was made for ({listed}): install sglang 0.5.23, or a newer "

@@ -12,7 +12,8 @@ import msgspec
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend
+from sglang_clusterkv.clusters.decoding import DecodeStep
+from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
 
 if TYPE_CHECKING:
     from collections.abc import Callable

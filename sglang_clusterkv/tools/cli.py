@@ -141,12 +141,12 @@ def _depths(text: str) -> list[int]:
 def _check(args: argparse.Namespace) -> int:
     from importlib.metadata import PackageNotFoundError
 
-    from sglang_clusterkv.serving import sglang_symbols
+    from sglang_clusterkv.serving import sglang_differences
 
     try:
         # SGLang's modules print and warn while they are imported; the result alone is wanted here.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
-            report = sglang_symbols.report()
+            report = sglang_differences.report()
     except PackageNotFoundError:
         print("sglang-clusterkv: SGLang is not installed: pip install 'sglang>=0.5.23,<0.5.24'", file=sys.stderr)
         return 1

@@ -19,10 +19,12 @@ from unittest.mock import patch
 import msgspec
 import pytest
 
-from sglang_clusterkv.clusters import build, engine
+from sglang_clusterkv.clusters import build, decoding
 from sglang_clusterkv.clusters.counters import Faults
-from sglang_clusterkv.clusters.engine import ClusterEngine
-from sglang_clusterkv.clusters.plan import Planner
+from sglang_clusterkv.clusters.decoding import DecodeLists
+from sglang_clusterkv.clusters.planning import found, merging
+from sglang_clusterkv.clusters.planning.planner import Planner
+from sglang_clusterkv.clusters.planning.records import Records
 from sglang_clusterkv.clusters.rows import RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.memory.index import ClusterIndex
@@ -37,18 +39,18 @@ OPERATIONS: dict[str, tuple[Any, str, set[str]]] = {
     "copy to the host": (Snapshots, "_copy", {"copy"}),
     "read the copy": (Snapshots, "read", {"copy"}),
     "plan": (Planner, "plan", {"plan"}),
-    "cut in the plan": (Planner, "_cut", {"plan"}),
-    "walk": (Planner, "_walk", {"plan"}),
-    "merge": (Planner, "_merge", {"plan"}),
-    "admit": (Planner, "admit", {"admit"}),
-    "rewrite": (Planner, "rewritten", {"rewrite"}),
-    "free": (Planner, "free", {"free", "admit"}),
+    "cut in the plan": (found, "cut", {"plan"}),
+    "walk": (found, "see_whole_segments", {"plan"}),
+    "merge": (merging, "merge_neighbours", {"plan"}),
+    "admit": (Records, "admit", {"admit"}),
+    "rewrite": (Records, "rewritten", {"rewrite"}),
+    "free": (Records, "free", {"free", "admit"}),
     "cut": (ClusterIndex, "forget", {"cut"}),
     "build": (build, "build_segment", {"build"}),
     "mark": (ClusterIndex, "mark", {"build"}),
     "publish": (RowTables, "write", {"plan", "admit"}),
-    "lists": (ClusterEngine, "_sparse_step", {"lists"}),
-    "memory of the layers": (engine, "prepare", {"lists"}),
+    "lists": (DecodeLists, "_sparse", {"lists"}),
+    "memory of the layers": (decoding, "prepare", {"lists"}),
 }
 
 
@@ -124,7 +126,7 @@ def world_with_faults() -> World:
 
 
 def assert_nothing_is_left(world: World) -> None:
-    assert not world.running and not world.engine.planner.rows and not world.engine.tables.known.any()
+    assert not world.running and not world.engine.records.rows and not world.engine.tables.known.any()
     rules.assert_partition(world)
 
 

@@ -14,7 +14,7 @@ import random
 import msgspec
 import pytest
 
-from sglang_clusterkv.clusters.merging import groups_to_merge
+from sglang_clusterkv.clusters.planning.merging import groups_to_merge
 from sglang_clusterkv.clusters.rows import Segment
 from tests.support.scenes import PAGE
 from tests.support.world import SMALL, Pieces, World, question, served, stream

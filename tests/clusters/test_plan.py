@@ -110,7 +110,7 @@ def test_a_match_re_clusters_at_most_the_segment_that_it_cuts(match_pages: int, 
     second = served(world, prefix + question(1, own))
     rebuilt = sum(made.end - made.begin for made in world.history[before:] if made.rebuilt)
     assert world.engine.counters.splits <= 1 and rebuilt <= SMALL.segment_tokens
-    assert world.engine.planner.rows[second.row].reused_tokens >= match_pages * PAGE - 2 * SMALL.segment_tokens
+    assert world.engine.records.rows[second.row].reused_tokens >= match_pages * PAGE - 2 * SMALL.segment_tokens
 
     before, splits = len(world.history), world.engine.counters.splits
     third = served(world, prefix + question(2, own))
@@ -214,7 +214,7 @@ def test_a_piece_that_one_request_cuts_is_reused_by_the_others(together: bool) -
     for some in [batch] if together else [[request] for request in batch]:
         world.extend(*some)
         world.decode(*some)
-    reused = [world.engine.planner.rows[request.row].reused_tokens for request in batch]
+    reused = [world.engine.records.rows[request.row].reused_tokens for request in batch]
     assert reused == [512, 624, 624], "however they are admitted"
 
 

@@ -1,12 +1,13 @@
 """What `make test-compiled` looks for in the machine code of Triton's kernels.
 
 Red when: it misses that a kernel spills, uses local memory, divides integers in a loop, needs more registers or fits fewer
-programs on an SM than its case states, or lost its tensor cores or 16-byte loads.
+programs on an SM than its case states, or lost its tensor cores or 16-byte loads; or it leaves a kernel of the package out.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,29 @@ from benchmarks.machine_code import programs_per_sm
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the check in a process of its own: in this one, kernels may be interpreted."""
-    command = [sys.executable, "-m", "benchmarks.compiled", *arguments]
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own: in this one, kernels may be interpreted."""
+    command = [sys.executable, *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the check."""
+    return python("-m", "benchmarks.compiled", *arguments)
+
+
+def test_every_kernel_is_compiled() -> None:
+    """As the source names them, whatever the files are called that they lie in."""
+    names = "f'{case.kernel.__module__}.{case.kernel.__name__}' for case in collect(()).values()"
+    found = python("-c", f"from benchmarks.compiled import collect; print(*{{{names}}})")
+    written = {
+        ".".join((*path.relative_to(ROOT).with_suffix("").parts, name))
+        for path in (ROOT / "sglang_clusterkv").rglob("*.py")
+        for name in re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    assert len(written) > 10 and set(found.stdout.split()) == written, found.stderr
 
 
 def test_small_gpus_are_asked_no_more_than_whether_a_kernel_fits() -> None:

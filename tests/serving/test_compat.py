@@ -340,10 +340,10 @@ def test_another_sglang_is_refused_with_what_differs(resolve, monkeypatch):
 
 
 def test_a_sglang_that_cannot_be_registered_with_is_only_refused_when_asked_for(monkeypatch):
-    from sglang_clusterkv.serving import sglang_symbols
+    from sglang_clusterkv.serving import sglang_differences
 
-    difference = sglang_symbols.Difference("sglang.srt.runtime_context.publish", "(a)", "(b)")
-    monkeypatch.setattr(sglang_symbols, "check", lambda symbols: [difference])
+    difference = sglang_differences.Difference("sglang.srt.runtime_context.publish", "(a)", "(b)")
+    monkeypatch.setattr(sglang_differences, "check", lambda symbols: [difference])
     monkeypatch.setattr(sys, "argv", ["launch_server", "--attention-backend", "triton"])
     plugin.register()
     monkeypatch.setattr(sys, "argv", ["launch_server", "--attention-backend", "clusterkv"])

@@ -5,31 +5,31 @@ Red when SGLang changed one of them, or when the comparison stops noticing a cha
 
 import pytest
 
-from sglang_clusterkv.serving import sglang_symbols
-from sglang_clusterkv.serving.sglang_symbols import Symbol
+from sglang_clusterkv.serving import sglang_differences
+from sglang_clusterkv.serving.sglang_symbols import SYMBOLS, Symbol
 
 
-def _first(symbol: Symbol) -> sglang_symbols.Difference:
-    differences = sglang_symbols.check([symbol])
+def _first(symbol: Symbol) -> sglang_differences.Difference:
+    differences = sglang_differences.check([symbol])
     assert len(differences) == 1
     return differences[0]
 
 
 def test_the_installed_sglang_is_as_expected():
-    report = sglang_symbols.report()
+    report = sglang_differences.report()
     assert report["differences"] == []
-    assert report["ok"] and report["symbols"] == len(sglang_symbols.SYMBOLS) > 60
+    assert report["ok"] and report["symbols"] == len(SYMBOLS) > 60
 
 
 def test_a_changed_signature_is_reported_by_name(monkeypatch):
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     monkeypatch.setattr(UnifiedRadixCache, "insert", lambda self, key: None)
-    differences = sglang_symbols.check()
+    differences = sglang_differences.check()
     assert [str(difference) for difference in differences] == [
         "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.insert: expected (self params), found (self key)"
     ]
-    assert not sglang_symbols.report()["ok"]
+    assert not sglang_differences.report()["ok"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,6 @@ def test_what_is_missing_is_reported(symbol, expected, found):
 
 
 def test_each_symbol_has_an_expectation_and_a_reason():
-    for symbol in sglang_symbols.SYMBOLS:
+    for symbol in SYMBOLS:
         assert symbol.why and (symbol.parameters is not None or symbol.attributes or symbol.mentions), symbol
-    assert len({(symbol.path, symbol.why) for symbol in sglang_symbols.SYMBOLS}) == len(sglang_symbols.SYMBOLS)
+    assert len({(symbol.path, symbol.why) for symbol in SYMBOLS}) == len(SYMBOLS)

@@ -211,9 +211,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.world.abort(request)
         self.world.settle()
         rules.assert_partition(self.world)
-        planner, tables = self.world.engine.planner, self.world.engine.tables
-        assert not planner.rows and not tables.known.any(), "records of rows that ended"
-        assert not planner._seen_by, f"segments that nobody sees any more: {planner._seen_by}"
+        records, tables = self.world.engine.records, self.world.engine.tables
+        assert not records.rows and not tables.known.any(), "records of rows that ended"
+        assert not records._seen_by, f"segments that nobody sees any more: {records._seen_by}"
         counters = self.world.engine.counters
         COUNTS.update(splits=counters.splits, reused=counters.tokens_reused, sparse=counters.sparse_steps)
         assert not counters.faults, counters.faults

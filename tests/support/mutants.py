@@ -16,10 +16,15 @@ from unittest.mock import patch
 
 import torch
 
-from sglang_clusterkv.clusters import build, plan
+from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.plan import Planner
+from sglang_clusterkv.clusters.planning import found
+from sglang_clusterkv.clusters.planning.borders import Borders
+from sglang_clusterkv.clusters.planning.plan import Make
+from sglang_clusterkv.clusters.planning.planner import Planner
+from sglang_clusterkv.clusters.planning.records import Records
+from sglang_clusterkv.clusters.planning.view import Run
 from sglang_clusterkv.clusters.rows import RowTables
 from sglang_clusterkv.memory.index import ClusterIndex
 from tests.support.scenes import PAGE, Scene
@@ -87,13 +92,13 @@ def _window_forgotten() -> AbstractContextManager[Any]:
 
 
 def _headless_is_whole() -> AbstractContextManager[Any]:
-    return patch.object(plan._Run, "whole", property(lambda run: run.end - run.begin + run.offset == run.pages))
+    return patch.object(Run, "whole", property(lambda run: run.end - run.begin + run.offset == run.pages))
 
 
 def _built_from_the_row_of_the_launch_before() -> AbstractContextManager[Any]:
     make, rows = ClusterEngine._make, {}
 
-    def late(self: ClusterEngine, operation: plan.Make) -> None:
+    def late(self: ClusterEngine, operation: Make) -> None:
         true, self.req_to_token = self.req_to_token, rows.get(id(self), self.req_to_token)
         make(self, operation)
         self.req_to_token = true
@@ -108,13 +113,11 @@ MUTANTS = {
     ),
     "invalidated on the scheduler's stream": Mutant("1", _invalidated_on_the_schedulers_stream),
     "segments reach into the prompt's window": Mutant(
-        "2", _replaced(Planner, "_prompt_limit", lambda self, record: record.prompt_len // PAGE)
+        "2", _replaced(Borders, "prompt_limit", lambda self, record: record.prompt_len // PAGE)
     ),
-    "what was found is not clustered": Mutant(
-        "2", _replaced(Planner, "_close_what_it_found", lambda self, snapshot, view, plan: None)
-    ),
+    "what was found is not clustered": Mutant("2", _replaced(found, "close_runs", lambda snapshot, draft: None)),
     "rewritten rows go on as they were": Mutant(
-        "3", _replaced(Planner, "rewritten", lambda self, row, begin, end: False)
+        "3", _replaced(Records, "rewritten", lambda self, row, begin, end: False)
     ),
     "rewritten rows wait for an extend": Mutant(
         "3", _replaced(ClusterEngine, "_look_at_decoding", lambda self, rows, lens: None)
@@ -122,10 +125,10 @@ MUTANTS = {
     "a snapshot from before a rewrite is used": Mutant("3", _void_snapshots_used),
     "a segment that lost its head is whole": Mutant("3", _headless_is_whole),
     "only the one that cuts is told": Mutant(
-        "3", _replaced(Planner, "_see", lambda self, record, segments: setattr(record, "segments", segments))
+        "3", _replaced(Records, "see", lambda self, record, segments: setattr(record, "segments", segments))
     ),
-    "merged although others see it": Mutant("2, 3", _replaced(Planner, "watchers", lambda self, segment_id: 1)),
-    "a row that ended stays known": Mutant("3, 4", _replaced(Planner, "free", lambda self, row: None)),
+    "merged although others see it": Mutant("2, 3", _replaced(Records, "watchers", lambda self, segment_id: 1)),
+    "a row that ended stays known": Mutant("3, 4", _replaced(Records, "free", lambda self, row: None)),
     "built from an older row": Mutant("4", _built_from_the_row_of_the_launch_before),
     "tables of other keys": Mutant("4, 5", _spoiled_mark),
     "built differently each time": Mutant("5", _built_differently_each_time),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_clusterkv.clusters.engine import DecodeStep
+from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.index import ClusterIndex
@@ -158,7 +158,7 @@ def stored_tables(index: ClusterIndex, pages: torch.Tensor, slots: torch.Tensor)
 
 def record_of(world: World, request: Request) -> Row:
     """What the last walk of a request's row saw."""
-    return world.engine.planner.rows[request.row]
+    return world.engine.records.rows[request.row]
 
 
 def assert_partition(world: World) -> None:

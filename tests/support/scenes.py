@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.engine import ClusterEngine, DecodeStep, Extend
+from sglang_clusterkv.clusters.decoding import DecodeStep
+from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig

@@ -26,8 +26,10 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.clusters import build
-from sglang_clusterkv.clusters.engine import DecodeStep, Extend
-from sglang_clusterkv.clusters.plan import Make, Plan, Planner, Snapshot
+from sglang_clusterkv.clusters.decoding import DecodeStep
+from sglang_clusterkv.clusters.engine import Extend
+from sglang_clusterkv.clusters.planning.plan import Make, Plan, Snapshot
+from sglang_clusterkv.clusters.planning.planner import Planner
 from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
@@ -289,11 +291,11 @@ class World:
 
     def segments(self, request: Request) -> Pieces:
         """What the last walk of a request's row saw."""
-        return [(s.begin, s.end) for s in self.engine.planner.rows[request.row].segments]
+        return [(s.begin, s.end) for s in self.engine.records.rows[request.row].segments]
 
     def ids(self, request: Request) -> list[int]:
         """Ids of what the last walk of a request's row saw."""
-        return [s.id for s in self.engine.planner.rows[request.row].segments]
+        return [s.id for s in self.engine.records.rows[request.row].segments]
 
     def attended(self, request: Request, length: int) -> int:
         """Tokens that a decode step of this length attends besides what it recalls."""
@@ -302,7 +304,7 @@ class World:
 
     def is_dirty(self, request: Request) -> bool:
         """Decodes densely for now."""
-        record = self.engine.planner.rows.get(request.row)
+        record = self.engine.records.rows.get(request.row)
         return record is None or record.dirty
 
     def found(self, request: Request) -> int:
@@ -451,7 +453,7 @@ class World:
                 begin = operation.first_page * PAGE
                 slots = self.scene.req_to_token[operation.row, begin : begin + operation.pages * PAGE : PAGE]
                 pages = slots.long() // PAGE
-                maker = copy.copy(self.engine.planner.rows[operation.row])
+                maker = copy.copy(self.engine.records.rows[operation.row])
                 merged = operation.id in plan.merged
                 self.made.append(Made(operation, maker, bool(clustered[pages].any()), merged))
                 clustered[pages] = True
@@ -460,7 +462,7 @@ class World:
         return plan
 
     def _record_is_dirty(self, request: Request) -> bool:
-        record = self.engine.planner.rows.get(request.row)  # None: its first launch is under way
+        record = self.engine.records.rows.get(request.row)  # None: its first launch is under way
         return record is not None and record.dirty
 
     def _write_kv(self, request: Request, begin: int) -> None:

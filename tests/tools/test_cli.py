@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sglang_clusterkv.serving import sglang_symbols
+from sglang_clusterkv.serving import sglang_differences
 from sglang_clusterkv.tools import cli
 
 
@@ -22,16 +22,16 @@ from sglang_clusterkv.tools import cli
 def one_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """An SGLang that lacks one symbol, and prints while it is imported."""
 
-    def check() -> list[sglang_symbols.Difference]:
+    def check() -> list[sglang_differences.Difference]:
         print("noise of an import")
-        return [sglang_symbols.Difference("sglang.srt.some.thing", "(a b)", "(a)")]
+        return [sglang_differences.Difference("sglang.srt.some.thing", "(a b)", "(a)")]
 
-    monkeypatch.setattr(sglang_symbols, "check", check)
+    monkeypatch.setattr(sglang_differences, "check", check)
 
 
 @pytest.fixture
 def no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_symbols, "check", lambda: [])
+    monkeypatch.setattr(sglang_differences, "check", lambda: [])
 
 
 def test_check_exits_1_with_one_line_per_difference(one_difference: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +59,7 @@ def test_check_without_sglang_says_how_to_install_it(
     def report() -> dict[str, Any]:
         raise PackageNotFoundError("sglang")
 
-    monkeypatch.setattr(sglang_symbols, "report", report)
+    monkeypatch.setattr(sglang_differences, "report", report)
     assert cli.main(["check"]) == 1
     assert "SGLang is not installed: pip install" in capsys.readouterr().err
 

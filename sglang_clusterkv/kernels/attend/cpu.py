@@ -48,7 +48,7 @@ def softmax_in_place(logits: Any, begin: int, end: int) -> Any:
 def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
     """Compile attention over the always-attended and the recalled tokens for one head_dim, group size and pool dtype.
 
-    Outputs: output [B, H, G, D] and lse [B, H, G], as `reference.Partial`.
+    Outputs: output [B, H, G, D] and lse [B, H, G], as `merge.reference.Partial`.
     """
     row_bytes = channels * (2 if is_bf16 else 4)
 

@@ -19,7 +19,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
     """Compile the estimate for one head_dim, group size and row format.
 
     Inputs `size`, `weight`, `peak`, `total` as score leaves them, `taken` [B, H, C] as recall leaves it. Outputs: output
-    [B, H, G, D] and lse [B, H, G], as `attend.reference.Partial`; -inf where nothing is left.
+    [B, H, G, D] and lse [B, H, G], as `merge.reference.Partial`; -inf where nothing is left.
     """
     quarter = channels // 4
 

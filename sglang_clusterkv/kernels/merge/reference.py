@@ -1,4 +1,5 @@
-"""Merge: two partial attentions by their log-sum-exps; and how much of the mass was read exactly."""
+"""Merge: two partial attentions, as attend and estimate leave them, by their log-sum-exps; and how much of the mass was read
+exactly."""
 
 from __future__ import annotations
 

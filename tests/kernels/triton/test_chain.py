@@ -110,7 +110,7 @@ def test_the_chain_is_exact_in_float64(device: str) -> None:
         slots = chain.scene.slots(row, length)
         recallable = [
             (s.begin, s.end)
-            for s in chain.scene.engine.planner.rows[row].segments
+            for s in chain.scene.engine.records.rows[row].segments
             if s.end <= length - config.window_tokens
         ]
         for head in range(2):

@@ -17,6 +17,8 @@ import torch
 
 from sglang_clusterkv.kernels.kmeans import reference
 from sglang_clusterkv.kernels.kmeans import triton as kernels
+from sglang_clusterkv.kernels.kmeans.triton.outliers import gain_kernel, largest_kernel
+from sglang_clusterkv.kernels.kmeans.triton.segments import Clustering, Pool, pool_of, segments_of
 from tests.support import exactly
 
 GUARD = 64  # elements around a buffer
@@ -46,9 +48,9 @@ def centered(buffers: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
 
 def cluster(
     buffers: list[torch.Tensor], slots: list[torch.Tensor], per_cluster: int, passes: int, outlier_share: float = 0.0
-) -> kernels.Clustering:
-    segments = kernels.segments_of(slots, per_cluster, outlier_share)
-    return kernels.cluster(kernels.pool_of(buffers), segments, passes)
+) -> Clustering:
+    segments = segments_of(slots, per_cluster, outlier_share)
+    return kernels.cluster(pool_of(buffers), segments, passes)
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int]]:
         made.append((whole, count))
         return whole[GUARD : GUARD + count].view(shape)
 
-    monkeypatch.setattr(kernels.torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned)
     return made
 
 
@@ -161,9 +163,7 @@ def test_the_largest_numbers_are_found_and_listed_in_order(device: str, wanted: 
     outliers = torch.tensor([0, wanted, wanted, 2 * wanted], dtype=torch.int32, device=device)
     gains = torch.tensor([[wanted, 0, wanted]] * 2, dtype=torch.int32, device=device)
     found = torch.full((2, 2 * wanted + 1), -7, dtype=torch.int16, device=device)
-    kernels.largest_kernel[(2, 3)](
-        numbers, begin, outliers, gains, found, 2000, 2 * wanted + 1, RANKED=1024, num_warps=4
-    )
+    largest_kernel[(2, 3)](numbers, begin, outliers, gains, found, 2000, 2 * wanted + 1, RANKED=1024, num_warps=4)
     assert bool((found[:, -1] == -7).all())
     for segment, (low, high) in enumerate([(0, 1700), (1800, 2000)]):
         expected = numbers[:, low:high].argsort(dim=-1, descending=True, stable=True)[:, :wanted].sort(-1).values
@@ -180,7 +180,7 @@ def test_no_more_move_than_gain(device: str) -> None:
     distances = distances.to(device)
     for limit, expected in ((3, [1, 3, 0, 3]), (2, [1, 2, 0, 2])):
         most[1] = limit
-        kernels.gain_kernel[(4, 1)](distances, cheapness, tokens, clusters, most, gains, 4, 3, RANKED=1024, num_warps=4)
+        gain_kernel[(4, 1)](distances, cheapness, tokens, clusters, most, gains, 4, 3, RANKED=1024, num_warps=4)
         assert gains[:, 0].tolist() == expected
 
 
@@ -239,13 +239,13 @@ def test_addresses_are_64_bits_wide(device: str) -> None:
     (buffer,) = pool(device, layers=1, dtype=torch.bfloat16)
     (slots,) = slots_of(device, 40)
     far = 1 << 30
-    segments = kernels.segments_of([slots + far], 8)
+    segments = segments_of([slots + far], 8)
     offset = torch.tensor([-far * buffer.stride(0)], device=device)
-    labels = kernels.cluster(kernels.Pool(buffer, offset), segments, 1).labels
+    labels = kernels.cluster(Pool(buffer, offset), segments, 1).labels
     assert torch.equal(labels, cluster([buffer], [slots], 8, 1).labels)
 
 
 def test_layers_of_different_strides_are_refused(device: str) -> None:
     narrow = torch.zeros(4, 2, 32, device=device)
     with pytest.raises(AssertionError, match="strides"):
-        kernels.pool_of([narrow, torch.zeros(4, 4, 32, device=device)[:, :2]])
+        pool_of([narrow, torch.zeros(4, 4, 32, device=device)[:, :2]])

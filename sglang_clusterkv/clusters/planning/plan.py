@@ -1,0 +1,57 @@
+"""What a plan is made from, and what it is: operations for the head of the next forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from sglang_clusterkv.clusters.rows import Row
+
+
+class Snapshot(NamedTuple):
+    """A row as the forward stream saw it at the head of a forward, from page `first_page` on."""
+
+    row: Row
+    changed: int  # row.changed when the snapshot was taken
+    first_page: int
+    length: int  # row.length then
+    pages: np.ndarray  # int [n], page ids
+    state: np.ndarray  # int [n, 3]: segment id, index, pages of the segment
+
+
+class Make(NamedTuple):
+    """Cluster pages [first_page, first_page + pages) of a row as segment `id`."""
+
+    id: int
+    row: int
+    first_page: int
+    pages: int
+
+
+class Forget(NamedTuple):
+    """Mark the pages of segment `id` unclustered."""
+
+    id: int
+
+
+@dataclass
+class Plan:
+    """Operations for the head of the next forward, in order, and what they come from."""
+
+    operations: list[Make | Forget] = field(default_factory=list)
+    touched: list[Row] = field(default_factory=list)  # rows whose record changed
+    splits: int = 0
+    merged: set[int] = field(default_factory=set)  # ids of segments made of neighbours
+
+    def withdraw(self, segment_id: int) -> bool:
+        """Take back a segment that this plan was to make; false if it is not of this plan."""
+        kept = [o for o in self.operations if not (isinstance(o, Make) and o.id == segment_id)]
+        found = len(kept) < len(self.operations)
+        self.operations = kept
+        return found
+
+    def made_for(self, row: int) -> set[int]:
+        """Ids of the segments that this plan makes from pages of a row."""
+        return {o.id for o in self.operations if isinstance(o, Make) and o.row == row}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,8 +20,11 @@ from tests.support.traffic import CONFIG, logging_of_requests
 # Files that share a server stay together where processes share the files.
 SHARED_SERVERS = {
     "tests/serving/test_abuse.py": "tiny",
+    "tests/serving/test_dense_server.py": "tiny",
     "tests/serving/test_scheduler_server.py": "tiny",
+    "tests/examples/test_examples.py": "demo",
     "tests/serving/test_metrics.py": "demo",
+    "tests/serving/test_peers.py": "demo",
     "tests/serving/test_server.py": "demo",
 }
 
@@ -71,15 +75,19 @@ def tiny() -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_server(one_server: OneServer, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """A server that admits more than its pool holds, so that requests are retracted where they are many."""
+    """A server that admits more than its pool holds, so that requests are retracted where they are many.
+
+    It is configured through the environment, and that of the demo model by its command line.
+    """
 
     def start() -> AbstractContextManager[Server]:
         folder = tmp_path_factory.mktemp("tiny")
         environment = logging_of_requests(folder) | {
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
             "SGLANG_EXPOSE_OWN_ENV_VARS": "1",
+            "SGLANG_CLUSTERKV_CONFIG": json.dumps(CONFIG),
         }
-        return serve(tiny, folder / "server.log", *arguments, config=CONFIG, environment=environment)
+        return serve(tiny, folder / "server.log", *arguments, environment=environment)
 
     arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL), "--max-running-requests", "8"]
     arguments += ["--schedule-conservativeness", "0.05", ASLEEP]
@@ -113,6 +121,7 @@ def demo_server(one_server: OneServer, model: Path, tmp_path_factory: pytest.Tem
         "--max-running-requests",
         "8",
         "--enable-metrics",
+        "--enable-cache-report",
         ASLEEP,
     ]
 

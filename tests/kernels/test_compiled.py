@@ -1,8 +1,9 @@
 """What `make test-compiled` looks for in the machine code of Triton's kernels.
 
 Red when: it misses that a kernel spills, uses local memory, divides integers in a loop, needs more registers or fits fewer
-programs on an SM than its case states, or lost its tensor cores or 16-byte loads; or it leaves a kernel of the package out; a case is taken
-from the file of earlier results although something that it is made from has changed, or a wrong entry stays unnoticed.
+programs on an SM than its case states, or lost its tensor cores or 16-byte loads; or it leaves a kernel of the package
+out; a case is taken from the file of earlier results although something that it is made from has changed, or a wrong entry
+stays unnoticed.
 """
 
 from __future__ import annotations

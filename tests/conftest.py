@@ -17,7 +17,7 @@ from tests.support.servers import ASLEEP, CHUNK, DEMO_CHUNK, DEMO_CONFIG, POOL, 
 from tests.support.tiny_model import tiny_model
 from tests.support.traffic import CONFIG, logging_of_requests
 
-# Files that share a server stay together where processes share the files.
+# Files that share a server stay together where processes share the files (tests/support/servers.py).
 SHARED_SERVERS = {
     "tests/serving/test_abuse.py": "tiny",
     "tests/serving/test_dense_server.py": "tiny",
@@ -27,6 +27,16 @@ SHARED_SERVERS = {
     "tests/serving/test_peers.py": "demo",
     "tests/serving/test_server.py": "demo",
 }
+# Where processes share the files, those that take longest begin, so that none is left alone with one of them at the end.
+LONGEST_FIRST = (
+    "demo",
+    "tiny",
+    "tests/clusters/test_faults.py",
+    "tests/clusters/test_machine.py",
+    "tests/clusters/test_merging.py",
+    "tests/kernels/test_compiled.py",
+    "tests/clusters/test_exact_engine.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +54,19 @@ def pytest_configure(config: pytest.Config) -> None:
         import triton.language  # noqa: F401
 
 
+def share_of(nodeid: str) -> str:
+    """What of the tests one process gets at a time: those of a shared server, else those of a file."""
+    file = nodeid.partition("::")[0]
+    return SHARED_SERVERS.get(file, file)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest first, the others as they come; a process by itself keeps the order of the files."""
+    if hasattr(config, "workerinput"):
+        rank = {share: number for number, share in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: rank.get(share_of(item.nodeid), len(rank)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `--dist loadfile`: by file, but for `SHARED_SERVERS`."""
@@ -53,8 +76,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class BySharedServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return SHARED_SERVERS.get(file, file)
+            return share_of(nodeid)
 
     return BySharedServer(config, log)
 

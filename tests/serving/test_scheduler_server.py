@@ -147,6 +147,15 @@ def test_pages_come_back_without_their_old_clusters(server: Server) -> None:
             assert server.generate(ids, 16)["output_ids"] == answer
 
 
+def test_a_full_pool_evicts_and_answers_stay(server: Server) -> None:
+    ids = prompt(80, 1000)
+    first = server.generate(ids, 16)["output_ids"]
+    for i in range(1, 12):  # 11 x 1,000 tokens pass through a pool of 8,192, which evicts the first prompt's pages
+        server.generate(prompt(80 + i, 1030), 2)
+    again = server.generate(ids, 16)
+    assert again["output_ids"] == first and again["meta_info"]["cached_tokens"] == 0
+
+
 def test_chunk_borders_do_not_show(server: Server) -> None:
     ids = prompt(50, 4000)
     assert len(ids) <= 2 * CHUNK < len(ids) + 700

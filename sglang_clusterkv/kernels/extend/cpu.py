@@ -118,13 +118,10 @@ def extend(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
-    causal: bool = True,
 ) -> torch.Tensor:
     """See `reference.extend`."""
-    if sliding_window >= 0 or logit_cap > 0 or not causal:
-        return reference.extend(
-            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, causal=causal
-        )
+    if sliding_window >= 0 or logit_cap > 0:
+        return reference.extend(q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap)
     new, heads, channels = q.shape
     kv_heads = keys.shape[1]
     prefix = slots.numel() - new

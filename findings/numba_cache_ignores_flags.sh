@@ -14,6 +14,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 1' HUP INT TERM
 export TMPDIR="$dir" HF_HUB_OFFLINE=1 HF_HOME="$dir/hf" NUMBA_CACHE_DIR="$dir/numba"
 "${PYTHON:-python3}" -m venv "$dir/venv"
 python="$dir/venv/bin/python"

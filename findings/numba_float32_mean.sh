@@ -11,6 +11,7 @@
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 1' HUP INT TERM
 export TMPDIR="$dir" HF_HUB_OFFLINE=1 HF_HOME="$dir/hf"
 "${PYTHON:-python3}" -m venv "$dir/venv"
 python="$dir/venv/bin/python"

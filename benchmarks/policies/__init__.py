@@ -130,9 +130,7 @@ def _by_error(budget: int) -> LayerBudgets:
 
 
 POLICIES: dict[str, Policy] = {
-    "dense": Policy(
-        "dense", lambda r: 0.0, {"budget_tokens": EVERYTHING, "candidate_tokens": EVERYTHING}, is_method=False
-    ),
+    "dense": Policy("dense", lambda r: 0.0, {"dense_below_tokens": EVERYTHING}, is_method=False),
     "window": Policy("last B tokens", lambda r: 0.0, make=Window),
     "quest": Policy("Quest, pages of 16", _quest, make=Quest),
     "published": Policy("ClusterKV as published", _published, make=PublishedClusterKV),

@@ -24,6 +24,7 @@ class Counters:
     sparse_steps: int = 0
     splits: int = 0
     merges: int = 0
+    forced_borders: int = 0
     build_conflicts: int = 0
     build_s: float = 0.0
     dense_steps: Counter[str] = field(default_factory=Counter)  # requests of a step, by reason

@@ -88,6 +88,7 @@ class DecodeLists:
         )
         for reason, times in zip(*np.unique(reasons[reasons > 0], return_counts=True), strict=True):
             self._counters.dense_steps[DenseReason(reason).name.lower()] += int(times)
+        tables.exact[rows[sparse]] = np.minimum(tables.exact[rows[sparse]], seq_lens[sparse] - 1)
         self._counters.sparse_steps += len(sparse)
         self._counters.tokens_available += int(covered[sparse].sum())
         self._counters.tokens_recalled += int(np.minimum(covered[sparse], config.budget_tokens).sum())

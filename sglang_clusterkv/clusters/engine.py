@@ -153,6 +153,10 @@ class ClusterEngine:
         except Exception as error:
             self._start_over("rewrite", error)
 
+    def tokens_to_keep(self, row: int, tokens: int) -> int:
+        """How many of a row's first `tokens` others may find: with `reproducible`, none whose KV follows a sparse step."""
+        return min(tokens, int(self.tables.exact[row])) if self.config.reproducible else tokens
+
     # -- a forward is launched ------------------------------------------------------------------------------------
 
     def begin_extend(self, extends: list[Extend]) -> None:
@@ -267,6 +271,7 @@ class ClusterEngine:
             self._announce(record)
         self.counters.splits += plan.splits
         self.counters.merges += len(plan.merged)
+        self.counters.forced_borders += plan.forced
 
     def _make(self, make: Make) -> None:
         """Device work: build one segment."""
@@ -347,6 +352,7 @@ class ClusterEngine:
             "dense_layer_calls": dict(counters.dense_layer_calls),
             "splits": counters.splits,
             "merges": counters.merges,
+            "forced_borders": counters.forced_borders,
             "faults": dict(counters.faults),
             "build_conflicts": counters.build_conflicts,
             "build_ms": round(1000 * counters.build_s),

@@ -198,7 +198,7 @@ def test_two_chats_over_one_beginning_do_not_undo_each_other() -> None:
     """A merge across the point where they part would be cut by the other's next turn, and so on for ever."""
     world = World(MERGING)
     chats = [stream(1, 180) + question(i, 120) for i in (1, 2)]
-    for turn in range(5):
+    for turn in range(9):
         for i in range(2):
             request = served(world, chats[i], decoded=30)
             world.finish(request)

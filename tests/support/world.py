@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class Request:
     path: list[int] = field(default_factory=list)  # per token, what tells all tokens up to it
     news_at: int = 0  # number of the launch before which its row was given or rewritten
     dense_since_news: int = 0  # decode steps that it was dirty in since
+    alone: bool = True  # no other running request has had pages of it but sinks since its row was given
 
     @property
     def running(self) -> bool:
@@ -252,7 +254,7 @@ class World:
     def finish(self, request: Request, *, in_flight: int = 1) -> None:
         """A request ends; the tree keeps its whole pages. The last `in_flight` tokens are of a launch that was in vain."""
         self._forget_results(request)
-        self._checkpoint(request, request.length - in_flight)
+        self._checkpoint(request, self.engine.tokens_to_keep(request.row, request.length - in_flight))
         self._release(request)
 
     def retract(self, request: Request) -> None:
@@ -362,6 +364,7 @@ class World:
         found = self.found(request)
         request.prompt_len, request.length = len(request.tokens), found
         request.row, request.news_at, request.dense_since_news = self.free_rows.pop(), self.launches, 0
+        request.alone = True
         if found:
             self.settle()
         table = self.scene.req_to_token[request.row]
@@ -424,6 +427,7 @@ class World:
         self.made, self.walked, self.splits = [], [], 0
         self.checked.clear()
         result = begin()
+        self._note_who_shares()
         if self.catches_up:
             self.settle()
         handed_out, self.handed_out = torch.cat(self.handed_out), []
@@ -431,6 +435,12 @@ class World:
         if self.settled:
             rules.assert_rules(self)
         return result
+
+    def _note_who_shares(self) -> None:
+        pages = [set(self.pages(request, self.config.sink_tokens).tolist()) for request in self.running]
+        for i, j in itertools.combinations(range(len(pages)), 2):
+            if not pages[i].isdisjoint(pages[j]):
+                self.running[i].alone = self.running[j].alone = False
 
     @property
     def settled(self) -> bool:

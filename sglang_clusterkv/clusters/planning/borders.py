@@ -51,6 +51,17 @@ class Borders:
         """The page at which the aligned segment begins that has this page: the sinks' end and every segment_pages from it."""
         return page - (page - self.sink_pages) % self.segment_pages
 
+    def last_border(self, begin: int, end: int) -> int:
+        """The page up to which [begin, end) may be made while the prefill goes on."""
+        return max(begin, self.block(end))
+
+    def decoded_run(self, begin: int) -> tuple[int, int]:
+        """The next decoded run from page `begin` on; too few pages before a border stay out until that segment is whole."""
+        border = self.block(begin) + self.segment_pages
+        if border - begin < SEGMENT_VECTOR_PAGES:
+            begin, border = border, border + self.segment_pages
+        return begin, min(begin + self.recluster_pages, border)
+
     def of_lengths(self, record: Row, snapshot: Snapshot) -> Lengths:
         """What a row has that shares nothing with anybody: `reproducible: true` asks for it, whatever the row found.
 

@@ -34,15 +34,15 @@ def merge_neighbours(snapshot: Snapshot, draft: Draft) -> None:
     page, limit = borders.page_size, borders.aged(snapshot)
     segments = [s for s in record.segments if s.end <= limit * page]
     alone = [records.watchers(s.id) == 1 for s in segments]
-    joins = [
-        alone[i] and alone[i + 1] and left.id not in draft.branch_ends
+    neighbours = [
+        alone[i] and alone[i + 1]
         and borders.block(left.begin // page) == borders.block(right.begin // page)
         and draft.view.is_unclustered(snapshot, left.end // page, right.begin // page)
         for i, (left, right) in enumerate(itertools.pairwise(segments))
     ]  # fmt: skip
-    merges = _complete_ones(snapshot, segments, joins, limit, draft)
-    for merge in merges:
-        joins[merge.first : merge.last] = [False] * (merge.last - merge.first)
+    merges = _complete_ones(snapshot, segments, neighbours, draft)
+    taken = {i for merge in merges for i in range(merge.first, merge.last)}
+    joins = [may and i not in taken and segments[i].id not in draft.branch_ends for i, may in enumerate(neighbours)]
     for first, last in groups_to_merge(segments, joins, borders.segment_pages * page):
         merges.append(_Merge(first, last, segments[first].begin // page, segments[last].end // page))
     for merge in merges:
@@ -50,22 +50,21 @@ def merge_neighbours(snapshot: Snapshot, draft: Draft) -> None:
 
 
 def _complete_ones(
-    snapshot: Snapshot, segments: Sequence[Segment], joins: Sequence[bool], limit: int, draft: Draft
+    snapshot: Snapshot, segments: Sequence[Segment], neighbours: Sequence[bool], draft: Draft
 ) -> list[_Merge]:
-    """Aligned segments before page `limit` of which all parts are there, but for gaps at their ends."""
+    """Aligned segments before the window of which all parts are there, but for gaps at their ends."""
     borders = draft.borders
     merges, first = [], 0
     for last, segment in enumerate(segments):
-        if last < len(joins) and joins[last]:
+        if last < len(neighbours) and neighbours[last]:
             continue
         parts = segments[first].begin // borders.page_size, segment.end // borders.page_size
         begin = borders.block(parts[0])
         end = begin + borders.segment_pages
         if (
-            parts[1] <= end <= limit
+            parts[1] <= end <= borders.aged(snapshot)
             and (first < last or parts != (begin, end))
             and draft.records.watchers(segment.id) == 1
-            and (parts[1] == end or segment.id not in draft.branch_ends)
             and _is_gap(snapshot, begin, parts[0], draft)
             and _is_gap(snapshot, parts[1], end, draft)
         ):

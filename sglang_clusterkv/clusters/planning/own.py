@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from sglang_clusterkv.clusters.planning.draft import Draft
 from sglang_clusterkv.clusters.planning.plan import Snapshot
-from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.index import UNCLUSTERED
 
 
@@ -26,14 +25,13 @@ def cluster_own_pages(snapshot: Snapshot, draft: Draft) -> None:
         begin = max(begin, runs[-1].begin)
         end = min(runs[-1].end, prompt_limit)
         if record.prefilling:
-            end = borders.block(end)
+            end = borders.last_border(begin, end)
         begin = _make_pieces(snapshot, begin, end, prompt_limit, draft)
-        while not record.prefilling and aged - begin >= borders.recluster_pages:
-            border = borders.block(begin) + borders.segment_pages
-            if border - begin < SEGMENT_VECTOR_PAGES:
-                begin = border  # a gap, until the aligned segment around it is made
-                continue
-            begin = _make_pieces(snapshot, begin, min(begin + borders.recluster_pages, border), aged, draft)
+        while not record.prefilling:
+            begin, end = borders.decoded_run(begin)
+            if aged - begin < borders.recluster_pages:
+                break
+            begin = _make_pieces(snapshot, begin, end, aged, draft)
     if record.segments and record.segments[-1].end // borders.page_size < snapshot.first_page:
         # Its last segment was cut by this plan, and the snapshot begins behind what is left of it.
         begin = max(match_end, record.segments[-1].end // borders.page_size)

@@ -50,6 +50,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dense_below_tokens: int = 0
     recluster_every: int = 256
     merge_segments: bool = True
+    reproducible: bool = False
 
 
 FIELD_DOCS: dict[str, str] = {
@@ -74,7 +75,10 @@ FIELD_DOCS: dict[str, str] = {
     "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
     "pages, four or more, at most segment_tokens.",
     "merge_segments": "Cluster neighbouring segments that one running request alone sees again as one, when that at least "
-    "doubles the largest of them; false takes away one reason for borders to depend on other requests.",
+    "doubles the largest of them, or completes one of segment_tokens; false leaves them as they were made.",
+    "reproducible": "Requests one after another get the same answer whatever was served before: segments are built again "
+    "where another request's differ from those of an empty cache, and answers that were decoded sparsely are not kept in "
+    "the prefix cache.",
 }
 
 

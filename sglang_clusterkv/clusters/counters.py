@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from sglang_clusterkv.clusters.rows import DenseReason
@@ -46,11 +46,18 @@ class Counters:
     sparse_steps: int = 0
     splits: int = 0
     merges: int = 0
+    forced_borders: int = 0
     build_conflicts: int = 0
     build_s: float = 0.0
     dense_steps: Counter[str] = field(default_factory=Counter)  # requests of a step, by reason
     dense_layer_calls: Counter[str] = field(default_factory=Counter)  # requests of one layer of a step, by reason
     faults: Counter[str] = field(default_factory=Counter)  # exceptions of our own code that were survived, by operation
+
+    def server_info(self) -> dict[str, object]:
+        """All of them for /server_info: integers, and dictionaries by reason or operation."""
+        values = {count.name: getattr(self, count.name) for count in fields(self) if count.name != "build_s"}
+        plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
+        return plain | {"build_ms": round(1000 * self.build_s)}
 
     def add(self, step: StepCounts) -> None:
         """A decode step has run."""

@@ -81,7 +81,7 @@ class DecodeLists:
         )
         sparse, dense = np.flatnonzero(reasons == 0), np.flatnonzero(reasons)
         device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
-        return DecodeStep(
+        step = DecodeStep(
             sparse_at=to_device(sparse, device) if mixed else None,
             sparse=self._sparse(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
             dense_at=to_device(dense, device) if mixed else None,
@@ -90,11 +90,13 @@ class DecodeLists:
             seq_lens=seq_lens,
             counts=StepCounts(
                 sparse=len(sparse),
-                dense=Counter(DenseReason(reason).name.lower() for reason in reasons[dense].tolist()),
+                dense=_by_reason(reasons[dense]),
                 tokens_available=int(covered[sparse].sum()),
                 tokens_recalled=int(np.minimum(covered[sparse], config.budget_tokens).sum()),
             ),
         )
+        tables.exact[rows[sparse]] = np.minimum(tables.exact[rows[sparse]], seq_lens[sparse] - 1)
+        return step
 
     def all_dense(self, rows: np.ndarray, seq_lens: np.ndarray) -> DecodeStep:
         """The step after a fault in `step`: every request attends to everything."""
@@ -117,3 +119,9 @@ def longest_base(config: ClusterKVConfig, page_size: int, covered: np.ndarray) -
     Gaps between short segments are attended as the window is: many turns leave many, and that is no reason to read all.
     """
     return config.sink_tokens + 2 * config.recluster_every + config.window_tokens + page_size + covered // 4
+
+
+def _by_reason(reasons: np.ndarray) -> Counter[str]:
+    """How many requests go the dense way for each reason."""
+    found = zip(*np.unique(reasons, return_counts=True), strict=True)
+    return Counter({DenseReason(reason).name.lower(): int(requests) for reason, requests in found})

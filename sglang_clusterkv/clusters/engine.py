@@ -154,6 +154,10 @@ class ClusterEngine:
         except Exception as error:
             self._start_over("rewrite", error)
 
+    def tokens_to_keep(self, row: int, tokens: int) -> int:
+        """How many of a row's first `tokens` others may find: with `reproducible`, none whose KV follows a sparse step."""
+        return min(tokens, int(self.tables.exact[row])) if self.config.reproducible else tokens
+
     # -- a forward is launched ------------------------------------------------------------------------------------
 
     def begin_extend(self, extends: list[Extend]) -> None:
@@ -314,6 +318,7 @@ class ClusterEngine:
                 record.failures = 0
             self.tables.write(record)
             self._announce(record)
+        self.counters.forced_borders += plan.forced
 
     def _make(self, make: Make, merges: bool) -> None:
         """Device work: build one segment, maybe of neighbours."""
@@ -382,23 +387,9 @@ class ClusterEngine:
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""
         self.count_step()
-        counters = self.counters
-        return {
-            "segments": counters.segments,
+        return self.counters.server_info() | {
             "clusters": self.index.clusters,
-            "tokens_clustered": counters.tokens_clustered,
-            "tokens_reused": counters.tokens_reused,
-            "tokens_recalled": counters.tokens_recalled,
-            "tokens_available": counters.tokens_available,
             "recalled_mass": mean_by_group(self.index.mass.cpu().numpy()),
-            "sparse_steps": counters.sparse_steps,
-            "dense_steps": dict(counters.dense_steps),
-            "dense_layer_calls": dict(counters.dense_layer_calls),
-            "splits": counters.splits,
-            "merges": counters.merges,
-            "faults": dict(counters.faults),
-            "build_conflicts": counters.build_conflicts,
-            "build_ms": round(1000 * counters.build_s),
             "bytes": self.index.bytes,
             "running": len(self.records.rows),
         }

@@ -46,6 +46,10 @@ _TOTALS = {
     "sparse_steps": ("sparse_steps_total", "Decode steps of a request that attended sparsely."),
     "splits": ("splits_total", "Segments that were cut by a shorter match."),
     "merges": ("merges_total", "Neighbouring segments that became one."),
+    "forced_borders": (
+        "forced_borders_total",
+        "With `reproducible`: segments whose borders are another running request's.",
+    ),
     "build_conflicts": ("build_conflicts_total", "Segments left out because plan and device disagreed."),
     "build_s": ("build_seconds_total", "Time spent clustering, measured on a CPU only."),
 }

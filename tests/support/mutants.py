@@ -23,7 +23,7 @@ from sglang_clusterkv.clusters.counters import Counters
 from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.planning import found
+from sglang_clusterkv.clusters.planning import found, reproducible
 from sglang_clusterkv.clusters.planning.borders import Borders
 from sglang_clusterkv.clusters.planning.plan import Make
 from sglang_clusterkv.clusters.planning.planner import Planner
@@ -171,6 +171,9 @@ MUTANTS = {
     "built from an older row": Mutant("4", _built_from_the_row_of_the_launch_before),
     "tables of other keys": Mutant("4, 5", _spoiled_mark),
     "built differently each time": Mutant("5", _built_differently_each_time),
+    "what was found stays, although nobody else sees it": Mutant(
+        "2, 5", _replaced(reproducible, "drop_others", lambda snapshot, draft: None)
+    ),
     "clusters inside the window": Mutant("6", _window_forgotten),
     "layers' faults reach the scheduler": Mutant(
         "7", _replaced(ClusterEngine, "sparse_layer", _no_net_below_the_layers)

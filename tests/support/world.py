@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Request:
     path: list[int] = field(default_factory=list)  # per token, what tells all tokens up to it
     news_at: int = 0  # number of the launch before which its row was given or rewritten
     dense_since_news: int = 0  # decode steps that it was dirty in since
+    alone: bool = True  # no other running request has had pages of it but sinks since its row was given
 
     @property
     def running(self) -> bool:
@@ -169,6 +171,7 @@ class World:
         pages: of the pool.
         overlap: whether last chunks are checkpointed after the next launch.
         lags: whether the forward's stream works behind the scheduler's.
+        checks: whether every launch passes the rules' assertions.
         sizes: layers, kv_heads, head_dim, rows, context of the scene.
     """
 
@@ -179,10 +182,11 @@ class World:
         pages: int = 400,
         overlap: bool = True,
         lags: bool = False,
+        checks: bool = True,
         **sizes: int,
     ) -> None:
         sizes = {"layers": 1, "kv_heads": 1, "head_dim": 16, "rows": 12, "context": 2048} | sizes
-        self.config, self.overlap = config, overlap
+        self.config, self.overlap, self._checks = config, overlap, checks
         self.stream = LaggingStream() if lags else ForwardStream("cpu")
         self.scene = Scene(config, pages=pages, stream=self.stream, **sizes)
         self.engine, self.index = self.scene.engine, self.scene.index
@@ -307,7 +311,7 @@ class World:
     def finish(self, request: Request, *, in_flight: int = 1) -> None:
         """A request ends; the tree keeps its whole pages. The last `in_flight` tokens are of a launch that was in vain."""
         self._forget_results(request)
-        self._checkpoint(request, request.length - in_flight)
+        self._checkpoint(request, self.engine.tokens_to_keep(request.row, request.length - in_flight))
         self._release(request)
 
     def retract(self, request: Request) -> None:
@@ -417,6 +421,7 @@ class World:
         found = self.found(request)
         request.prompt_len, request.length = len(request.tokens), found
         request.row, request.news_at, request.dense_since_news = self.free_rows.pop(), self.launches, 0
+        request.alone = True
         if found:
             self.settle()
         table = self.scene.req_to_token[request.row]
@@ -482,10 +487,19 @@ class World:
         if self.catches_up:
             self.settle()
         handed_out, self.handed_out = torch.cat(self.handed_out), []
+        if not self._checks:
+            return result
+        self._note_who_shares()
         self.stream.run(rules.assert_handed_out_pages_are_unclustered, self, handed_out)
         if self.settled:
             rules.assert_rules(self)
         return result
+
+    def _note_who_shares(self) -> None:
+        pages = [set(self.pages(request, self.config.sink_tokens).tolist()) for request in self.running]
+        for i, j in itertools.combinations(range(len(pages)), 2):
+            if not pages[i].isdisjoint(pages[j]):
+                self.running[i].alone = self.running[j].alone = False
 
     @property
     def settled(self) -> bool:

@@ -575,6 +575,7 @@ def _(found: Any) -> str:
 TASKS = [f"quality-tasks-20261128-{time}" for time in ("023700", "143426", "144125", "181247", "141145")]
 RULER = [f"quality-ruler-20261128-{time}" for time in ("054637", "140435", "201047")]
 RULER_QWEN = "quality-ruler-20261128-204831"
+RULER_PROMPTS, RULER_QWEN_PROMPTS = "quality-ruler-prompts-20261129-100825", "quality-ruler-prompts-20261129-101438"
 
 
 def _answers(*found: Any) -> list[Any]:
@@ -603,17 +604,14 @@ def _(*found: Any) -> Rows:
     return [[task, f"{length:,}", *scores[task, length]] for task, length in sorted(scores, key=lambda cell: cell[1])]
 
 
-@figures("ruler", QUALITY, *RULER)
+@figures("ruler", QUALITY, *RULER, RULER_PROMPTS)
 def _(*found: Any) -> Rows:
-    scores = _scores(_answers(*found))
-    short = [cell for cell in scores if cell[1] == 4096]
-    others = {tuple(line) for (task, length), line in scores.items() if length == 7800 and task != "niah_single_1"}
-    assert len(others) == 1, others  # they are one row
-    (count, *rest), *_ = others
-    rows: Rows = [[task, f"{length:,}", *scores[task, length]] for task, length in short]
-    rows.append([None, "7,800", *scores["niah_single_1", 7800]])
-    rows.append([None, "7,800", f"{count} each", *rest])
-    return rows
+    from benchmarks.quality.scores import prompts_text, with_prompts
+
+    answers = with_prompts(_answers(*found[:-1]), found[-1]["prompts"])
+    scores = _scores(answers)
+    cells = sorted(scores, key=lambda cell: cell[1])
+    return [[cell[0], prompts_text(answers, cell), f"{cell[1]:,}", *scores[cell]] for cell in cells]
 
 
 def _pooled(*found: Any) -> tuple[Any, Any]:
@@ -641,10 +639,14 @@ def _(*found: Any) -> str:
     )
 
 
-@sentence(QUALITY, RULER_QWEN)
-def _(found: Any) -> str:
-    right = [sum(answer.score for answer in _answers(found) if answer.arm == arm) for arm in ("dense", "ours 256")]
-    return "dense {:.0f} of 4, ours {:.0f} of 4 at a budget of 256".format(*right)
+@sentence(QUALITY, RULER_QWEN, RULER_QWEN_PROMPTS)
+def _(found: Any, counted: Any) -> str:
+    from benchmarks.quality.scores import prompts_text, with_prompts
+
+    answers = with_prompts(_answers(found), counted["prompts"])
+    right = [sum(answer.score for answer in answers if answer.arm == arm) for arm in ("dense", "ours 256")]
+    tokens = prompts_text(answers, answers[0].cell)
+    return "prompts of {} tokens: dense {:.0f} of 4, ours {:.0f} of 4 at a budget of 256".format(tokens, *right)
 
 
 @figures("turns", QUALITY, "quality-turns-20261128-090357")

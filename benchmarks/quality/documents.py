@@ -1,12 +1,15 @@
-"""Long English documents with facts hidden in them, questions about the facts, and the text that follows.
+"""Long documents with facts hidden in them, questions about the facts, and the text that follows.
 
-The text is the Debian administrator's handbook where its package is installed (`apt install debian-handbook`), else Python's
-own language reference, which every Python carries; or any file.
+Three kinds: prose; source code, where a model is surer of the next token; random digits, where nothing tells it. Prose is the
+Debian administrator's handbook where its package is installed (`apt install debian-handbook`), else Python's own language
+reference, which every Python carries; or any file. Code is Python's standard library.
 """
 
 from __future__ import annotations
 
+import platform
 import random
+import sysconfig
 from html.parser import HTMLParser
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,6 +18,9 @@ from typing import Any, NamedTuple
 HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US")
 PLACES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Perth")
 QUESTIONS = 4
+PROSE, CODE, DIGITS = KINDS = ("prose", "code", "digits")
+NUMBERS = 40_000  # of five digits; a token per digit makes some thirty documents of them
+CODE_CHARACTERS = 500_000  # of source, in the order of the files' names; all of it takes a tokenizer long
 
 
 class Document(NamedTuple):
@@ -69,6 +75,20 @@ def read_text(path: str | None = None) -> tuple[str, str]:
             prose.feed(page.read_text(encoding="utf-8"))
         return "Debian administrator's handbook", "".join(prose.parts)
     return "Python language reference", "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_kind(kind: str, path: str | None = None) -> tuple[str, str]:
+    """(what the text is, the text) of one of `KINDS`; `path` as `read_text` takes it, for prose."""
+    if kind == CODE:
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        text = ""
+        while files and len(text) < CODE_CHARACTERS:
+            text += files.pop(0).read_text(encoding="utf-8", errors="replace") + "\n"
+        return f"source code (Python {platform.python_version()}'s standard library)", text
+    if kind == DIGITS:
+        rng = random.Random(0)
+        return "random digits", " ".join(str(rng.randrange(10000, 100000)) for _ in range(NUMBERS))
+    return read_text(path)
 
 
 def make_documents(tokenizer: Any, text: str, count: int, tokens: int, natural: int) -> list[Document]:

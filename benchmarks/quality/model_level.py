@@ -1,12 +1,15 @@
 """KL to dense attention of every policy, against the bytes that a step reads, through one real server.
 
-    python -m benchmarks.quality.model_level [--documents 3] [--tokens 7000] [--budgets 128 256 512] [--policies ...] [--quick]
+    python -m benchmarks.quality.model_level [--documents 3] [--tokens 7000] [--budgets 128 256 512] [--policies ...]
+                                             [--kind prose|code|digits] [--quick]
 
 A document with six hidden numbers is prefilled once (dense and exact, under every policy). Then each policy decodes the same
 text, token by token (benchmarks/forced.py): the document's continuation, then four questions with their answers. So the
 questions, too, are read by sparse steps. Per policy and budget: KL(dense || policy) and agreement of the first choice over the
 continuation, KL over the answers' digits (Q) and how many answers have every digit as the first choice; and bytes read per
-decode step, layer and kv head as bf16 KV would have them: metadata, recalled tokens, sinks and window.
+decode step, layer and kv head as bf16 KV would have them: metadata, recalled tokens, sinks and window. A second table has the
+KL by how unsure dense is of the next token (its entropy), continuation and answers together; `--kind` takes a text that is
+easier (source code) or harder (random digits) than prose.
 
 `equal-bytes` rows give the published policy the budget at which it reads what ours reads. Intervals are 95 %, by bootstrap over
 parts of 8 tokens. "Over ours" is a KL over that of ours at the same budget (or bytes), paired by part. Writes JSON, Markdown
@@ -36,7 +39,7 @@ from transformers import AutoConfig, AutoTokenizer
 from benchmarks.forced import FLAGS, forced_decode, interval, kl_divergence, mean, paired_ratio, parts_of
 from benchmarks.policies import POLICIES, Reading
 from benchmarks.policies.control import use
-from benchmarks.quality.documents import Document, make_documents, read_text
+from benchmarks.quality.documents import KINDS, PROSE, Document, make_documents, read_kind
 from benchmarks.quality.figures import quality_against_bytes
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, model_folder, serve
@@ -44,6 +47,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.tools.demo_model import default_out
 
 PART = 8  # tokens that the bootstrap takes together
+UNSURE_FROM = (0.1, 1.0, 2.0)  # nats of dense's entropy where the next column begins; ten digits alike have 2.3
 MOST_CANDIDATES = 2048
 SMALL_BUDGET = 128  # half of the candidates do up to here
 # An idle server would take most of a core from what runs beside it.
@@ -149,6 +153,11 @@ def decode(server: Server, document: Document) -> Decoded:
     return Decoded(rows, {name: after[name] - before[name] for name in ("sparse_steps", "tokens_available")})
 
 
+def entropy(rows: np.ndarray) -> np.ndarray:
+    """Of each row of log-probabilities [n, vocabulary], in nats: float64 [n]."""
+    return np.array([-np.sum(np.exp(row) * row) for row in rows.astype(np.float64)])
+
+
 def compare(document: Document, reference: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
     """KL by token of the continuation and of the answers' digits, agreement, and right answers."""
     kl = kl_divergence(reference, rows)
@@ -191,6 +200,9 @@ def run_document(
     reference = decode(server, document)
     assert reference.counts["sparse_steps"] == 0, "the reference was not dense"
     found: dict[str, Any] = {"arms": {}, "dense": compare(document, *[reference.rows] * 2)}
+    unsure = entropy(reference.rows)
+    found["entropy"] = unsure[: document.natural.stop - 1].tolist()
+    found["answer_entropy"] = [unsure[part.start - 1 : part.stop - 1].tolist() for part in document.answers]
     if again:
         found["dense_again_kl_max"] = float(kl_divergence(reference.rows, decode(server, document).rows).max())
     queue, sizes = list(arms), None
@@ -243,15 +255,40 @@ def summary(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "bytes": mean([[part["bytes"]] for part in parts]),
                 "kl": mean(kl),
                 "kl_interval": interval(parts_of(kl, PART)),
+                "kl_most": max(map(max, kl)),
                 "over_ours": paired_ratio(kl, compared, PART) if len(compared) == len(kl) else None,
                 "same": mean([part["same"] for part in parts]),
                 "answer_kl": mean([digits for part in parts for digits in part["answer_kl"]]),
                 "right": sum(right),
                 "answers": len(right),
                 "perplexity": float(np.exp(mean([part["surprise"] for part in parts]))),
+                "by_entropy": by_entropy(documents, name),
             }
         )
     return lines
+
+
+def by_entropy(documents: list[dict[str, Any]], arm: str) -> list[dict[str, Any]] | None:
+    """KL of an arm by dense's entropy at the same token, of continuation and answers; None for results without it."""
+    if any("entropy" not in document for document in documents):
+        return None
+    unsure, kl = [], []
+    for document in documents:
+        unsure += [document["entropy"], *document["answer_entropy"]]
+        kl += [document["arms"][arm]["kl"], *document["arms"][arm]["answer_kl"]]
+    place = np.digitize(np.concatenate(unsure), UNSURE_FROM)
+    values = np.concatenate(kl)
+    columns = [values[place == column] for column in range(len(UNSURE_FROM) + 1)]
+    return [
+        {"tokens": part.size, "kl": float(part.mean()) if part.size else None, "most": float(part.max(initial=0))}
+        for part in columns
+    ]
+
+
+def title_of(line: dict[str, Any]) -> str:
+    """What a line of the summary is about, but for its budget."""
+    title = POLICIES[line["policy"]].title + (" (equal bytes)" if "equal-bytes" in line["name"] else "")
+    return title + (f", {line['change']}" if line["change"] else "")
 
 
 def table(lines: list[dict[str, Any]], documents: list[dict[str, Any]]) -> str:
@@ -264,20 +301,29 @@ def table(lines: list[dict[str, Any]], documents: list[dict[str, Any]]) -> str:
         f"Dense: perplexity {dense:.2f}, {sum(dense_right)} of {len(dense_right)} answers right, reads "
         f"{everything / 1024:.0f} KiB per step, layer and kv head. Mean over {len(documents)} document(s).",
         "",
-        "| policy | budget | candidates | KiB per step | of dense | KL (95 %) | over ours (95 %) | top-1 same "
+        "| policy | budget | candidates | KiB per step | of dense | KL (95 %) | most | over ours (95 %) | top-1 same "
         "| Q: KL of answers | right | perplexity |",
-        "|" + "---|" * 11,
+        "|" + "---|" * 12,
     ]
     for line in lines:
         low, high = line["kl_interval"]
-        title = POLICIES[line["policy"]].title + (" (equal bytes)" if "equal-bytes" in line["name"] else "")
-        title += f", {line['change']}" if line["change"] else ""
         candidates = line["candidates"] if line["policy"].startswith(OURS) else "-"
         out.append(
-            f"| {title} | {line['budget']} | {candidates} | {line['bytes'] / 1024:.0f} | 1/{everything / line['bytes']:.1f} "
-            f"| {line['kl']:.5f} ({low:.5f} to {high:.5f}) | {line['over_ours'] or '-'} | {100 * line['same']:.1f} % "
+            f"| {title_of(line)} | {line['budget']} | {candidates} | {line['bytes'] / 1024:.0f} "
+            f"| 1/{everything / line['bytes']:.1f} | {line['kl']:.5f} ({low:.5f} to {high:.5f}) | {line['kl_most']:.3f} "
+            f"| {line['over_ours'] or '-'} | {100 * line['same']:.1f} % "
             f"| {line['answer_kl']:.4f} | {line['right']} of {line['answers']} | {line['perplexity']:.2f} |"
         )
+    if all(line["by_entropy"] for line in lines):
+        bounds = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(UNSURE_FROM)]
+        columns = [f"below {UNSURE_FROM[0]:g}", *bounds, f"from {UNSURE_FROM[-1]:g} on"]
+        tokens = [f"{part['tokens']} tokens" for part in lines[0]["by_entropy"]]
+        out += ["", "KL by dense's entropy (nats), continuation and answers: mean, most", ""]
+        out += ["| policy | budget | " + " | ".join(map(", ".join, zip(columns, tokens, strict=True))) + " |"]
+        out += ["|" + "---|" * (2 + len(columns))]
+        for line in lines:
+            parts = [f"{p['kl']:.5f}, {p['most']:.3f}" if p["tokens"] else "-" for p in line["by_entropy"]]
+            out.append(f"| {title_of(line)} | {line['budget']} | {' | '.join(parts)} |")
     return "\n".join(out)
 
 
@@ -298,6 +344,7 @@ def main() -> None:
     parser.add_argument(
         "--policies", nargs="+", choices=POLICIES, default=[name for name in POLICIES if name != "dense"]
     )
+    parser.add_argument("--kind", choices=KINDS, default=PROSE, help="of text, default: %(default)s")
     parser.add_argument("--text", help="another text, a file")
     parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     parser.add_argument(
@@ -307,6 +354,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shorter document, one budget, few policies")
     parser.add_argument("--join", nargs="+", type=Path, help="results of runs to put together; runs nothing")
     args = parser.parse_args()
+    if args.text and args.kind != PROSE:
+        parser.error(f"--text names a file to be read as {PROSE}: leave out --kind {args.kind}")
     if args.quick:
         args.documents, args.tokens, args.natural = 1, min(args.tokens, 2500), 32
         args.budgets, args.policies = [256], QUICK_POLICIES
@@ -376,7 +425,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     Interrupted (Ctrl-C, SIGTERM), it returns the documents that are done.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    source, text = read_text(args.text)
+    source, text = read_kind(args.kind, args.text)
     made = make_documents(tokenizer, text, args.first + args.documents, args.tokens, args.natural)[args.first :]
     arms = arms_of(args.policies, args.budgets, args.candidates, args.changes)
     log = Path(tempfile.mkdtemp(prefix="quality-")) / "server.log"

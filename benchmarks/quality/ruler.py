@@ -5,8 +5,14 @@
 lm-eval makes the prompts, sends them, and scores the answers. Each prompt is made once and asked for under dense and every
 policy, a few prompts at a time, so that later arms find them in the radix cache. `--decoded` takes that many tokens off the
 prompt's end, the question, and lets them go through decode steps; 0 prefills everything. A policy is compared with dense over
-all tasks together, paired by sample; tasks where dense scores below 20 % are listed, not judged. Writes JSON, Markdown and SVG
-to benchmarks/results/.
+all tasks together, paired by sample; tasks where dense scores below 20 % are listed, not judged. A prompt is shorter than the
+length that is asked for, some by half, so the table begins with the tokens that were sent. Writes JSON, Markdown and SVG to
+benchmarks/results/.
+
+    python -m benchmarks.quality.ruler --recount RESULT.json [RESULT.json]
+
+counts the prompts of results that do not say how long they were: lm-eval makes them again, without a server. Their expected
+answers must be those of the results. `benchmarks.quality.scores` takes the file that this writes beside the results.
 
 lm-eval is no dependency of this package: pip install 'lm-eval[api,ruler]'. Nothing is fetched from the network: these six tasks
 make their own text. The other RULER tasks read Paul Graham's essays, SQuAD or HotpotQA from a hub, so they are not here.
@@ -18,7 +24,7 @@ import argparse
 import logging
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -31,8 +37,9 @@ from benchmarks.policies import POLICIES
 from benchmarks.policies.control import use
 from benchmarks.quality.asking import SERVER_FLAGS, TOGETHER, ForcedQuestion, Steps, arms_of
 from benchmarks.quality.model_level import Arm
-from benchmarks.quality.scores import DENSE, Answer, report
+from benchmarks.quality.scores import DENSE, Answer, cells_in, prompts_text, read_answers, report
 from benchmarks.quality.tasks import heat_map
+from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.tools.demo_model import default_out
 
@@ -140,9 +147,72 @@ def ask_arm(
                 tokens=len(client.tokenizer(text, add_special_tokens=False).input_ids),
                 text=text,
                 expected=list(sample["doc"]["outputs"]),
+                prompt_tokens=tokens_of(client.tokenizer, sample["arguments"][0][0]),
             )
         )
     return answers
+
+
+def tokens_of(tokenizer: Any, text: str) -> int:
+    """Of a prompt, as lm-eval's client encodes it."""
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def recount(
+    answers: Sequence[Answer], tokenizer: Any, make: Callable[[list[str], int], dict[str, Any]]
+) -> list[Answer]:
+    """The same answers with the tokens of their prompts.
+
+    Args:
+        answers: of any arms.
+        tokenizer: of the model that was asked.
+        make: `load_tasks` for names and a length.
+
+    Raises SystemExit where lm-eval makes other prompts than the answers are to.
+    """
+    found: dict[tuple[str, int, int], int] = {}
+    for length in sorted({answer.length for answer in answers}):
+        loaded = make(sorted({answer.task for answer in answers if answer.length == length}), length)
+        for name, by_kind in loaded.items():
+            expected = {answer.number: answer.expected for answer in answers if answer.cell == (name, length)}
+            numbers = sorted(expected)
+            task = by_kind["tasks"][name]
+            task.build_all_requests(samples=numbers, rank=0, world_size=1)
+            for instance in task.instances:
+                number = numbers[instance.doc_id]
+                if list(instance.doc["outputs"]) != expected[number]:
+                    raise SystemExit(
+                        f"{name} at {length}, number {number}: the prompt that is made here has another answer than the "
+                        f"result; install the lm-eval that the result names"
+                    )
+                found[name, length, number] = tokens_of(tokenizer, instance.args[0])
+    return [a._replace(prompt_tokens=found[a.task, a.length, a.number]) for a in answers]
+
+
+def report_recount(files: Sequence[Path], model: Path) -> None:
+    """Count the prompts of results, print a table and write it."""
+    from transformers import AutoTokenizer
+
+    def make(names: list[str], length: int) -> dict[str, Any]:
+        return load_tasks(names, length, str(model))
+
+    answers = [answer for answer in read_answers(files)[0] if answer.arm == DENSE]
+    answers = recount(answers, AutoTokenizer.from_pretrained(model), make)
+    lines = ["| task | prompt tokens | asked for | n |", "|---|---|---|---|"]
+    for task, length in cells_in(answers):
+        tokens, count = prompts_text(answers, (task, length)), sum(a.cell == (task, length) for a in answers)
+        lines.append(f"| {task} | {tokens} | {length:,} | {count} |")
+    body = "\n".join(lines)
+    print(f"\n{body}\n")
+    prompts = [{"task": a.task, "length": a.length, "number": a.number, "tokens": a.prompt_tokens} for a in answers]
+    write_results(
+        "quality-ruler-prompts",
+        title="Tokens of RULER's prompts",
+        setting=f"{model.name}'s tokenizer, lm-eval {version('lm-eval')}, prompts of {', '.join(f.stem for f in files)}",
+        command=command_of("benchmarks.quality.ruler"),
+        body=body,
+        data={"model": model.name, "prompts": prompts},
+    )
 
 
 def run(
@@ -188,6 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoded", type=int, default=64, help="tokens at a prompt's end that are decoded; 0: none")
     parser.add_argument("--context", type=int, default=8192, help="tokens that the model takes")
     parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
+    parser.add_argument("--recount", nargs="+", type=Path, help="results whose prompts to count; asks no server")
     args = parser.parse_args(argv)
     if args.samples < 1 or args.first < 0 or args.first + args.samples > PROMPTS or args.decoded < 0:
         parser.error(
@@ -202,6 +273,9 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(
         logging.ERROR
     )  # it warns at each prompt of a length that its tasks do not list
+    if args.recount:
+        report_recount(args.recount, args.model)
+        return
     tasks = {length: load_tasks(args.tasks, length, str(args.model)) for length in args.lengths}
     arms = arms_of(args.policies, args.budgets, args.candidates)
     pool = TOGETHER * max(args.lengths) + POOL_SLACK_TOKENS

@@ -3,6 +3,7 @@
     python -m benchmarks.quality.scores FILE...
 
 prints the table of several results of `tasks`, `ruler` and `turns` (JSON) together: each policy against dense over all of them.
+Results from before prompts were counted have their prompts' tokens from a file of `ruler --recount`, named with them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ JUDGED_FROM = 0.2  # a lower score of dense says nothing about a policy: such ce
 RESAMPLES = 10_000
 DENSE = "dense"
 
-Cell = tuple[str, int]  # a task and its length in tokens
+Cell = tuple[str, int]  # a task and the length asked for, in tokens
 
 
 class Answer(NamedTuple):
@@ -40,6 +41,7 @@ class Answer(NamedTuple):
     tokens: int  # of the answer
     text: str
     expected: list[str]
+    prompt_tokens: int | None = None  # that were sent, the question with them; None: a result that does not say
 
     @property
     def cell(self) -> Cell:
@@ -80,6 +82,16 @@ def mean_score(answers: Sequence[Answer], arm: str, cell: Cell) -> float:
     """Of one arm in one cell; nan where it was not asked."""
     scores = [answer.score for answer in answers if answer.arm == arm and answer.cell == cell]
     return float(np.mean(scores)) if scores else float("nan")
+
+
+def prompts_text(answers: Sequence[Answer], cell: Cell) -> str:
+    """Tokens of a cell's prompts: their mean, and the least and the most of them where they differ."""
+    counts = [answer.prompt_tokens for answer in answers if answer.arm == DENSE and answer.cell == cell]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts) or not known:
+        return "not counted"
+    least, most = min(known), max(known)
+    return f"{most:,}" if least == most else f"{np.mean(known):,.0f} ({least:,} to {most:,})"
 
 
 def judged(answers: Sequence[Answer]) -> list[Cell]:
@@ -131,11 +143,12 @@ def table(answers: Sequence[Answer], sparse: dict[str, float]) -> str:
         sparse: share of each arm's decode steps that were sparse.
     """
     arms, kept = arms_in(answers), judged(answers)
-    lines = [f"| task | tokens | n | {' | '.join([DENSE, *arms])} |", "|---" * (4 + len(arms)) + "|"]
+    lines = [f"| task | prompt tokens | asked for | n | {' | '.join([DENSE, *arms])} |", "|---" * (5 + len(arms)) + "|"]
     for task, length in cells_in(answers):
         count = sum(answer.arm == DENSE and answer.cell == (task, length) for answer in answers)
         means = [f"{100 * mean_score(answers, arm, (task, length)):.0f} %" for arm in (DENSE, *arms)]
-        lines.append(f"| {task} | {length:,} | {count} | {' | '.join(means)} |")
+        tokens = prompts_text(answers, (task, length))
+        lines.append(f"| {task} | {tokens} | {length:,} | {count} | {' | '.join(means)} |")
     lines += [
         "",
         "| policy | minus dense, points (95 %) | n | answers' length, of dense | sparse steps |",
@@ -209,12 +222,22 @@ def report(
 def read_answers(files: Sequence[Path]) -> tuple[list[Answer], dict[str, float]]:
     """All answers of some results, and for each arm the least share of its steps that were sparse in one of them.
 
-    Raises SystemExit where a file has no answers, or a question twice.
+    Raises SystemExit where a file has no answers, a question twice, or prompts that were counted for another model.
     """
     answers: list[Answer] = []
     sparse: dict[str, float] = {}
-    for file in files:
-        found = json.loads(file.read_text())["results"]
+    counted: list[dict[str, Any]] = []
+    abouts = [json.loads(file.read_text()) for file in files]
+    settings = [about.get("setting", "") for about in abouts if "prompts" not in about["results"]]
+    for file, about in zip(files, abouts, strict=True):
+        found = about["results"]
+        if "prompts" in found:
+            if any(setting.split(",")[0] != found["model"] for setting in settings):
+                raise SystemExit(
+                    f"{file} counts the tokens of {found['model']}: name it with results of that model only"
+                )
+            counted += found["prompts"]
+            continue
         if "answers" not in found:
             raise SystemExit(f"{file} has no answers: name JSON results of benchmarks.quality.tasks, ruler or turns")
         asked = {(answer.arm, answer.question) for answer in answers}
@@ -223,7 +246,18 @@ def read_answers(files: Sequence[Path]) -> tuple[list[Answer], dict[str, float]]
         answers += [Answer(**answer) for answer in found["answers"]]
         for arm, share in found["sparse_steps"].items():
             sparse[arm] = min(share, sparse.get(arm, 1.0))
-    return answers, sparse
+    return with_prompts(answers, counted), sparse
+
+
+def with_prompts(answers: Sequence[Answer], counted: Sequence[dict[str, Any]]) -> list[Answer]:
+    """Answers that do not say how long their prompts were, with the tokens that `ruler --recount` found for them."""
+    tokens = {(prompt["task"], prompt["length"], prompt["number"]): prompt["tokens"] for prompt in counted}
+    return [
+        answer
+        if answer.prompt_tokens is not None
+        else answer._replace(prompt_tokens=tokens.get((answer.task, answer.length, answer.number)))
+        for answer in answers
+    ]
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ def answer_of(arm: Arm, sample: Sample, ids: list[int], text: str) -> Answer:
         tokens=len(ids),
         text=text,
         expected=sample.expected,
+        prompt_tokens=len(sample.document) + len(sample.question),
     )
 
 

@@ -119,20 +119,22 @@ def run(
             )
             with steps.count(server, arm), ThreadPoolExecutor(len(conversation.sessions)) as pool:
                 said = list(pool.map(hold, conversation.sessions))
-            answers += answers_of(arm, conversation, said, tokenizer)
+            answers += answers_of(arm, conversation, said, tokenizer, own_history)
             bar.update()
     bar.close()
     return answers, steps
 
 
 def answers_of(
-    arm: Arm, conversation: Conversation, said: Sequence[Sequence[list[int]]], tokenizer: Any
+    arm: Arm, conversation: Conversation, said: Sequence[Sequence[list[int]]], tokenizer: Any, own_history: bool
 ) -> list[Answer]:
-    """Score what was said in each session and turn."""
+    """Score what was said in each session and turn; `own_history` as `hold_session` had it."""
     found = []
     for session, (turns, replies) in enumerate(zip(conversation.sessions, said, strict=True)):
+        prompt_tokens = len(conversation.document)
         for i, (turn, reply) in enumerate(zip(turns, replies, strict=True)):
             text = tokenizer.decode(reply)
+            prompt_tokens += len(turn.question)
             found.append(
                 Answer(
                     arm=arm.name,
@@ -145,8 +147,10 @@ def answers_of(
                     tokens=len(reply),
                     text=text,
                     expected=turn.expected,
+                    prompt_tokens=prompt_tokens,
                 )
             )
+            prompt_tokens += len(reply if own_history else turn.right)
     return found
 
 

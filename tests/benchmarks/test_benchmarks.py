@@ -2,8 +2,8 @@
 
 Red when: a result file replaces an older one or loses what it was measured on, a ratio is taken to another arm or cell, failed
 requests count as measured, servers are sent different requests or an evicted prefix, an operation is measured although its
-test is red or missing, its time holds another's, a scene does not fit its memory, or results of different runs are put
-into one table.
+test is red or missing, its time holds another's, a scene does not fit its memory, results of different runs are put into one
+table, or the KL of a token is put to another one's entropy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,7 +35,7 @@ from benchmarks.kernel_scene import (
     make_scene,
     scene_bytes,
 )
-from benchmarks.quality import model_level
+from benchmarks.quality import documents, model_level
 from benchmarks.results_file import write_results
 from benchmarks.serving import BenchmarkError, Cell, Load
 from sglang_clusterkv.config import ClusterKVConfig
@@ -485,3 +486,38 @@ def test_results_of_one_setting_are_joined_by_their_common_arms(tmp_path: Path) 
     (tmp_path / "d.json").write_text("{}")
     with pytest.raises(SystemExit, match="d.json is not a result"):
         model_level.join([*files, tmp_path / "d.json"])
+
+
+def test_entropy_is_that_of_the_row() -> None:
+    rows = np.log(np.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 1e-300, 1e-300]]))
+    assert model_level.entropy(rows) == pytest.approx([np.log(4), np.log(2)])
+
+
+def test_the_kl_of_each_token_counts_where_dense_was_as_unsure() -> None:
+    def document(kl: list[float], answers: list[list[float]]) -> dict[str, Any]:
+        return {
+            "entropy": [0.05, 1.5, 2.3],
+            "answer_entropy": [[0.1, 0.5], [2.0]],
+            "arms": {"ours-128": {"kl": kl, "answer_kl": answers}},
+        }
+
+    both = [document([1, 2, 3], [[4, 5], [6]]), document([10, 20, 30], [[40, 50], [60]])]
+    found = model_level.by_entropy(both, "ours-128")
+    assert found == [
+        {"tokens": 2, "kl": 5.5, "most": 10},
+        {"tokens": 4, "kl": 24.75, "most": 50},  # a bound belongs to the column that it begins
+        {"tokens": 2, "kl": 11, "most": 20},
+        {"tokens": 4, "kl": 24.75, "most": 60},
+    ]
+    del both[1]["entropy"]  # an older result
+    assert model_level.by_entropy(both, "ours-128") is None
+
+
+def test_each_kind_of_text_is_what_it_says_and_the_same_again() -> None:
+    for kind, holds in {documents.CODE: "\ndef ", documents.DIGITS: " "}.items():
+        name, text = documents.read_kind(kind)
+        assert holds in text and len(text) > 200_000
+        assert documents.read_kind(kind) == (name, text)
+    assert set(text) == set("0123456789 ")
+    numbers = text.split()
+    assert len(numbers) == documents.NUMBERS and len(set(numbers)) > 0.7 * len(numbers)

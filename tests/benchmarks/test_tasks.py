@@ -3,7 +3,8 @@
 Red when: a prompt is not the same from the same seed, depends on another, misses its length or its depth, lacks an expected
 answer or gives it away in the question; a score, a paired interval, a ratio of lengths is not what its definition says; a cell
 where dense can't answer is judged or goes unlisted; a forced question leaves a choice, or an answer is forced; nothing
-says that lm-eval is missing.
+says that lm-eval is missing; a row is headed by the length asked for where a prompt has another, or a prompt is counted that
+is not the result's.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import torch
 
 from benchmarks.quality.asking import ForcedQuestion, arms_of
 from benchmarks.quality.prompts import COMMON_WORDS, DEPTHS, HOPS, TASKS, VALUES, WORDS, Prompts, Sample, sentences_of
-from benchmarks.quality.ruler import optional
+from benchmarks.quality.ruler import optional, recount
 from benchmarks.quality.scores import Answer, bootstrap, change, judged, length_ratio, read_answers, string_match, table
-from benchmarks.quality.tasks import heat_map, make_samples
-from benchmarks.quality.turns import hold_session, make_conversation
+from benchmarks.quality.tasks import answer_of, heat_map, make_samples
+from benchmarks.quality.turns import answers_of, hold_session, make_conversation
 
 LENGTHS = (700, 1501)
 
@@ -216,7 +217,7 @@ def test_a_cell_that_dense_can_not_answer_is_listed_and_not_judged() -> None:
     text = table(answers(HARD_AND_EASY), SPARSE)
     assert "| ours 256 | -25.0 (" in text
     assert "Listed, not judged (dense scores below 20 %): hard at 4,096." in text
-    assert "| hard | 4,096 | 4 | 12 % | 100 % |" in text
+    assert "| hard | not counted | 4,096 | 4 | 12 % | 100 % |" in text
     alone = table(answers({"hard": HARD_AND_EASY["hard"]}), SPARSE)
     assert "| ours 256 | no cell is judged | 0 |" in alone
 
@@ -339,3 +340,73 @@ def test_later_samples_go_on_where_a_run_ended() -> None:
     whole = make_samples(prompts, ["a", "b"], [10], 4)
     parts = [make_samples(prompts, ["a", "b"], [10], 2, first) for first in (0, 2)]
     assert sorted(whole) == sorted(parts[0] + parts[1])
+
+
+def counted(tokens: list[int | None]) -> list[Answer]:
+    """Dense's answers to prompts of so many tokens, where 4,096 were asked for."""
+    return [answers({"t": {"dense": [1.0]}})[0]._replace(number=i, prompt_tokens=n) for i, n in enumerate(tokens)]
+
+
+def test_a_row_begins_with_the_tokens_that_were_sent() -> None:
+    assert "| t | 2,160 (2,140 to 2,180) | 4,096 | 3 |" in table(counted([2180, 2140, 2160]), {})
+    assert "| t | 2,160 | 4,096 | 2 |" in table(counted([2160, 2160]), {})
+    assert "| t | not counted | 4,096 | 2 |" in table(counted([2160, None]), {})
+
+
+def test_a_prompt_is_the_document_with_its_question(prompts: Prompts, tokenizer: Pieces) -> None:
+    arm = arms_of([], [])[0]
+    assert answer_of(arm, prompts.make("needle", 700, 0), [], "").prompt_tokens == 700
+    made = make_conversation(prompts, 700, 0, sessions=2, turns=3, seed=7)
+    said = [[[1], [1, 1], [1]]] * 2
+    for own in (False, True):
+        found = answers_of(arm, made, said, tokenizer, own)
+        for session, turns in enumerate(made.sessions):
+            history = 700
+            for i, turn in enumerate(turns):
+                history += len(turn.question)
+                (answer,) = (a for a in found if (a.task, a.column) == (f"turn {i + 1}", f"session {session + 1}"))
+                assert answer.prompt_tokens == history
+                history += len(said[session][i]) if own else len(turn.right)
+
+
+class Task:
+    """As one of lm-eval's: prompt n has 1,000 + n tokens, and the answer n."""
+
+    def build_all_requests(self, samples: list[int], rank: int, world_size: int) -> None:
+        self.instances = [
+            SimpleNamespace(doc_id=i, doc={"outputs": [str(n)]}, args=("," * (1000 + n), {}))
+            for i, n in enumerate(sorted(samples))
+        ]
+
+
+def test_prompts_of_a_result_are_counted_again(tokenizer: Pieces) -> None:
+    def make(names: list[str], length: int) -> dict[str, Any]:
+        return {name: {"tasks": {name: Task()}} for name in names}
+
+    asked = [
+        Answer(arm, task, length, number, "-", "", 1.0, 2, "x", [str(number)])
+        for arm in ("dense", "ours 256")
+        for task, length, number in [("a", 4096, 7), ("a", 4096, 3), ("b", 4096, 7), ("a", 7800, 30)]
+    ]
+    found = recount(asked, tokenizer, make)
+    assert [answer.prompt_tokens for answer in found] == [1007, 1003, 1007, 1030] * 2
+    assert [answer._replace(prompt_tokens=None) for answer in found] == asked
+    with pytest.raises(SystemExit, match="another answer"):
+        recount([asked[0]._replace(expected=["8"])], tokenizer, make)
+
+
+def test_counts_are_put_beside_older_results(tmp_path: Path) -> None:
+    old = answers({"t": {"dense": [1.0, 1.0], "ours 256": [1.0, 1.0]}})
+    kept = [{k: v for k, v in answer._asdict().items() if k != "prompt_tokens"} for answer in old]
+    result, counts = tmp_path / "result.json", tmp_path / "counts.json"
+    result.write_text(json.dumps({"setting": "m, float32", "results": {"answers": kept, "sparse_steps": SPARSE}}))
+    prompts = [{"task": "t", "length": 4096, "number": number, "tokens": 2000 + number} for number in (0, 1)]
+    counts.write_text(json.dumps({"setting": "m's tokenizer", "results": {"model": "m", "prompts": prompts}}))
+    for files in ([result, counts], [counts, result]):
+        found, sparse = read_answers(files)
+        assert [answer.prompt_tokens for answer in found] == [2000, 2001] * 2
+        assert sparse == SPARSE
+    assert read_answers([result])[0] == old
+    counts.write_text(counts.read_text().replace('"m"', '"another"'))
+    with pytest.raises(SystemExit, match="counts the tokens of another"):
+        read_answers([result, counts])

@@ -4,7 +4,8 @@ test_plan.py shows the borders in these situations; here stands that the schedul
 does not notice: each answer equals that of an idle server with an empty cache.
 
 Red when: clusters of other pages, of an old owner or of a cut segment are used; a rewritten, retracted or evicted row is
-not looked at again; a border follows a chunk's; an answer depends on what else runs; anything is left over.
+not looked at again; a border follows a chunk's; an answer depends on what else runs; copies of a prompt that arrive together
+see other borders than one alone, or leave what a later one clusters again; anything is left over.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def test_the_answers_depend_on_what_was_read(server: Server) -> None:
 
 def test_rows_are_rewritten_while_the_next_decode_is_in_flight(server: Server) -> None:
     ids = prompt(10)
-    expected = alone(server, ids, 24)
+    server.flush()
+    by_itself = server.generate(ids, 24)
+    expected, segments = by_itself["output_ids"], borders(server, by_itself["meta_info"]["id"])
     server.flush()
     info = requests.get(f"{server.url}/server_info", timeout=60).json()
     assert not info["disable_overlap_schedule"]
@@ -64,6 +67,13 @@ def test_rows_are_rewritten_while_the_next_decode_is_in_flight(server: Server) -
     assert [answer["meta_info"]["cached_tokens"] for answer in answers] == [0, 0]
     assert grew(before, after, "dense_steps", "dirty") >= 1 and grew(before, after, "sparse_steps") >= 40
     assert [answer["output_ids"] for answer in answers] == [expected] * 2
+    # Each was clustered, and what they end up with is what one alone has; it is there for the next.
+    clustered = sum(end - begin for begin, end in segments[0])
+    assert grew(before, after, "tokens_clustered") == 2 * clustered > 0
+    assert [borders(server, answer["meta_info"]["id"]) for answer in answers] == [segments] * 2
+    server.generate(ids + prompt(13, 40), 1)
+    later = server.counts()
+    assert grew(after, later, "tokens_reused") == clustered and grew(after, later, "tokens_clustered") == 0
 
 
 def test_a_row_whose_prefill_went_on_takes_the_pages_of_the_one_that_was_ready(server: Server) -> None:

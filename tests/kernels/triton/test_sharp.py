@@ -82,7 +82,13 @@ def test_what_is_far_below_the_peak_is_ranked_alike(deviation: int, device: str)
     on_gpu.recall(0)
     assert sets(w.recalled[:1].cpu(), w.recalled_count[:1].cpu()) == sets(recalled.slots, recalled.count)
 
-    # Which clusters have their own mean values shows in the output alone.
+    # Which clusters have their own mean values: on the CPU it shows in the output alone.
+    on_gpu.estimate(0, torch.float32)
+    mass = scores.estimate_mass * recalled.left
+    mass = mass.masked_fill(mass < NO_MASS, 0.0)
+    assert int((mass > 0).sum(-1).max()) < CONFIG.estimate_clusters
+    best = mass.argsort(dim=-1, descending=True, stable=True)[..., : CONFIG.estimate_clusters].sort(-1).values
+    assert w.own[:1].tolist() == best.tolist()
     q = sharp.queries(deviation)
     expected = reference.sparse_decode(*sharp.arguments(q))
     torch.testing.assert_close(cpu.sparse_decode(*sharp.arguments(q)), expected, atol=1e-3, rtol=1e-3)

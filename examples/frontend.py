@@ -1,7 +1,7 @@
 """A program in SGLang's frontend language: one document, three branches that ask about it, and a choice between numbers.
 
-`fork` sends the document once, before the branches. Its pages are in the radix cache then, and are clustered once for all that
-reads them; the server's counts show it. Start a server with `make serve`, then:
+After a `sync`, `fork` sends the document once, before the branches. Its pages are in the radix cache then, and are clustered
+once for all that read them; the server's counts show it. Start a server with `make serve`, then:
 
     python examples/frontend.py --base-url http://127.0.0.1:30000 [--tokens 6000] [--small]
 """
@@ -26,7 +26,8 @@ CHOICES = [fact.answer for fact in FACTS if fact.answer.isdigit()]
 def study(s: Any, document: str, max_tokens: int) -> None:
     """A question per branch, then one choice; all of them read the document."""
     s += sgl.user_begin() + document + "\n\n"
-    # fork sends what it sees of the text, and the line above may not be carried out yet.
+    # fork sends what it sees of the text, and the line above may not be carried out yet: then it sends nothing, and every
+    # branch prefills and clusters the document for itself.
     s.sync()
     branches = checked(s).fork(len(ASKED))
     checked(s)

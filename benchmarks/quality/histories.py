@@ -97,8 +97,8 @@ def _history(rng: random.Random, text: list[int], other: list[int], length: int)
             events.append(Served(text[:begin] + branch[:-8], branch[-8:]))
         else:
             at = rng.randrange(length // 3, length)
-            for _ in range(rng.randrange(2, 5)):
-                answer, message = rng.choice([8, 40, 120]), rng.choice([10, 60])
+            for _ in range(rng.randrange(2, 4)):
+                answer, message = rng.choice([8, 30]), rng.choice([10, 60])
                 if at + answer + message >= length:
                     break
                 events.append(Served(text[:at], text[at : at + answer]))
@@ -146,7 +146,7 @@ class Sequential(World):
         sizes = {"layers": model.layers, "kv_heads": model.kv_heads, "head_dim": model.head_dim} if model else {}
         super().__init__(config, pages=3 * context // PAGE, context=context, rows=4, checks=False, **sizes)
         self.model = model
-        self.logits = torch.empty(0)
+        self.hidden = torch.empty(0)
 
     def _poison(self, slots: slice) -> None:
         """Nobody compares pages here."""
@@ -155,7 +155,7 @@ class Sequential(World):
         if self.model is not None:
             row = self.scene.req_to_token[request.row, : request.length].long()
             ids = request.tokens[begin : request.length]
-            self.logits = self.model.extend(ids, row, self.scene.keys, self.scene.values)
+            self.hidden = self.model.extend(ids, row, self.scene.keys, self.scene.values)
 
     def start(self, prompt: list[int]) -> Request:
         """Prefill a prompt."""
@@ -176,7 +176,7 @@ class Sequential(World):
         if self.model is not None:
             slot = self.scene.req_to_token[request.row, request.length - 1].long()
             pool = self.scene.keys, self.scene.values
-            self.logits = self.model.decode(token, request.length - 1, slot, *pool, self.index, step.sparse, step.dense)
+            self.hidden = self.model.decode(token, request.length - 1, slot, *pool, self.index, step.sparse, step.dense)
         self._results([])
         return step
 
@@ -210,9 +210,11 @@ def answer(world: Sequential, prompt: list[int], forced: list[int] | None) -> Ou
     tokens, logprobs = [], []
     second_token_s = 0.0
     for i in range(ANSWER):
-        tokens.append(int(world.logits.argmax()))
+        assert world.model is not None
+        logits = world.model.logits(world.hidden)
+        tokens.append(int(logits.argmax()))
         token = tokens[i] if forced is None else forced[i]
-        logprobs.append(float(torch.log_softmax(world.logits.double(), 0)[token]))
+        logprobs.append(float(torch.log_softmax(logits.double(), 0)[token]))
         world.feed(request, token)
         if i == 0:
             second_token_s = time.process_time() - begin
@@ -280,31 +282,31 @@ class Prefilled:
         self.values = [torch.zeros(shape) for _ in range(model.layers)]
         self.row = torch.arange(PAGE, PAGE + (pages - 1) * PAGE)
         self.spare = self.row[len(text) // PAGE * PAGE :]  # for the answer
-        self.first: dict[int, torch.Tensor] = {}  # logits behind each length
+        self.first: dict[int, torch.Tensor] = {}  # hidden state behind each length
         self._built: dict[tuple[int, int], int] = {}
         self._ids = 0
 
     def prefill(self, lengths: Sequence[int]) -> None:
-        """Compute the text once, and keep the logits behind these lengths."""
+        """Compute the text once, and keep the hidden states behind these lengths."""
         begin = 0
         for end in sorted({*lengths, *range(512, max(lengths), 512)}):
-            logits = self.model.extend(self.text[begin:end], self.row[:end], self.keys, self.values)
-            self.first[end] = logits
+            self.first[end] = self.model.extend(self.text[begin:end], self.row[:end], self.keys, self.values)
             begin = end
 
     def answer(self, left: Left, forced: list[int] | None) -> Outcome:
         """Decode by what a history left."""
         self._build(left.borders)
-        logits, tokens, logprobs = self.first[left.length], [], []
+        hidden, tokens, logprobs = self.first[left.length], [], []
         row = self.row[: left.length]
         for i in range(ANSWER):
+            logits = self.model.logits(hidden)
             tokens.append(int(logits.argmax()))
             token = tokens[i] if forced is None else forced[i]
             logprobs.append(float(torch.log_softmax(logits.double(), 0)[token]))
             row = torch.cat((row, self.spare[i : i + 1]))
             sparse, dense = self._lists(left, row, i in left.dense)
             pool = self.keys, self.values
-            logits = self.model.decode(token, len(row) - 1, row[-1], *pool, self.index, sparse, dense)
+            hidden = self.model.decode(token, len(row) - 1, row[-1], *pool, self.index, sparse, dense)
         return Outcome(tokens, logprobs, 0, 0, 0.0)
 
     def _lists(self, left: Left, row: torch.Tensor, is_dense: bool) -> tuple[SparseStep | None, DenseStep | None]:

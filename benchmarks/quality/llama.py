@@ -30,7 +30,7 @@ class Llama:
         self.head_dim: int = self._model.model.layers[0].self_attn.head_dim
 
     def extend(self, ids: list[int], row: torch.Tensor, keys: Buffers, values: Buffers) -> torch.Tensor:
-        """Compute the last tokens of a row densely and write their KV; the logits behind the last one.
+        """Compute the last tokens of a row densely and write their KV; the hidden state of the last one.
 
         Args:
             ids: of those tokens.
@@ -58,7 +58,7 @@ class Llama:
         sparse: SparseStep | None,
         dense: DenseStep | None,
     ) -> torch.Tensor:
-        """One decode step of one request; the logits behind its token."""
+        """One decode step of one request; the hidden state of its token."""
         scale = self.head_dim**-0.5
 
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
@@ -87,4 +87,9 @@ class Llama:
             out = attend(number, q[0].transpose(0, 1).contiguous())
             hidden = hidden + attention.o_proj(out.reshape(1, len(ids), -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return self._model.lm_head(model.norm(hidden[:, -1]))[0]
+        return hidden[0, -1]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the next token. Apart from the rest: most steps are not asked for them."""
+        return self._model.lm_head(self._model.model.norm(hidden))

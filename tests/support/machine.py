@@ -45,8 +45,6 @@ WEIGHTS = {
     "make_room": 1,
     "settle": 1,
     "chat": 1,
-    "lists_fault": 1,
-    "layer_fault": 1,
 }
 EVENTS = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
 MOST_TOKENS = 1000
@@ -172,14 +170,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         COUNTS["merge"] += sum(made.merged for made in self.world.made)
         COUNTS["lagging"] += not self.world.settled
 
-    def lists_fault(self, draw) -> None:
-        """The next decode step's lists fail."""
-        self.world.raises = "lists"
-
-    def layer_fault(self, draw) -> None:
-        """A layer of the next sparse step fails."""
-        self.world.raises = "layer"
-
     def settle(self, draw) -> None:
         """The forward's stream catches up, and what rows see is compared with it."""
         COUNTS["settle"] += 1
@@ -230,3 +220,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         COUNTS.update(splits=counters.splits, reused=counters.tokens_reused, sparse=counters.sparse_steps)
         assert counters.faults == self.world.injected, f"rule 7: {counters.faults} for {self.world.injected}"
         COUNTS.update({f"{operation}_fault": times for operation, times in self.world.injected.items()})
+
+
+class FaultyMachine(SchedulerMachine):
+    """The same, with faults of our own code in decode steps."""
+
+    @rule(event=st.sampled_from([*EVENTS, "lists_fault", "layer_fault"]), data=st.data())
+    def event(self, event: str, data: st.DataObject) -> None:
+        """Something happens."""
+        COUNTS["steps"] += 1
+        getattr(self, event)(data.draw)
+
+    def lists_fault(self, draw) -> None:
+        """The next decode step's lists fail."""
+        self.world.raises = "lists"
+
+    def layer_fault(self, draw) -> None:
+        """A layer of the next sparse step fails."""
+        self.world.raises = "layer"

@@ -57,6 +57,9 @@ SERVED = {
     "enable_page_major_kv_layout": False,
     "enable_unified_memory": False,
     "dllm_algorithm": None,
+    "enable_lora": None,
+    "lora_paths": None,
+    "enable_memory_saver": False,
     "use_ray": False,
     "is_embedding": False,
 }
@@ -107,6 +110,9 @@ CASES = [
     ("other KV layouts", {}, {}, {"SGLANG_USE_HND_KVCACHE": "true"}),
     ("post-capture KV sizing", {}, {}, {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}),
     ("diffusion models", {"dllm_algorithm": "LowConfidence"}, {}, {}),
+    ("LoRA on a CPU", {"enable_lora": True}, {}, {}),
+    ("LoRA on a CPU", {"lora_paths": ["a=/b"]}, {}, {}),
+    ("memory saver on a CPU", {"enable_memory_saver": True}, {}, {}),
     ("Ray", {"use_ray": True}, {}, {}),
     ("MLA", {}, {"mla": True}, {}),
     ("encoder-decoder", {}, {"encoder_decoder": True}, {}),
@@ -151,7 +157,12 @@ def test_amd_gpus_are_refused_though_torch_calls_them_cuda(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"device": "cuda:0", "page_size": 64}, {"kv_cache_dtype": "bf16"}, {"page_size": None, "device": None}],
+    [
+        {},
+        {"device": "cuda:0", "page_size": 64, "enable_lora": True, "enable_memory_saver": True},
+        {"kv_cache_dtype": "bf16"},
+        {"page_size": None, "device": None},
+    ],
 )
 def test_what_is_served_is_not_refused(arguments):
     view = SimpleNamespace(**SERVED | arguments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-LIMIT = 40_000  # of the 49,152 tokens of the demo model's tokenizer
+LIMIT = 49_000  # of the 49,152 tokens of the demo model's tokenizer
 
 
 def register() -> None:

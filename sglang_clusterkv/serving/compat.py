@@ -343,8 +343,8 @@ server does the same at start and ends with one sentence where something differs
 - Sessions, weight updates from disk, pausing, priorities, several tokenizer processes, tool-call and reasoning parsers, custom
   logit processors and hidden states: `tests/serving/test_flags.py` runs them on a CPU.
 - LoRA and `--enable-memory-saver` on a GPU only, and not run there: SGLang's own need an accelerator. Nothing in LoRA touches
-  clusters but through pages (read in SGLang's source); a server that the memory saver released keeps its clusters' memory, 13 to
-  15 % of the KV cache.
+  clusters but through pages (read in SGLang's source); a server that the memory saver released keeps its clusters' memory,
+  13 to 15 % of the KV cache.
 - CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton, clustering and decode on our Triton kernels, without CUDA
   graphs. CUDA has not been run yet.
 

@@ -1,7 +1,7 @@
 """`reproducible: true` on a real server: what was served before a prompt does not show in its answer.
 
-Red when: after the prompt's half, after itself, after more of it, after a branch or a chat over its beginning, a greedy token is
-another one than after a flush, or its log-probability is off by more than 1e-4.
+Red when: after the prompt's half, after itself, after more of it, after a branch or a chat over its beginning, a greedy token
+is another one than after a flush, or its log-probability is off by more than 1e-4.
 """
 
 from __future__ import annotations

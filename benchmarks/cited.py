@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from benchmarks.results_file import CODE, RESULTS, ROOT
 
 MARK = re.compile(r"^<!-- (?:figures: (?P<name>[\w-]+)|no figures) -->$")
@@ -350,6 +352,7 @@ class Arms:
 
 THREE_DOCUMENTS = "quality-model-20261128-211030"
 ALL_POLICIES = "quality-model-20261128-212012"
+SOURCE_CODE = "quality-model-20261129-113144"
 QWEN = "quality-model-20261128-211655"
 OTHER_MASSES = "quality-model-20261128-165418"
 TWO_LEVELS = "quality-model-20261128-133903"
@@ -441,6 +444,34 @@ def _(found: Any) -> Rows:
         for policy in ("ours", "oracle", "published-equal-bytes")
         for name in (f"{policy}-{budget}" for budget in (128, 256, 512, 1024))
     ]
+
+
+@figures("kinds", QUALITY, THREE_DOCUMENTS, SOURCE_CODE)
+def _(*found: Any) -> Rows:
+    rows: Rows = []
+    for one in found:
+        arms = Arms(one)
+        dense = [document["dense"] for document in arms.documents]
+        perplexity = f"{np.exp(np.mean(np.concatenate([d['surprise'] for d in dense]))):.2f}"
+        right = sum(sum(d["right"]) for d in dense)
+        for budget in (128, 256, 512):
+            line = arms.lines[f"ours-{budget}"]
+            answers = f"{line['right']} and {right} of {line['answers']}"
+            kl, most = arms.kl_interval(line["name"]), small(line["kl_most"], 3)
+            rows.append([None, perplexity, str(budget), kl, most, arms.answers(line["name"]), answers])
+    return rows
+
+
+@figures("unsure", QUALITY, SOURCE_CODE)
+def _(*found: Any) -> Rows:
+    rows: Rows = []
+    for one in found:
+        for line in Arms(one).lines.values():
+            rows.append([None, str(line["budget"])])
+            for part in line["by_entropy"]:
+                some = part["tokens"]
+                rows[-1].append(f"{small(part['kl'], 5)}, {small(part['most'], 3)} ({some})" if some else "-")
+    return rows
 
 
 @figures("candidates-without-outliers", QUALITY, "quality-model-20261128-214906")

@@ -29,7 +29,6 @@ python="$dir/venv/bin/python"
 
 cat >"$dir/case.py" <<'PY'
 import re
-import sys
 
 import ml_dtypes
 import numpy as np
@@ -56,10 +55,24 @@ def show(who, values):
 if triton.knobs.runtime.interpret:
     x = torch.tensor(VALUES + [0.0] * 3)
     for dtype, other, expected in (
-        (torch.float8_e4m3fn, ml_dtypes.float8_e4m3fn, (["2.0", "448.0", "448.0", "448.0", "nan"],
-         ["2.0", "nan", "nan", "nan", "nan"], ["1.0", "256.0", "nan", "256.0", "384.0"])),
-        (torch.float8_e5m2, ml_dtypes.float8_e5m2, (["2.0", "512.0", "inf", "inf", "nan"],
-         ["2.0", "512.0", "inf", "inf", "nan"], ["1.0", "256.0", "inf", "inf", "nan"])),
+        (
+            torch.float8_e4m3fn,
+            ml_dtypes.float8_e4m3fn,
+            (
+                ["2.0", "448.0", "448.0", "448.0", "nan"],
+                ["2.0", "nan", "nan", "nan", "nan"],
+                ["1.0", "256.0", "nan", "256.0", "384.0"],
+            ),
+        ),
+        (
+            torch.float8_e5m2,
+            ml_dtypes.float8_e5m2,
+            (
+                ["2.0", "512.0", "inf", "inf", "nan"],
+                ["2.0", "512.0", "inf", "inf", "nan"],
+                ["1.0", "256.0", "inf", "inf", "nan"],
+            ),
+        ),
     ):
         out = torch.empty(8, dtype=dtype)
         cast[(1,)](x, out, 8)

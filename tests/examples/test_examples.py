@@ -101,8 +101,9 @@ class TestAgainstAServer:
             assert numbers(output, name) == [grew(before, after, name)]
         (clustered,) = numbers(output, "tokens_clustered")
         assert clustered in ONE_COPY
-        # Two of the three branches, and the choice after them.
-        assert numbers(output, "tokens_reused") == [3 * clustered]
+        # The first branch finds what the document's own request clustered; two branches and the choice find all of it.
+        (reused,) = numbers(output, "tokens_reused")
+        assert 3 * clustered < reused < 4 * clustered
         assert facts_found(output) >= 3, output
 
     def test_agents_share_the_document_and_the_turn(self, server: Server) -> None:

@@ -58,7 +58,7 @@ def configurations(draw: st.DrawFn) -> tuple[ClusterKVConfig, int]:
     for least, most in (("budget_tokens", "candidate_tokens"), ("recluster_every", "segment_tokens")):
         low, high = (changes.get(name, defaults[name]) for name in (least, most))
         if low > high:
-            changes[least] = high
+            changes[least] = high if least == "budget_tokens" else high // page_size * page_size
     config = fit_defaults(ClusterKVConfig(**changes), page_size)
     validate(config, page_size, HEAD_DIM)
     return config, page_size

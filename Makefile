@@ -28,14 +28,14 @@ CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dty
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test selected test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
+.PHONY: help env dev-env demo-model serve demo test selected warm test-all test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
 	@echo "             MODEL=/path PORT=30001 SERVE_ARGS='--page-size 32'; options of the plugin by the environment:"
 	@echo "             SGLANG_CLUSTERKV_CONFIG='{\"budget_tokens\": 256}' make serve"
 	@echo "make test    environment with test tools (once), demo model (once), then all tests but the long ones:"
-	@echo "             'make test-unit test-compiled test-servers'"
+	@echo "             'make test-unit test-servers test-compiled', the first two as one queue: a process per core, servers first"
 	@echo "             TESTS=tests/tools/test_cli.py PYTEST_ARGS='-k word'"
 	@echo "make test-unit     the tests that need no server, a process per core"
 	@echo "make test-compiled  the Triton kernels as machine code, without a GPU: registers, spills, instructions"
@@ -90,8 +90,12 @@ serve: env $(if $(MODEL),,demo-model)
 demo: env
 	$(PY) examples/agent.py --base-url http://$(HOST):$(PORT)/v1 $(DEMO_ARGS)
 
-# A selection of tests selects no kernels; of its two halves one may be empty.
-test: $(if $(PYTEST_ARGS),selected) test-unit $(if $(PYTEST_ARGS),,$(if $(filter tests,$(TESTS)),test-compiled)) test-servers
+# A selection of tests selects no kernels.
+test: $(if $(PYTEST_ARGS),selected) test-all $(if $(PYTEST_ARGS),,$(if $(filter tests,$(TESTS)),test-compiled))
+
+# Each of the processes that run tests at once would compile the same kernels.
+warm: dev-env
+	@$(PY) -m tests.support.warm
 
 # -W: else SWIG's warning at the interpreter's end comes after pytest's summary. 5: $(TESTS) has none of the kind.
 PYTEST = code=0; $(PY) -W 'ignore:builtin type:DeprecationWarning' -m pytest $(TESTS) --durations=10
@@ -101,19 +105,23 @@ selected: dev-env
 	@$(PY) -m pytest $(TESTS) -m 'not long' $(PYTEST_ARGS) --collect-only -qq >/dev/null 2>&1; \
 	test $$? -ne 5 || { echo "PYTEST_ARGS selects no test of $(TESTS)"; exit 1; }
 
-test-unit: dev-env demo-model
-	@# One thread each: busy processes of several threads hold each other up.
-	@export OMP_NUM_THREADS=1; \
-	$(PYTEST) -m 'not long and not server and not peers' -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(OR_NONE)
+# One thread each: busy processes of several threads hold each other up. The order is that of tests/conftest.py.
+QUEUE = --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(OR_NONE)
+
+test-all: dev-env demo-model warm
+	@export OMP_NUM_THREADS=1; $(PYTEST) -m 'not long' -n auto $(QUEUE)
+
+test-unit: dev-env demo-model warm
+	@export OMP_NUM_THREADS=1; $(PYTEST) -m 'not long and not server and not peers' -n auto $(QUEUE)
 
 test-compiled: dev-env
 	@echo "Compiling the Triton kernels for three generations of GPUs: what each became, and whether it lost anything."
+	@echo "After a change of kernels, '$(PY) -m benchmarks.compiled --keep' and benchmarks/compiled.json save the next run minutes."
 	$(PY) -m benchmarks.compiled
 
-test-servers: dev-env demo-model
+test-servers: dev-env demo-model warm
 	@echo "Running the tests against real servers, two at a time; each start takes a minute."
-	@export OMP_NUM_THREADS=1; \
-	$(PYTEST) -m 'not long and (server or peers)' -n 2 --dist loadfile $(PYTEST_ARGS) $(OR_NONE)
+	@export OMP_NUM_THREADS=1; $(PYTEST) -m 'not long and (server or peers)' -n 2 $(QUEUE)
 
 test-long: dev-env demo-model
 	$(PY) -m pytest $(TESTS) --durations=10 -m long $(PYTEST_ARGS)

@@ -3,9 +3,13 @@
     python -m benchmarks.compiled                           # all cases of sglang_clusterkv/kernels/
     python -m benchmarks.compiled --only score --target 90  # those whose name holds "score", for Hopper
     python -m benchmarks.compiled --target 89 --target 120  # Ada, and Blackwell of workstations: does all fit?
+    python -m benchmarks.compiled --keep                    # all cases anew, kept in benchmarks/compiled.json
 
-prints one line per case and target (about a second each, on as many cores as OMP_NUM_THREADS allows), and ends with 1 if
-a case lost a property that it states (`sglang_clusterkv/kernels/compile_case.py`). Columns:
+prints one line per case and target, and ends with 1 if a case lost a property that it states
+(`sglang_clusterkv/kernels/compile_case.py`). A compilation takes two seconds of a core, on as many cores as OMP_NUM_THREADS
+allows. What compiled.json has under the same hash (of the kernel's source and whatever it calls, of the case's types and
+constants, of the target, Triton and ptxas) is not compiled again, but for a few, drawn anew each time: those must come out
+as they are kept. Columns:
 
     regs      registers per thread
     spills    instructions that read or write local memory (LDL, STL), and local bytes: stack and arrays
@@ -24,110 +28,26 @@ import argparse
 import functools
 import importlib
 import itertools
+import json
 import multiprocessing
-import re
-import subprocess
+import random
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import sglang_clusterkv
+from benchmarks.machine_code import Compiled, compile_for, hash_of
 from sglang_clusterkv.kernels.compile_case import CompileCase
 
 TARGETS = (80, 90, 100)  # Ampere, Hopper, Blackwell
 SMALL_TARGETS = (89, 120)  # Ada and the Blackwell of workstations: less shared memory, nothing is tuned for them
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-# Of one SM (CUDA programming guide, "Technical specifications per compute capability"). Registers are handed out by 256 per
-# warp, from a quarter of the SM's.
-_SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 89: 100 << 10, 120: 100 << 10}
-_WARPS = {80: 64, 90: 64, 100: 64, 89: 48, 120: 48}
-_PROGRAMS = {80: 32, 90: 32, 100: 32, 89: 24, 120: 24}
-_RESERVED_SHARED_BYTES = 1 << 10  # of each program
-_REGISTERS, _QUARTERS = 65536, 4
-
-_TENSOR_CORE = re.compile(r"\b(?:[HIQDB]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)\b")
-_LOAD_128 = re.compile(r"\bLDG(?:STS)?(?:\.\w+)*\.128\b")
-_ASYNC_128 = re.compile(r"\bLDGSTS(?:\.\w+)*\.128\b")
-_LOCAL = re.compile(r"\b(?:LDL|STL)\b")
-_DIVISION = re.compile(r"\b(?:div|rem)\.[su](?:8|16|32|64)\b")
-_LABEL = re.compile(r"^\s*(\$\w+):", re.MULTILINE)
-_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)\s*;")
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What one kernel became on one target; the module's docstring says how each is counted."""
-
-    registers: int
-    spills: int
-    local_bytes: int
-    shared_bytes: int
-    programs_per_sm: int
-    loads_128: int
-    async_loads_128: int
-    tensor_cores: int
-    loop_divisions: int
-
-
-def programs_per_sm(target: int, registers: int, shared_bytes: int, warps: int) -> int:
-    """Programs that fit one SM of compute capability `target` / 10."""
-    registers_per_warp = -(-registers * 32 // 256) * 256
-    fitting_warps = _REGISTERS // _QUARTERS // registers_per_warp * _QUARTERS
-    by_shared = _SHARED_BYTES[target] // (shared_bytes + _RESERVED_SHARED_BYTES)
-    return min(min(fitting_warps, _WARPS[target]) // warps, by_shared, _PROGRAMS[target])
-
-
-def loop_divisions(ptx: str) -> int:
-    """Integer divisions and remainders between a label and a branch back to it."""
-    labels = {match[1]: match.start() for match in _LABEL.finditer(ptx)}
-    loops = [(labels[match[1]], match.start()) for match in _BRANCH.finditer(ptx) if labels[match[1]] < match.start()]
-    return sum(any(begin < match.start() < end for begin, end in loops) for match in _DIVISION.finditer(ptx))
-
-
-def compile_for(case: CompileCase, target: int) -> Compiled:
-    """Compile one case for one target and read what came out."""
-    names = case.kernel.arg_names
-    unknown = {*case.signature, *case.constexprs, *case.aligned} ^ set(names)
-    assert not unknown, f"{case.name}: not in both the kernel and the case: {sorted(unknown)}"
-    source = ASTSource(
-        case.kernel,
-        signature={name: case.signature.get(name, "constexpr") for name in names},
-        constexprs=dict(case.constexprs),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
-    )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        instructions = _tool("nvdisasm", "-c", cubin.name)
-    used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    shared_bytes = max(kernel.metadata.shared, used["SHARED"])
-    return Compiled(
-        registers=used["REG"],
-        spills=len(_LOCAL.findall(instructions)),
-        local_bytes=used["STACK"] + used["LOCAL"],
-        shared_bytes=shared_bytes,
-        programs_per_sm=programs_per_sm(target, used["REG"], shared_bytes, kernel.metadata.num_warps),
-        loads_128=len(_LOAD_128.findall(instructions)),
-        async_loads_128=len(_ASYNC_128.findall(instructions)),
-        tensor_cores=len(_TENSOR_CORE.findall(instructions)),
-        loop_divisions=loop_divisions(kernel.asm["ptx"]),
-    )
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+KEPT = Path(__file__).with_suffix(".json")
+RECHECKED = 6  # of those that are kept, in each run
 
 
 def losses(case: CompileCase, result: Compiled, target: int) -> list[str]:
@@ -153,6 +73,9 @@ def collect(names: tuple[str, ...]) -> dict[str, CompileCase]:
     wanted = [own for name in names for own in _within(name, found) or [name]] if names else found
     cases: dict[str, CompileCase] = {}
     for module in map(importlib.import_module, wanted):
+        for value in vars(module).values():
+            if isinstance(value, triton.JITFunction):
+                value.starting_line_number = 1  # Triton hashes it; where a function stands changes no instruction
         own = getattr(module, "COMPILE_CASES", [])
         kernels = {name for name, value in vars(module).items() if _launched(value, module.__name__)}
         without = kernels - {case.kernel.__name__ for case in own}
@@ -195,23 +118,68 @@ def _results(modules: tuple[str, ...], todo: list[tuple[str, int]]) -> Iterator[
         yield from pool.map(functools.partial(_compile_named, modules), *zip(*todo, strict=True))
 
 
-def lines(modules: tuple[str, ...], only: str, targets: list[int]) -> Iterator[tuple[str, bool]]:
-    """The table: each line, and whether its case kept all it states."""
+def read_kept(path: Path) -> dict[tuple[str, int], tuple[str, Compiled]]:
+    """(case, target) -> its hash and what came out, as the file tells."""
+    entries = json.loads(path.read_text()) if path.exists() else []
+    return {(entry.pop("case"), entry.pop("target")): (entry.pop("hash"), Compiled(**entry)) for entry in entries}
+
+
+def write_kept(path: Path, found: dict[tuple[str, int], tuple[str, Compiled]]) -> None:
+    """Replace the file; a line an entry, for whoever reads the difference."""
+    entries = [
+        json.dumps({"case": name, "target": target, "hash": hash_} | asdict(result))
+        for (name, target), (hash_, result) in sorted(found.items())
+    ]
+    path.write_text("[\n" + ",\n".join(entries) + "\n]\n")
+
+
+def lines(
+    modules: tuple[str, ...], only: str, targets: list[int], kept: Path | None = None, *, keep: bool = False
+) -> Iterator[tuple[str, bool]]:
+    """The table: each line, and whether its case kept all it states.
+
+    Args:
+        modules: with the cases; none: those of all kernels.
+        only: part of the names of those wanted.
+        targets: compute capabilities times 10.
+        kept: file with what came out earlier; None: all is compiled.
+        keep: compile all, and write the file.
+    """
     cases = collect(modules)
     todo = [(name, target) for name in cases if only in name for target in targets]
+    earlier = read_kept(kept) if kept and not keep else {}
+    hashes = {(name, target): hash_of(cases[name], target) for name, target in todo} if kept else {}
+    known = [one for one in todo if one in earlier and earlier[one][0] == hashes[one]]
+    again = set(random.sample(known, min(RECHECKED, len(known))))
+    skipped = set(known) - again
+    results = _results(modules, [one for one in todo if one not in skipped])
     width = max((len(name) for name, _ in todo), default=4)
     header = (
         f"{'case':{width}} {'sm':>4} {'regs':>4} {'spills':>11} {'shared':>7} {'prog/SM':>7} {'LDG':>4} {'LDGSTS':>6}"
     )
     yield f"{header} {'MMA':>4} {'div':>3}", bool(todo)
-    for (name, target), result in zip(todo, _results(modules, todo), strict=True):
+    found = {}
+    for name, target in todo:
+        one = name, target
+        result = earlier[one][1] if one in skipped else next(results)
+        found[one] = hashes.get(one, ""), result
         lost = losses(cases[name], result, target)
+        if one in again and result != earlier[one][1]:
+            lost.append(f"kept was {earlier[one][1]}")
         spills = f"{result.spills}, {result.local_bytes} B"
         yield (
             f"{name:{width}} {target:>4} {result.registers:>4} {spills:>11} {result.shared_bytes:>7,}"
             f" {result.programs_per_sm:>7} {result.loads_128:>4} {result.async_loads_128:>6} {result.tensor_cores:>4}"
             f" {result.loop_divisions:>3}" + (f"  LOST: {'; '.join(lost)}" if lost else ""),
             not lost,
+        )
+    if kept and keep:
+        write_kept(kept, found)
+    if kept:
+        new = len(todo) - len(known)
+        yield (
+            f"{len(known)} of {len(todo)} were known by their hash, {len(again)} of them compiled again; {new} new",
+            True,
         )
 
 
@@ -227,12 +195,18 @@ def main(arguments: list[str] | None = None) -> int:
         choices=TARGETS + SMALL_TARGETS,
         help="may be repeated (default: the first three)",
     )
+    parser.add_argument("--kept", type=Path, help=f"file with earlier results (default: {KEPT.name}, of all kernels)")
+    parser.add_argument("--keep", action="store_true", help="compile all anew and write that file")
     options = parser.parse_args(arguments)
-    kept = True
-    for line, held in lines(tuple(options.modules), options.only, options.target or list(TARGETS)):
+    if options.keep and not options.kept and (options.modules or options.only or options.target):
+        parser.error(f"{KEPT.name} is of all kernels: name another file with --kept")
+    targets = options.target or list(TARGETS)
+    kept = options.kept or (None if options.modules else KEPT)
+    all_held = True
+    for line, held in lines(tuple(options.modules), options.only, targets, kept, keep=options.keep):
         print(line, flush=True)
-        kept &= held
-    return 0 if kept else 1
+        all_held &= held
+    return 0 if all_held else 1
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ Imports neither torch nor sglang, so that a mistake is reported before anything 
 """
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -20,6 +21,7 @@ EXAMPLE = '{"budget_tokens": 1024}'
 MAX_SEGMENT_TOKENS = 32767
 # A segment's three vectors lie in quarters on its first four pages.
 MIN_SEGMENT_PAGES = 4
+MAX_PAGE_SIZE = MAX_SEGMENT_TOKENS // MIN_SEGMENT_PAGES
 
 
 class ConfigError(ValueError):
@@ -48,6 +50,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dense_below_tokens: int = 0
     recluster_every: int = 256
     merge_segments: bool = True
+    reproducible: bool = False
 
 
 FIELD_DOCS: dict[str, str] = {
@@ -57,10 +60,10 @@ FIELD_DOCS: dict[str, str] = {
     "code_bits": "Bits per channel of a token's code, 1 or 2.",
     "sink_tokens": "First tokens of a sequence, never clustered and always attended; whole pages.",
     "window_tokens": "Most recent tokens, always attended (at least so many); whole pages, two or more.",
-    "segment_tokens": "Most tokens that are clustered together; whole pages, four or more, at most 32,767 tokens.",
+    "segment_tokens": "Most tokens that are clustered together; whole pages, four or more.",
     "tokens_per_cluster": "Tokens of a cluster on average; divides page_size.",
     "kmeans_passes": "Passes of k-means over a segment.",
-    "outlier_share": "Share of a segment's clusters, 0 to 0.5, that its farthest keys get before the last pass; with 0 "
+    "outlier_share": "Share of a segment's clusters that its farthest keys get before the last pass; with 0 "
     "a query may miss a key that is unlike its cluster.",
     "choice_spread": "Weight of a cluster's spread in the choice of clusters; more is more optimistic about wide ones.",
     "estimate": "Estimate the clusters that were not recalled by their means instead of leaving them out.",
@@ -72,28 +75,43 @@ FIELD_DOCS: dict[str, str] = {
     "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
     "pages, four or more, at most segment_tokens.",
     "merge_segments": "Cluster neighbouring segments that one running request alone sees again as one, when that at least "
-    "doubles the largest of them; false takes away one reason for borders to depend on other requests.",
+    "doubles the largest of them, or completes one of segment_tokens; false leaves them as they were made.",
+    "reproducible": "Requests one after another get the same answer whatever was served before: segments are built again "
+    "where another request's differ from those of an empty cache, and answers that were decoded sparsely are not kept in "
+    "the prefix cache.",
 }
 
-# Whole pages each, and at least so many.
-_LEAST_PAGES = {
-    "sink_tokens": 1,
-    "window_tokens": 2,
-    "segment_tokens": MIN_SEGMENT_PAGES,
-    "recluster_every": MIN_SEGMENT_PAGES,
+
+class Limit(NamedTuple):
+    """What a number may be."""
+
+    least: float  # in pages where `pages`
+    most: float
+    why: str  # not more
+    pages: bool = False  # whole pages
+
+
+_HELD = "a program on a GPU holds those of a head"
+_SEGMENT = "a token's place in its segment has 16 bits"
+_ATTENDED = "every step attends to all of them"
+_NORMAL = "1 is the weight that normally distributed keys have"
+
+LIMITS: dict[str, Limit] = {
+    "budget_tokens": Limit(1, 32768, _HELD),
+    "candidate_tokens": Limit(1, 32768, _HELD),
+    "sink_tokens": Limit(1, 65536, _ATTENDED, pages=True),
+    "window_tokens": Limit(2, 65536, _ATTENDED, pages=True),
+    "segment_tokens": Limit(MIN_SEGMENT_PAGES, MAX_SEGMENT_TOKENS, _SEGMENT, pages=True),
+    "tokens_per_cluster": Limit(1, MAX_PAGE_SIZE, "a page holds whole clusters"),
+    "kmeans_passes": Limit(1, 64, "requests wait for every pass"),
+    "outlier_share": Limit(0, 0.5, "the other keys have clusters too"),
+    "choice_spread": Limit(0, 8, _NORMAL),
+    "estimate_spread": Limit(0, 8, _NORMAL),
+    "estimate_clusters": Limit(1, 65536, "a step on a GPU keeps a list of them for each head"),
+    "dense_layers": Limit(0, 1024, "no model has so many layers"),
+    "dense_below_tokens": Limit(0, 2**31 - 1, "positions have 32 bits"),
+    "recluster_every": Limit(MIN_SEGMENT_PAGES, MAX_SEGMENT_TOKENS, _SEGMENT, pages=True),
 }
-_POSITIVE = (
-    "budget_tokens",
-    "candidate_tokens",
-    "sink_tokens",
-    "window_tokens",
-    "segment_tokens",
-    "tokens_per_cluster",
-    "kmeans_passes",
-    "estimate_clusters",
-    "recluster_every",
-)
-_NOT_NEGATIVE = ("outlier_share", "choice_spread", "estimate_spread", "dense_layers", "dense_below_tokens")
 
 
 def parse_config(text_or_path: str) -> ClusterKVConfig:
@@ -112,7 +130,7 @@ def parse_config(text_or_path: str) -> ClusterKVConfig:
             ) from None
     try:
         raw = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"not valid JSON ({error}): write it like '{EXAMPLE}'") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"a {type(raw).__name__} where an object is expected: write it like '{EXAMPLE}'")
@@ -121,10 +139,25 @@ def parse_config(text_or_path: str) -> ClusterKVConfig:
             close = difflib.get_close_matches(name, FIELD_DOCS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(FIELD_DOCS)}"
             raise ConfigError(f"unknown key {name!r}: {hint}")
+    if twice := _given_twice(text):
+        raise ConfigError(f"key {twice[0]!r} is given twice: leave one of them")
     try:
         return msgspec.convert(raw, ClusterKVConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(_wrong_value(raw, str(error))) from None
+
+
+def _given_twice(text: str) -> list[str]:
+    """Keys that valid JSON text gives more than once in an object; decoded, the last one would count."""
+    found: list[str] = []
+
+    def keep(pairs: list[tuple[str, object]]) -> None:
+        names = [name for name, _ in pairs]
+        found.extend(name for name in dict.fromkeys(names) if names.count(name) > 1)
+
+    # Only keys matter here: numbers stay text, whatever their size.
+    json.loads(text, object_pairs_hook=keep, parse_int=str, parse_float=str)
+    return found
 
 
 def load_config(flag: str | None, env: Mapping[str, str]) -> ClusterKVConfig:
@@ -145,10 +178,10 @@ def fit_defaults(config: ClusterKVConfig, page_size: int) -> ClusterKVConfig:
     """
     defaults = ClusterKVConfig()
     changes = {}
-    for name, pages in _LEAST_PAGES.items():
+    for name, limit in LIMITS.items():
         value = getattr(config, name)
-        if page_size > 1 and value == getattr(defaults, name):
-            changes[name] = max(pages, -(-value // page_size)) * page_size
+        if limit.pages and page_size > 1 and value == getattr(defaults, name):
+            changes[name] = _whole_pages(value, limit, page_size)
     return msgspec.structs.replace(config, **changes)
 
 
@@ -158,23 +191,18 @@ def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = Non
     The message is one sentence that names every problem with its fix, so that one correction is enough.
     """
     values = msgspec.structs.asdict(config)
-    problems = [f"{name}={values[name]} is not positive: use 1 or more" for name in _POSITIVE if values[name] < 1]
-    problems += [
-        f"{name}={values[name]} is not a finite number >= 0: use 0 or more"
-        for name in _NOT_NEGATIVE
-        if not 0 <= values[name] < math.inf
+    problems = [
+        f"{name}={values[name]} {said}"
+        for name, limit in LIMITS.items()
+        if not limit.pages and name != "tokens_per_cluster" and (said := _outside(values[name], limit))
     ]
-    if config.outlier_share > 0.5:
-        problems.append(f"outlier_share={config.outlier_share} is more than 0.5: use 0.5 or less")
-    if page_size < 2:
-        problems.append(f"page_size={page_size} is too small: use --page-size 16")
-    if not problems:
-        problems = _page_problems(values, page_size)
-        if config.refine and config.candidate_tokens < config.budget_tokens:
-            problems.append(
-                f"candidate_tokens={config.candidate_tokens} is less than budget_tokens={config.budget_tokens}: "
-                "raise candidate_tokens or set refine to false"
-            )
+    numbers_fit = not problems
+    problems += _page_problems(values, page_size)
+    if numbers_fit and config.refine and config.candidate_tokens < config.budget_tokens:
+        problems.append(
+            f"candidate_tokens={config.candidate_tokens} is less than budget_tokens={config.budget_tokens}: "
+            "raise candidate_tokens or set refine to false"
+        )
     if head_dim is not None and (head_dim < 16 or head_dim % 16):
         problems.append(f"head_dim={head_dim} of this model is not a multiple of 16: use another --attention-backend")
     if layers is not None and config.dense_layers >= layers:
@@ -186,30 +214,58 @@ def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = Non
         raise ConfigError("; ".join(problems))
 
 
+def _outside(value: float, limit: Limit) -> str | None:
+    """What is wrong with a number, if something is."""
+    if math.isnan(value):
+        return f"is not a number: use {limit.least} or more"
+    if value < limit.least:
+        return f"is less than {limit.least}: use {limit.least} or more"
+    if value > limit.most:
+        return f"is more than {limit.most} ({limit.why}): use {limit.most} or less"
+    return None
+
+
+def _whole_pages(value: int, limit: Limit, page_size: int) -> int:
+    """A number raised to whole pages, and to as many as there must be."""
+    return max(int(limit.least), -(-value // page_size)) * page_size
+
+
 def _page_problems(values: dict[str, Any], page_size: int) -> list[str]:
-    """What does not fit whole pages. `values` are positive, page_size is at least 2."""
+    """What does not fit whole pages; a fix that is named goes with the fixes of the others."""
+    per_cluster = values["tokens_per_cluster"]
+    if page_size < 2:
+        return [f"page_size={page_size} is too small: use --page-size 16"]
+    if page_size > MAX_PAGE_SIZE:
+        unit = per_cluster if 0 < per_cluster <= MAX_PAGE_SIZE else 1
+        return [
+            f"page_size={page_size} is too large, for a segment has {MIN_SEGMENT_PAGES} pages or more and "
+            f"{MAX_SEGMENT_TOKENS} tokens or less: use --page-size {max(1, 16 // unit) * unit}, or another multiple of "
+            f"tokens_per_cluster up to {MAX_PAGE_SIZE // unit * unit}"
+        ]
     problems = []
-    if page_size % values["tokens_per_cluster"]:
+    if per_cluster < 1 or page_size % per_cluster:
         divisors = [d for d in range(2, page_size + 1) if page_size % d == 0]
         problems.append(
-            f"page_size={page_size} is not a multiple of tokens_per_cluster={values['tokens_per_cluster']}: "
+            f"page_size={page_size} is not a multiple of tokens_per_cluster={per_cluster}: "
             f"use {_either([d for d in divisors if d >= 4] or divisors)}"
         )
-    for name, pages in _LEAST_PAGES.items():
-        value = values[name]
-        fitting = max(pages, -(-value // page_size)) * page_size
-        if name == "segment_tokens" and fitting > MAX_SEGMENT_TOKENS:
-            most = MAX_SEGMENT_TOKENS // page_size * page_size
-            problems.append(f"{name}={value} is more than {most}: use {most} or less")
+    segment = 0  # tokens, once fixed
+    for name, limit in LIMITS.items():
+        if not limit.pages:
+            continue
+        value, fitting = values[name], _whole_pages(values[name], limit, page_size)
+        most = int(limit.most) // page_size * page_size
+        than = f"{most} ({limit.why})"
+        if name == "recluster_every" and segment < most:
+            most, than = segment, f"segment_tokens={segment}"
+        if fitting > most:
+            problems.append(f"{name}={value} is more than {than}: use {most} or less")
         elif value % page_size:
             problems.append(f"{name}={value} is not a multiple of page_size={page_size}: use {fitting}")
         elif value < fitting:
-            problems.append(f"{name}={value} is less than {pages} pages of {page_size} tokens: use {fitting}")
-    if values["recluster_every"] > values["segment_tokens"]:
-        problems.append(
-            f"recluster_every={values['recluster_every']} is more than segment_tokens={values['segment_tokens']}: "
-            f"use {values['segment_tokens']} or less"
-        )
+            problems.append(f"{name}={value} is less than {limit.least} pages of {page_size} tokens: use {fitting}")
+        if name == "segment_tokens":
+            segment = min(fitting, most)
     return problems
 
 
@@ -237,13 +293,26 @@ def _wrong_value(raw: dict[str, Any], message: str) -> str:
     return f"{name}={msgspec.json.encode(raw[name]).decode()} is not allowed: use {_type_text(name)}"
 
 
+def _accepted_text(name: str) -> str:
+    """What the field accepts, in words, with its limits."""
+    limit = LIMITS.get(name)
+    if limit is None:
+        return _type_text(name)
+    return f"{_type_text(name)}, {'up' if limit.pages else limit.least} to {limit.most:,}"
+
+
 def configuration_markdown() -> str:
-    """The text of docs/configuration.md, from FIELD_DOCS and the defaults."""
+    """The text of docs/configuration.md, from FIELD_DOCS, LIMITS and the defaults."""
     defaults = msgspec.to_builtins(ClusterKVConfig())
     rows = "\n".join(
-        f"| `{name}` | `{msgspec.json.encode(defaults[name]).decode()}` | {_type_text(name)} | {text} |"
+        f"| `{name}` | `{msgspec.json.encode(defaults[name]).decode()}` | {_accepted_text(name)} | {text} |"
         for name, text in FIELD_DOCS.items()
     )
+    reasons: dict[str, list[str]] = {}
+    for name, limit in LIMITS.items():
+        reasons.setdefault(limit.why, []).append(f"`{name}`")
+    limits = "\n".join(f"- {', '.join(names)}: {why}." for why, names in reasons.items())
+    tokens = f"{MAX_SEGMENT_TOKENS:,}"
     return f"""# Configuration
 
 <!-- Written by `python -m sglang_clusterkv.config > docs/configuration.md`: change config.py, not this. -->
@@ -260,8 +329,13 @@ sglang serve --model-path MODEL --attention-backend clusterkv {FLAG} '{EXAMPLE}'
 {rows}
 
 `--page-size` is SGLang's own flag; with `--attention-backend clusterkv` it is 16 unless set. Values that the table
-calls whole pages are raised to fit it where they are still the defaults. An unknown key, a wrong type or values that do
-not go together end the start with one sentence that names the fix.
+calls whole pages are raised to fit it where they are still the defaults. It may be 2 to {MAX_PAGE_SIZE:,}:
+a segment has {MIN_SEGMENT_PAGES} pages or more and {tokens} tokens or less. An unknown key, one that is given twice, a wrong
+type, a number outside its limits or values that do not go together end the start with one sentence that names the fix.
+
+Why not more:
+
+{limits}
 """
 
 

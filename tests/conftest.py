@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,13 +17,26 @@ from tests.support.servers import ASLEEP, CHUNK, DEMO_CHUNK, DEMO_CONFIG, POOL, 
 from tests.support.tiny_model import tiny_model
 from tests.support.traffic import CONFIG, logging_of_requests
 
-# Files that share a server stay together where processes share the files.
+# Files that share a server stay together where processes share the files (tests/support/servers.py).
 SHARED_SERVERS = {
     "tests/serving/test_abuse.py": "tiny",
+    "tests/serving/test_dense_server.py": "tiny",
     "tests/serving/test_scheduler_server.py": "tiny",
+    "tests/examples/test_examples.py": "demo",
     "tests/serving/test_metrics.py": "demo",
+    "tests/serving/test_peers.py": "demo",
     "tests/serving/test_server.py": "demo",
 }
+# Where processes share the files, those that take longest begin, so that none is left alone with one of them at the end.
+LONGEST_FIRST = (
+    "demo",
+    "tiny",
+    "tests/clusters/test_faults.py",
+    "tests/clusters/test_machine.py",
+    "tests/clusters/test_merging.py",
+    "tests/kernels/test_compiled.py",
+    "tests/clusters/test_exact_engine.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +54,19 @@ def pytest_configure(config: pytest.Config) -> None:
         import triton.language  # noqa: F401
 
 
+def share_of(nodeid: str) -> str:
+    """What of the tests one process gets at a time: those of a shared server, else those of a file."""
+    file = nodeid.partition("::")[0]
+    return SHARED_SERVERS.get(file, file)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest first, the others as they come; a process by itself keeps the order of the files."""
+    if hasattr(config, "workerinput"):
+        rank = {share: number for number, share in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: rank.get(share_of(item.nodeid), len(rank)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `--dist loadfile`: by file, but for `SHARED_SERVERS`."""
@@ -49,8 +76,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class BySharedServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return SHARED_SERVERS.get(file, file)
+            return share_of(nodeid)
 
     return BySharedServer(config, log)
 
@@ -71,15 +97,19 @@ def tiny() -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_server(one_server: OneServer, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """A server that admits more than its pool holds, so that requests are retracted where they are many."""
+    """A server that admits more than its pool holds, so that requests are retracted where they are many.
+
+    It is configured through the environment, and that of the demo model by its command line.
+    """
 
     def start() -> AbstractContextManager[Server]:
         folder = tmp_path_factory.mktemp("tiny")
         environment = logging_of_requests(folder) | {
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
             "SGLANG_EXPOSE_OWN_ENV_VARS": "1",
+            "SGLANG_CLUSTERKV_CONFIG": json.dumps(CONFIG),
         }
-        return serve(tiny, folder / "server.log", *arguments, config=CONFIG, environment=environment)
+        return serve(tiny, folder / "server.log", *arguments, environment=environment)
 
     arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL), "--max-running-requests", "8"]
     arguments += ["--schedule-conservativeness", "0.05", ASLEEP]
@@ -113,6 +143,7 @@ def demo_server(one_server: OneServer, model: Path, tmp_path_factory: pytest.Tem
         "--max-running-requests",
         "8",
         "--enable-metrics",
+        "--enable-cache-report",
         ASLEEP,
     ]
 

@@ -3,6 +3,7 @@
 Red when a default changes unnoticed, a mistake passes or ends in another exception, or docs/configuration.md is stale.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from sglang_clusterkv.config import (
     FIELD_DOCS,
+    LIMITS,
+    MAX_PAGE_SIZE,
     ClusterKVConfig,
     ConfigError,
     configuration_markdown,
@@ -21,6 +24,13 @@ from sglang_clusterkv.config import (
     validate,
 )
 
+# Short for what the limit's row says.
+REASONS = {
+    "PLACE": "segment_tokens",
+    "ALL": "sink_tokens",
+    "PASSES": "kmeans_passes",
+    "NORMAL": "choice_spread",
+}
 DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 
@@ -45,6 +55,7 @@ def test_the_defaults_are_those_of_the_design():
         "dense_below_tokens": 0,
         "recluster_every": 256,
         "merge_segments": True,
+        "reproducible": False,
     }
 
 
@@ -81,7 +92,28 @@ def test_a_wrong_key_or_value_is_named_with_its_fix(text, sentence):
     assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize("text", ["{", '{"budget_tokens": }', "no-such-file.json", "[1]", "", '{"zzz": 1}'])
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"budget_tokens": 64, "refine": true, "budget_tokens": 64}', "budget_tokens"),
+        ('{"refine": true, "kmeans_passes": 111111111111111111, "refine": false}', "refine"),
+    ],
+)
+def test_a_key_given_twice_is_refused(text, key, tmp_path):
+    """Red when the last value counts without a word."""
+    path = tmp_path / "clusterkv.json"
+    path.write_text(text)
+    for given in (text, str(path)):
+        with pytest.raises(ConfigError) as error:
+            parse_config(given)
+        assert str(error.value) == f"key {key!r} is given twice: leave one of them"
+
+
+UNREADABLE = ["{", '{"budget_tokens": }', "no-such-file.json", "[1]", "", '{"zzz": 1}']
+UNREADABLE += ['{"budget_tokens": NaN}', '{"choice_spread": 1e400}', '{"budget_tokens": ' + "[" * 10**5 + "}"]
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_unreadable_configurations_are_one_line(text):
     with pytest.raises(ConfigError) as error:
         parse_config(text)
@@ -110,12 +142,17 @@ def test_an_error_names_where_the_configuration_came_from():
         ({"window_tokens": 16}, 16, "window_tokens=16 is less than 2 pages of 16 tokens: use 32"),
         ({"window_tokens": 70}, 16, "window_tokens=70 is not a multiple of page_size=16: use 80"),
         ({"segment_tokens": 1000}, 16, "segment_tokens=1000 is not a multiple of page_size=16: use 1008"),
-        ({"segment_tokens": 32768}, 16, "segment_tokens=32768 is more than 32752: use 32752 or less"),
+        ({"segment_tokens": 32768}, 16, "segment_tokens=32768 is more than 32752 (PLACE): use 32752 or less"),
         ({"recluster_every": 32}, 16, "recluster_every=32 is less than 4 pages of 16 tokens: use 64"),
         ({"recluster_every": 2048}, 16, "recluster_every=2048 is more than segment_tokens=1024: use 1024 or less"),
-        ({"budget_tokens": 0}, 16, "budget_tokens=0 is not positive: use 1 or more"),
-        ({"dense_layers": -1}, 16, "dense_layers=-1 is not a finite number >= 0: use 0 or more"),
-        ({"estimate_spread": float("nan")}, 16, "estimate_spread=nan is not a finite number >= 0: use 0 or more"),
+        ({"segment_tokens": 2**31}, 16, "segment_tokens=2147483648 is more than 32752 (PLACE): use 32752 or less"),
+        ({"budget_tokens": 0}, 16, "budget_tokens=0 is less than 1: use 1 or more"),
+        ({"dense_layers": -1}, 16, "dense_layers=-1 is less than 0: use 0 or more"),
+        ({"estimate_spread": float("nan")}, 16, "estimate_spread=nan is not a number: use 0 or more"),
+        ({"window_tokens": 2**31}, 16, "window_tokens=2147483648 is more than 65536 (ALL): use 65536 or less"),
+        ({"sink_tokens": 70000}, 16, "sink_tokens=70000 is more than 65536 (ALL): use 65536 or less"),
+        ({"kmeans_passes": 10**9}, 16, "kmeans_passes=1000000000 is more than 64 (PASSES): use 64 or less"),
+        ({"choice_spread": 1e30}, 16, "choice_spread=1e+30 is more than 8 (NORMAL): use 8 or less"),
         (
             {"candidate_tokens": 256},
             16,
@@ -125,9 +162,49 @@ def test_an_error_names_where_the_configuration_came_from():
     ],
 )
 def test_values_that_do_not_go_together_are_named_with_their_fix(changes, page_size, sentence):
+    for word, name in REASONS.items():
+        sentence = sentence.replace(word, LIMITS[name].why)
     with pytest.raises(ConfigError) as error:
         validate(ClusterKVConfig(**changes), page_size)
     assert str(error.value) == sentence
+
+
+NUMBERS = {name for name, kind in ClusterKVConfig.__annotations__.items() if kind in (int, float, "int", "float")}
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_a_number_of_any_size_is_served_or_refused_with_one_that_is_served(name):
+    """Whatever the value, doing what the sentence says is enough."""
+    for value in (-(10**30), -1, 0, 3, 10**5, 2**31 - 1, 2**31, 10**30, float("inf"), float("nan")):
+        if name not in ("outlier_share", "choice_spread", "estimate_spread"):
+            value = int(value) if value == value and abs(value) != float("inf") else 2**63
+        config = ClusterKVConfig(**{name: value}, refine=False)
+        for page_size in (16, 4096):
+            fitted = fit_defaults(config, page_size)
+            try:
+                validate(fitted, page_size)
+            except ConfigError as error:
+                advice = {}
+                for key, fix in re.findall(r"(\w+)=\S+ is [^:]*: use ([\d.]+)", str(error)):
+                    key = key if key != "page_size" else "tokens_per_cluster"
+                    advice[key] = type(getattr(config, key))(float(fix))
+                assert name in advice, error
+                validate(msgspec.structs.replace(fitted, **advice), page_size)
+
+
+@pytest.mark.parametrize("page_size", [8192, 10**4, 65536, 2**31])
+@pytest.mark.parametrize("per_cluster", [8, 3, 1, 10**6])
+def test_pages_too_large_for_a_segment_are_refused_in_one_sentence(page_size, per_cluster):
+    config = ClusterKVConfig(tokens_per_cluster=per_cluster)
+    with pytest.raises(ConfigError) as error:
+        validate(fit_defaults(config, page_size), page_size)
+    of_page = [part for part in str(error.value).split("; ") if "page" in part.split(" is ")[0]]
+    assert len(of_page) == 1 and "segment_tokens" not in str(error.value)
+    for fix in re.search(r"use --page-size (\d+), .* up to (\d+)", of_page[0]).groups():
+        served = int(fix)
+        assert served <= MAX_PAGE_SIZE
+        if per_cluster <= MAX_PAGE_SIZE:
+            validate(fit_defaults(config, served), served)
 
 
 def test_every_problem_is_named_at_once():

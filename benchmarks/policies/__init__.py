@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from benchmarks.policies.estimates import (
     CLUSTERS_PER_GROUP,
     ExactInside,
     MovingValues,
+    OtherCap,
     TwoBitValues,
     TwoLevels,
     two_bit_bytes,
 )
 from benchmarks.policies.policy import Policy, Reading, kv_bytes
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
+from sglang_clusterkv.memory.masses import SPREAD_CAP
 
 EVERYTHING = 1 << 30
 
@@ -127,9 +130,7 @@ def _by_error(budget: int) -> LayerBudgets:
 
 
 POLICIES: dict[str, Policy] = {
-    "dense": Policy(
-        "dense", lambda r: 0.0, {"budget_tokens": EVERYTHING, "candidate_tokens": EVERYTHING}, is_method=False
-    ),
+    "dense": Policy("dense", lambda r: 0.0, {"dense_below_tokens": EVERYTHING}, is_method=False),
     "window": Policy("last B tokens", lambda r: 0.0, make=Window),
     "quest": Policy("Quest, pages of 16", _quest, make=Quest),
     "published": Policy("ClusterKV as published", _published, make=PublishedClusterKV),
@@ -149,6 +150,12 @@ POLICIES: dict[str, Policy] = {
     ),
     "ours-shared-budget": Policy("ours, heads of a layer share their budgets", _ours, make=SharedBudget),
     "ours-layer-budgets": Policy("ours, budgets of layers by their errors", _ours, make=_by_error),
+    "ours-cap-1": Policy("ours, spread capped at 1", _ours, make=lambda budget: OtherCap(1.0)),
+    "ours-cap-4": Policy("ours, spread capped at 4", _ours, make=lambda budget: OtherCap(4.0)),
+    "ours-no-cap": Policy("ours, spread without a cap", _ours, make=lambda budget: OtherCap(math.inf)),
+    "ours-choice-cap": Policy(
+        "ours, spread capped in the choice too", _ours, make=lambda budget: OtherCap(SPREAD_CAP, SPREAD_CAP)
+    ),
     "ours-two-bit-values": Policy("ours, mean values in two bits", _two_bit_values, make=lambda budget: TwoBitValues()),
     "ours-two-levels-1": Policy(
         "ours, two levels, as many tokens opened as candidates", _two_levels(1), make=lambda budget: TwoLevels(1)

@@ -57,8 +57,8 @@ class ChangedChoice(ABC):
         self.change(grouped, layer, step, decoder)
         decoder.attend(q_rows, key_rows, bits(values), scale, out)
         decoder.estimate(layer)
-        decoder.note_mass(layer)
         decoder.merge(out)
+        decoder.note_mass(layer)
         return output.flatten(1, 2).to(q.dtype)
 
 

@@ -1,10 +1,12 @@
-"""Ours, with other summaries of what is not recalled: mean values in two bits, clusters of clusters, values that move.
+"""Ours, with other summaries of what is not recalled: mean values in two bits, clusters of clusters, values that move; and
+with other caps of the spread.
 
 By the kernels' references: this measures accuracy, not time.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple, cast
 
@@ -19,6 +21,7 @@ from sglang_clusterkv.kernels.score.reference import Scores, exact_logits, score
 from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec, channels_per_scale, rows_at
 from sglang_clusterkv.memory.index import ClusterIndex, LayerView
+from sglang_clusterkv.memory.masses import SPREAD_CAP
 from sglang_clusterkv.memory.step import SparseStep
 
 CLUSTERS_PER_GROUP = 8
@@ -94,6 +97,39 @@ class ChangedEstimate(ABC):
         whole = self.whole(exact, scores, recalled.left, source)
         note_mass(index.mass[layer], exact.lse, whole.lse)
         return whole.output.flatten(1, 2).to(q.dtype)
+
+
+class OtherCap(ChangedEstimate):
+    """Another cap of the clusters' bonus than the one that is served.
+
+    Args:
+        estimate: of the bonus in the estimate; inf: none.
+        choice: of the bonus in the choice; None: none, as it is served.
+    """
+
+    def __init__(self, estimate: float, choice: float | None = None) -> None:
+        self._estimate, self._choice = estimate, choice
+
+    def rescored(self, scores: Scores, source: Source) -> Scores:
+        """Everything that follows from the bonus, anew."""
+        config, step = source.clusters.config, source.step
+        base = exact_logits(source.q, source.keys, step.base_slots, step.base_count, source.scale).logsumexp(-1)
+        log_size, empty = scores.size.float().log().unsqueeze(2), scores.size == 0
+        estimate_bonus = config.estimate_spread * scores.bonus.clamp(max=self._estimate)
+        logits = scores.dot + estimate_bonus
+        total = torch.logaddexp((log_size + logits).logsumexp(-1), base)
+        estimate_mass = (logits - total.unsqueeze(-1)).exp().mean(2).masked_fill(empty, 0.0)
+        scores = scores._replace(estimate_bonus=estimate_bonus, estimate_mass=estimate_mass, total=total)
+        if self._choice is None:
+            return scores
+        logits = scores.dot + config.choice_spread * scores.bonus.clamp(max=self._choice)
+        normaliser = torch.logaddexp((log_size + logits).logsumexp(-1), base)
+        log_mass = (logits - normaliser.unsqueeze(-1)).logsumexp(2) - math.log(logits.shape[2])
+        return scores._replace(log_mass=log_mass.masked_fill(empty, -torch.inf))
+
+    def whole(self, exact: Partial, scores: Scores, left: torch.Tensor, source: Source) -> Partial:
+        """As ours."""
+        return merge(exact, estimate(scores, left, source.clusters, source.layer, source.step))
 
 
 class OtherValues:
@@ -182,9 +218,8 @@ class TwoLevels(ChangedEstimate):
     def rescored(self, scores: Scores, source: Source) -> Scores:
         """Clusters of groups that are not opened look as their group does, and can't be candidates."""
         config, scale, q = source.clusters.config, source.scale, source.q
-        assert config.estimate_spread > 0, "the clusters' spread is found by way of the estimate's bonus"
         base = exact_logits(q, source.keys, source.step.base_slots, source.step.base_count, scale).logsumexp(-1)
-        dot, bonus = scores.dot.clone(), scores.estimate_bonus / config.estimate_spread
+        dot, bonus = scores.dot.clone(), scores.bonus.clone()
         is_open = torch.zeros(scores.size.shape, dtype=torch.bool, device=q.device)
         closed = []
         for b in range(q.shape[0]):
@@ -204,23 +239,24 @@ class TwoLevels(ChangedEstimate):
             at = groups.of_cluster.unsqueeze(1).expand_as(dot[b])
             dot[b] = torch.where(is_open[b].unsqueeze(1), dot[b], group_dot.gather(-1, at))
             bonus[b] = torch.where(is_open[b].unsqueeze(1), bonus[b], group_bonus.gather(-1, at))
-            logits = (log_size + group_dot + config.estimate_spread * group_bonus).masked_fill(
-                opens.unsqueeze(1), -torch.inf
-            )
+            group_bonus = config.estimate_spread * group_bonus.clamp(max=SPREAD_CAP)
+            logits = (log_size + group_dot + group_bonus).masked_fill(opens.unsqueeze(1), -torch.inf)
             lse = logits.logsumexp(-1)
             weights = (logits - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()
             closed.append(Partial(torch.einsum("hgn,hnd->hgd", weights, groups.value), lse))
         self._is_open = is_open
         self._closed = Partial(*(torch.stack(parts) for parts in zip(*closed, strict=True)))
         log_size = scores.size.float().log().unsqueeze(2)
-        choice, sober = dot + config.choice_spread * bonus, dot + config.estimate_spread * bonus
+        estimate_bonus = config.estimate_spread * bonus.clamp(max=SPREAD_CAP)
+        choice, sober = dot + config.choice_spread * bonus, dot + estimate_bonus
         normaliser = torch.logaddexp((log_size + choice).logsumexp(-1), base)
-        mass = (choice - normaliser.unsqueeze(-1)).exp().mean(2)
+        log_mass = (choice - normaliser.unsqueeze(-1)).logsumexp(2) - math.log(q.shape[2])
         total = torch.logaddexp((log_size + sober).logsumexp(-1), base)
         return scores._replace(
             dot=dot,
-            estimate_bonus=config.estimate_spread * bonus,
-            mass=mass.masked_fill((scores.size == 0) | ~is_open, 0.0),
+            bonus=bonus,
+            estimate_bonus=estimate_bonus,
+            log_mass=log_mass.masked_fill((scores.size == 0) | ~is_open, -torch.inf),
             estimate_mass=(sober - total.unsqueeze(-1)).exp().mean(2).masked_fill(scores.size == 0, 0.0),
             total=total,
         )

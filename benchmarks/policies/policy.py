@@ -57,7 +57,7 @@ class Policy:
         """Bytes that a step reads per layer and kv head, mean over the layers: metadata, recalled tokens, sinks, window."""
         everything = kv_bytes(reading.clustered + reading.base, reading.head_dim)
         config = msgspec.structs.replace(reading.config, **self.options)
-        if reading.clustered <= config.budget_tokens:
+        if reading.clustered <= config.budget_tokens or reading.clustered + reading.base < config.dense_below_tokens:
             return everything
         recalled = kv_bytes(config.budget_tokens + reading.base, reading.head_dim)
         dense = min(config.dense_layers, layers) / layers

@@ -1,4 +1,5 @@
-"""Record, inside the server, how far each attention head's output is from dense, and how much of its mass was read."""
+"""Record, inside the server, how far each attention head's output is from dense, how much of its mass was read, and how wide
+the clusters were that it saw."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from benchmarks.policies.estimates import ChangedEstimate
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from sglang_clusterkv.clusters.engine import SparseDecode
 from sglang_clusterkv.kernels.decode import cpu
+from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
+
+BONUS_EDGES = np.concatenate(([0.0], np.geomspace(0.01, 1000.0, 251), [np.inf]))  # 5 % apart
 
 
 class Recorder:
@@ -20,7 +24,8 @@ class Recorder:
 
     What is kept, as sums over steps and requests; `write` divides:
     `error` [layers, query heads], |output - dense| / |dense|; `mass` [layers, query heads], the exact share of attention on the
-    tokens that were attended to exactly; `steps`.
+    tokens that were attended to exactly; `bonus` [layers, bins], how many (cluster, query head) had which spread term g, by
+    `BONUS_EDGES`; `steps`.
 
     Args:
         inner: the decode function that serves.
@@ -34,6 +39,7 @@ class Recorder:
         self._file = file
         self._error = np.zeros((layers, heads))
         self._mass = np.zeros((layers, heads))
+        self._bonus = np.zeros((layers, len(BONUS_EDGES) - 1), np.int64)
         self._steps = np.zeros(layers)
 
     def __call__(
@@ -64,6 +70,10 @@ class Recorder:
                 read = torch.cat((base, recalled[b, h, : int(count[b, h])]))
                 mine = slice(h * group, (h + 1) * group)
                 self._mass[layer, mine] += weights[mine, torch.isin(slots, read)].sum(-1).numpy()
+        scores = score(q.float().unflatten(1, (keys.shape[1], -1)), keys, index, layer, step, scale)
+        self._bonus[layer] += np.histogram(
+            scores.bonus[(scores.size > 0).unsqueeze(2).expand_as(scores.bonus)], BONUS_EDGES
+        )[0]
         self._steps[layer] += step.batch
         return output
 
@@ -77,4 +87,4 @@ class Recorder:
     def write(self) -> None:
         """Write the means."""
         steps = np.maximum(self._steps, 1)[:, None]
-        np.savez(self._file, error=self._error / steps, mass=self._mass / steps, steps=self._steps)
+        np.savez(self._file, error=self._error / steps, mass=self._mass / steps, bonus=self._bonus, steps=self._steps)

@@ -4,7 +4,8 @@
 
 A document is prefilled, then each policy decodes its continuation and four questions (as in model_level.py). In every layer the
 server compares the policy's output with dense attention for the very same query: |output - dense| / |dense| by query head, and
-the exact share of attention on the tokens that were read. Both are means over the steps. Writes JSON, Markdown, SVG.
+the exact share of attention on the tokens that were read. Both are means over the steps. The first arm also counts how large
+the clusters' spread terms g are. Writes JSON, Markdown, SVG.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from benchmarks.forced import forced_decode
 from benchmarks.policies import POLICIES
 from benchmarks.policies.control import use
+from benchmarks.policies.recorder import BONUS_EDGES
 from benchmarks.quality.documents import make_documents, read_text
 from benchmarks.quality.figures import error_maps
 from benchmarks.quality.model_level import SERVER_FLAGS, options_of
@@ -29,6 +31,7 @@ from benchmarks.servers import model_folder, serve
 from sglang_clusterkv.tools.demo_model import default_out
 
 LAYER_GROUPS = 5
+BONUS_SHARES = (0.5, 0.99, 0.999, 1.0)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -45,7 +48,16 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             parts = " | ".join(f"{values[group].mean():.4f}" for group in groups)
             out.append(f"| {POLICIES[arm['policy']].title} | {arm['budget']} | {values.mean():.4f} | {parts} |")
         out.append("")
-    out.append("Largest errors, as layer.head (error, share read):")
+    bonus = np.array(next(iter(found.values()))["bonus"])
+    out += ["Spread term g of (cluster, query head): half, 99 %, 99.9 % and all are below", ""]
+    out += ["| layers | 50 % | 99 % | 99.9 % | 100 % |", "|" + "---|" * 5]
+    highest = [bonus_below(layer)[-1] for layer in bonus]
+    named = {"all": bonus.sum(0)} | {
+        str(layer): bonus[layer] for layer in np.argsort(highest)[: -LAYER_GROUPS - 1 : -1]
+    }
+    for name, counts in named.items():
+        out.append(f"| {name} | " + " | ".join(f"{edge:.2f}" for edge in bonus_below(counts)) + " |")
+    out += ["", "Largest errors, as layer.head (error, share read):"]
     out.append("")
     for name, arm in found.items():
         error, mass = np.array(arm["error"]), np.array(arm["mass"])
@@ -54,6 +66,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             f"- {name}: " + ", ".join(f"{l}.{h} ({error[l, h]:.2f}, {mass[l, h]:.2f})" for l, h in worst.tolist())
         )
     return "\n".join(out)
+
+
+def bonus_below(counts: np.ndarray) -> list[float]:
+    """Below which edge of `BONUS_EDGES` each of `BONUS_SHARES` of the counted spread terms lies."""
+    passed = np.cumsum(counts) / max(counts.sum(), 1)
+    return [float(BONUS_EDGES[1 + np.searchsorted(passed, share - 1e-12)]) for share in BONUS_SHARES]
 
 
 def main() -> None:
@@ -83,7 +101,7 @@ def main() -> None:
             forced_decode(server, document.prompt, document.decoded)
             use(server, "ours")
             with np.load(file) as values:
-                arm = {name: values[name].tolist() for name in ("error", "mass")}
+                arm = {name: values[name].tolist() for name in ("error", "mass", "bonus")}
             found[f"{policy}, {budget}"] = {"policy": policy, "budget": budget, **arm}
     body = table(found)
     print(f"\n{body}\n")

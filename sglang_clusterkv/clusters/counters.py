@@ -5,16 +5,38 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+from sglang_clusterkv.clusters.rows import DenseReason
 
 logger = logging.getLogger(__name__)
 
 _SAY_EVERY_S = 60.0
+_FAULT = DenseReason.FAULT.name.lower()
+
+
+class StepCounts(NamedTuple):
+    """What a decode step comes to if its layers do as its lists say: counted once they have."""
+
+    sparse: int  # requests
+    dense: Counter[str]  # requests by reason
+    tokens_available: int
+    tokens_recalled: int
+
+    @classmethod
+    def of_faults(cls, requests: int) -> StepCounts:
+        """A step that is dense because our own code failed."""
+        return cls(0, Counter({_FAULT: requests}), 0, 0)
+
+    def turned_dense(self) -> StepCounts:
+        """The same step, whose sparse requests attended to everything from some layer on: a fault."""
+        return StepCounts(0, self.dense + Counter({_FAULT: self.sparse}), 0, 0)
 
 
 @dataclass
 class Counters:
-    """Counts of one engine; all rise."""
+    """Counts of one engine of what has happened; all rise."""
 
     segments: int = 0
     tokens_clustered: int = 0
@@ -24,11 +46,25 @@ class Counters:
     sparse_steps: int = 0
     splits: int = 0
     merges: int = 0
+    forced_borders: int = 0
     build_conflicts: int = 0
     build_s: float = 0.0
     dense_steps: Counter[str] = field(default_factory=Counter)  # requests of a step, by reason
     dense_layer_calls: Counter[str] = field(default_factory=Counter)  # requests of one layer of a step, by reason
     faults: Counter[str] = field(default_factory=Counter)  # exceptions of our own code that were survived, by operation
+
+    def server_info(self) -> dict[str, object]:
+        """All of them for /server_info: integers, and dictionaries by reason or operation."""
+        values = {count.name: getattr(self, count.name) for count in fields(self) if count.name != "build_s"}
+        plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
+        return plain | {"build_ms": round(1000 * self.build_s)}
+
+    def add(self, step: StepCounts) -> None:
+        """A decode step has run."""
+        self.dense_steps.update(step.dense)
+        self.sparse_steps += step.sparse
+        self.tokens_available += step.tokens_available
+        self.tokens_recalled += step.tokens_recalled
 
 
 class Faults:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.counters import Counters
+from sglang_clusterkv.clusters.backoff import BackOff
+from sglang_clusterkv.clusters.counters import StepCounts
 from sglang_clusterkv.clusters.rows import DenseReason, RowTables
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import prepare
@@ -24,6 +26,7 @@ class DecodeStep(NamedTuple):
     dense: DenseStep | None
     rows: np.ndarray  # int64 [B], lines of req_to_token
     seq_lens: np.ndarray  # int64 [B]
+    counts: StepCounts | None = None  # None: not of a batch that the scheduler launched
 
 
 class DecodeLists:
@@ -33,7 +36,7 @@ class DecodeLists:
         index: the arrays that the layers will read, and the options of a step (`index.config`).
         tables: what is known of each row.
         req_to_token: int32 [rows, max_context], SGLang's table.
-        counters: where steps are counted.
+        dtype: of the KV pool.
         group: query heads per kv head, so that memory for a step's layers is taken with its lists; None: by its first layer.
     """
 
@@ -42,29 +45,29 @@ class DecodeLists:
         index: ClusterIndex,
         tables: RowTables,
         req_to_token: torch.Tensor,
-        counters: Counters,
+        dtype: torch.dtype,
         group: int | None,
     ) -> None:
         self._index = index
         self._tables = tables
         self.req_to_token = req_to_token
-        self._counters = counters
+        self._dtype = dtype
         self._group = group
 
-    def step(self, rows: np.ndarray, seq_lens: np.ndarray, launch: int, look_from: int) -> DecodeStep:
-        """Sort a batch into sparse and dense requests, make the lists of both, and count them once they exist.
+    def step(self, rows: np.ndarray, seq_lens: np.ndarray, looks: BackOff, layers: BackOff) -> DecodeStep:
+        """Sort a batch into sparse and dense requests, and make the lists of both.
 
         Args:
             rows: int64 [B], lines of req_to_token.
             seq_lens: int64 [B], tokens of each request, this step's included.
-            launch: of this forward.
-            look_from: launch from which rows may be looked at: a dirty row waits until then because of a fault.
+            looks: says from which launch on rows may be looked at: a dirty row waits until then because of a fault.
+            layers: says from which launch on layers may decode sparsely.
         """
         tables, config = self._tables, self._index.config
         count = tables.recallable(rows, seq_lens)
         covered = tables.covered[rows, count]
         dirty = tables.dirty[rows]
-        waits = np.maximum(tables.look_from[rows], look_from) > launch
+        waits = np.maximum(tables.look_from[rows], looks.from_launch) > looks.launch
         reasons = np.select(
             [
                 ~tables.known[rows] | dirty & waits,
@@ -74,7 +77,7 @@ class DecodeLists:
                 seq_lens - covered > longest_base(config, self._index.geometry.page_size, covered),
             ],
             [DenseReason.FAULT, DenseReason.DIRTY, DenseReason.SHORT, DenseReason.BUDGET, DenseReason.WINDOW],
-            0,
+            0 if layers.over else DenseReason.FAULT,
         )
         sparse, dense = np.flatnonzero(reasons == 0), np.flatnonzero(reasons)
         device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
@@ -85,18 +88,20 @@ class DecodeLists:
             dense=dense_step(rows[dense], seq_lens[dense], self.req_to_token) if len(dense) else None,
             rows=rows,
             seq_lens=seq_lens,
+            counts=StepCounts(
+                sparse=len(sparse),
+                dense=_by_reason(reasons[dense]),
+                tokens_available=int(covered[sparse].sum()),
+                tokens_recalled=int(np.minimum(covered[sparse], config.budget_tokens).sum()),
+            ),
         )
-        for reason, times in zip(*np.unique(reasons[reasons > 0], return_counts=True), strict=True):
-            self._counters.dense_steps[DenseReason(reason).name.lower()] += int(times)
-        self._counters.sparse_steps += len(sparse)
-        self._counters.tokens_available += int(covered[sparse].sum())
-        self._counters.tokens_recalled += int(np.minimum(covered[sparse], config.budget_tokens).sum())
+        tables.exact[rows[sparse]] = np.minimum(tables.exact[rows[sparse]], seq_lens[sparse] - 1)
         return step
 
     def all_dense(self, rows: np.ndarray, seq_lens: np.ndarray) -> DecodeStep:
         """The step after a fault in `step`: every request attends to everything."""
-        self._counters.dense_steps[DenseReason.FAULT.name.lower()] += len(rows)
-        return DecodeStep(None, None, None, dense_step(rows, seq_lens, self.req_to_token), rows, seq_lens)
+        dense = dense_step(rows, seq_lens, self.req_to_token)
+        return DecodeStep(None, None, None, dense, rows, seq_lens, StepCounts.of_faults(len(rows)))
 
     def _sparse(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:
         """Lists, and the memory that the layers need for them."""
@@ -104,7 +109,7 @@ class DecodeLists:
         borders = RowBorders(rows, seq_lens, count, tables.begin[rows], tables.end[rows], tables.covered[rows])
         step = sparse_step(borders, self.req_to_token, self._index.geometry.page_size)
         if self._group is not None:
-            prepare(self._index, self._group, step)
+            prepare(self._index, self._group, self._dtype, step)
         return step
 
 
@@ -114,3 +119,9 @@ def longest_base(config: ClusterKVConfig, page_size: int, covered: np.ndarray) -
     Gaps between short segments are attended as the window is: many turns leave many, and that is no reason to read all.
     """
     return config.sink_tokens + 2 * config.recluster_every + config.window_tokens + page_size + covered // 4
+
+
+def _by_reason(reasons: np.ndarray) -> Counter[str]:
+    """How many requests go the dense way for each reason."""
+    found = zip(*np.unique(reasons, return_counts=True), strict=True)
+    return Counter({DenseReason(reason).name.lower(): int(requests) for reason, requests in found})

@@ -20,7 +20,7 @@ import torch
 
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.backoff import BackOff
-from sglang_clusterkv.clusters.counters import Counters, Faults
+from sglang_clusterkv.clusters.counters import Counters, Faults, StepCounts
 from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.planning.plan import Make, Plan
@@ -105,8 +105,9 @@ class ClusterEngine:
         # One layer of a step's sparse requests; the benchmarks put other policies here.
         self.sparse_decode: SparseDecode = sparse_decode
         self.snapshots = Snapshots(index, req_to_token, self.stream)
-        self.decoding = DecodeLists(index, self.tables, req_to_token, self.counters, group)
-        self._back_off = BackOff()
+        self.decoding = DecodeLists(index, self.tables, req_to_token, key_buffers[0].dtype, group)
+        self._under_way: StepCounts | None = None  # of the decode step that was begun last, until it is counted
+        self._looks, self._layers = BackOff(), BackOff()
         # On a GPU one call takes all layers' heads; on a CPU a few stay in its cache.
         self._layers_per_call = len(key_buffers) if index.device != "cpu" else 1
 
@@ -153,6 +154,10 @@ class ClusterEngine:
         except Exception as error:
             self._start_over("rewrite", error)
 
+    def tokens_to_keep(self, row: int, tokens: int) -> int:
+        """How many of a row's first `tokens` others may find: with `reproducible`, none whose KV follows a sparse step."""
+        return min(tokens, int(self.tables.exact[row])) if self.config.reproducible else tokens
+
     # -- a forward is launched ------------------------------------------------------------------------------------
 
     def begin_extend(self, extends: list[Extend]) -> None:
@@ -196,16 +201,61 @@ class ClusterEngine:
         aged = seq_lens // self.page_size * self.page_size - self.config.window_tokens
         waits = aged - tables.waits_from[rows] >= self.config.recluster_every
         look = np.flatnonzero(
-            tables.known[rows] & (waits | tables.dirty[rows]) & (tables.look_from[rows] <= self._back_off.launch)
+            tables.known[rows] & (waits | tables.dirty[rows]) & (tables.look_from[rows] <= self._looks.launch)
         )
         if ready and len(look):
             self._look_at_decoding(rows[look], seq_lens[look])
+        step = None
         try:
-            return self.decoding.step(rows, seq_lens, self._back_off.launch, self._back_off.look_from)
+            step = self.decoding.step(rows, seq_lens, self._looks, self._layers)
         except Exception as error:
             self.faults.note("lists", error)
-        # Out of its handler, whose error keeps alive what the failed attempt had allocated.
-        return self.decoding.all_dense(rows, seq_lens)
+        if step is None:
+            # Out of the handler, whose error keeps alive what the failed attempt had allocated.
+            step = self.decoding.all_dense(rows, seq_lens)
+        self._under_way = step.counts
+        return step
+
+    def sparse_layer(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, step: DecodeStep, scale: float
+    ) -> torch.Tensor | None:
+        """Attention of one layer for the sparse requests of the step that was begun last; see `sparse_decode`.
+
+        Args:
+            q: [B, heads, D], of all requests.
+            keys: [slots, kv_heads, D], the layer's pool.
+            values: likewise.
+            layer: counted from this rank's first.
+            step: the whole step; some of its requests are sparse.
+            scale: of the logits.
+
+        Returns:
+            [B, heads, D] with the lines of the sparse requests, the others uninitialised. None where our own code failed: these
+            requests have to attend to everything from this layer on, and the step is counted so.
+        """
+        assert step.sparse is not None
+        try:
+            if step.sparse_at is None:
+                return self.sparse_decode(q, keys, values, self.index, layer, step.sparse, scale)
+            output = torch.empty_like(q)
+            output[step.sparse_at] = self.sparse_decode(
+                q[step.sparse_at], keys, values, self.index, layer, step.sparse, scale
+            )
+            return output
+        except Exception as error:
+            self.faults.note("layer", error)
+        self._layers.failed()
+        if self._under_way is not None:
+            self._under_way = self._under_way.turned_dense()
+        return None
+
+    def count_step(self) -> None:
+        """Count the decode step that was begun last; call once its layers have run, and before counts are read."""
+        if self._under_way is not None:
+            if self._under_way.sparse:
+                self._layers.succeeded()
+            self.counters.add(self._under_way)
+            self._under_way = None
 
     def _look_at_decoding(self, rows: np.ndarray, seq_lens: np.ndarray) -> None:
         """Rows of a decode batch that were rewritten or have aged tokens: rare, so a loop is fine."""
@@ -227,7 +277,9 @@ class ClusterEngine:
 
     def _begin(self) -> bool:
         """Invalidate, plan and build; false where nothing should be looked at in this launch."""
-        self._back_off.launch += 1
+        self.count_step()
+        self._looks.launch += 1
+        self._layers.launch += 1
         doing = "invalidate"
         try:
             self.handed_out.apply(self.index, self.stream)
@@ -241,20 +293,21 @@ class ClusterEngine:
         try:
             if snapshots:
                 self._run(self.planner.plan(snapshots))
-                self._back_off.planned()
+                self._looks.succeeded()
         except Exception as error:
             self._start_over("plan", error)
-        return self._back_off.over
+        return self._looks.over
 
     def _run(self, plan: Plan) -> None:
         """Queue a plan's device work and publish the rows it touched."""
         operations = iter(plan.operations)
         for operation in operations:
             if isinstance(operation, Make):
-                self.stream.run(self._make, operation)
+                self.stream.run(self._make, operation, operation.id in plan.merged)
                 continue
             try:
                 self.stream.run(self.index.forget, [operation.id])
+                self.counters.splits += operation.id in plan.cut
             except Exception as error:
                 # The pages that were to be clustered anew may still be the old segment's.
                 self.faults.note("cut", error)
@@ -265,11 +318,10 @@ class ClusterEngine:
                 record.failures = 0
             self.tables.write(record)
             self._announce(record)
-        self.counters.splits += plan.splits
-        self.counters.merges += len(plan.merged)
+        self.counters.forced_borders += plan.forced
 
-    def _make(self, make: Make) -> None:
-        """Device work: build one segment."""
+    def _make(self, make: Make, merges: bool) -> None:
+        """Device work: build one segment, maybe of neighbours."""
         try:
             started = time.perf_counter()
             begin = make.first_page * self.page_size
@@ -282,6 +334,7 @@ class ClusterEngine:
                 self.counters.build_s += time.perf_counter() - started
             self.counters.segments += 1
             self.counters.tokens_clustered += make.pages * self.page_size
+            self.counters.merges += merges
         except Exception as error:
             self.faults.note("build", error)
             self._lost(make.id)
@@ -305,7 +358,7 @@ class ClusterEngine:
         """A segment was not made: rows that were to see it decode densely, and are looked at again a little later."""
         for record in self.records.lost(segment_id):
             self.tables.dirty[record.row] = True
-            self.tables.look_from[record.row] = self._back_off.row_failed(record)
+            self.tables.look_from[record.row] = self._looks.row_failed(record)
 
     def _start_over(self, operation: str, error: Exception) -> None:
         """The records of rows may be wrong: all are dropped, and looked at again."""
@@ -317,7 +370,7 @@ class ClusterEngine:
     def _wait(self, operation: str, error: Exception) -> None:
         """Count a fault, and look at no row for a while: longer each time in a row."""
         self.faults.note(operation, error)
-        self._back_off.failed()
+        self._looks.failed()
 
     def _announce(self, record: Row) -> None:
         """Say once per request, when its prefill is planned, what was clustered and what was reused."""
@@ -333,23 +386,10 @@ class ClusterEngine:
 
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""
-        counters = self.counters
-        return {
-            "segments": counters.segments,
+        self.count_step()
+        return self.counters.server_info() | {
             "clusters": self.index.clusters,
-            "tokens_clustered": counters.tokens_clustered,
-            "tokens_reused": counters.tokens_reused,
-            "tokens_recalled": counters.tokens_recalled,
-            "tokens_available": counters.tokens_available,
             "recalled_mass": mean_by_group(self.index.mass.cpu().numpy()),
-            "sparse_steps": counters.sparse_steps,
-            "dense_steps": dict(counters.dense_steps),
-            "dense_layer_calls": dict(counters.dense_layer_calls),
-            "splits": counters.splits,
-            "merges": counters.merges,
-            "faults": dict(counters.faults),
-            "build_conflicts": counters.build_conflicts,
-            "build_ms": round(1000 * counters.build_s),
             "bytes": self.index.bytes,
             "running": len(self.records.rows),
         }

@@ -14,6 +14,7 @@ import numpy as np
 
 _NEVER = np.iinfo(np.int32).max
 _COLUMNS = 16  # at first
+NEVER = int(_NEVER)
 
 
 class Segment(NamedTuple):
@@ -55,6 +56,7 @@ class Row:
         prefilling: the last chunk has not been launched.
         dirty: decodes densely until walked.
         changed: counts rewrites; a snapshot from before a change is void.
+        void_from: token position from which on a snapshot under way is void.
         segments: what the last walk saw whole, ascending.
         walked: was walked at least once.
         failures: times in a row that a segment of its last plan was not made.
@@ -69,6 +71,7 @@ class Row:
     prefilling: bool = True
     dirty: bool = True
     changed: int = 0
+    void_from: int = NEVER
     segments: list[Segment] = field(default_factory=list)
     rid: str = ""
     cached_tokens: int = 0
@@ -98,6 +101,7 @@ class RowTables:
         self.end = np.full((rows, _COLUMNS), _NEVER, np.int32)
         self.covered = np.zeros((rows, _COLUMNS + 1), np.int32)  # tokens of the first i segments
         self.waits_from = np.zeros(rows, np.int32)
+        self.exact = np.full(rows, _NEVER, np.int32)  # tokens before the first whose KV follows a sparse step
         self.look_from = np.zeros(rows, np.int64)  # launch from which a row may be looked at, after a fault
 
     def write(self, row: Row) -> None:
@@ -128,11 +132,13 @@ class RowTables:
         """All rows were freed."""
         self.known[:] = False
         self.look_from[:] = 0
+        self.exact[:] = _NEVER
 
     def drop(self, row: int) -> None:
         """The row was freed."""
         self.known[row] = False
         self.look_from[row] = 0
+        self.exact[row] = _NEVER
 
     def recallable(self, rows: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
         """How many leading segments of each row end before the window, int64 [B]: the others are attended whole."""

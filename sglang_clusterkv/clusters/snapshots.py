@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.clusters.planning.plan import Snapshot
-from sglang_clusterkv.clusters.rows import Row
+from sglang_clusterkv.clusters.rows import NEVER, Row
 from sglang_clusterkv.clusters.stream import Event, ForwardStream
 from sglang_clusterkv.memory.index import ClusterIndex
 
@@ -46,6 +46,8 @@ class Snapshots:
         """
         page_size = self._index.geometry.page_size
         rows = [(record, record.changed, first, record.length) for record, first in looks]
+        for record, _ in looks:
+            record.void_from = NEVER
         counts = [max(0, length // page_size - first) for _, _, first, length in rows]
         row_of = np.repeat([record.row for record, *_ in rows], counts)
         starts = np.cumsum(counts) - counts
@@ -71,12 +73,14 @@ class Snapshots:
         if pending is None:
             return []
         pending.ready.synchronize()
+        page_size = self._index.geometry.page_size
         ends = np.cumsum(pending.counts)
         pages, state = pending.pages.numpy(), pending.state.numpy()
-        return [
-            Snapshot(record, changed, first, length, pages[end - count : end], state[end - count : end])
-            for (record, changed, first, length), count, end in zip(pending.rows, pending.counts, ends, strict=True)
-        ]
+        snapshots = []
+        for (record, changed, first, length), count, end in zip(pending.rows, pending.counts, ends, strict=True):
+            known = slice(end - count, end - count + max(0, min(count, record.void_from // page_size - first)))
+            snapshots.append(Snapshot(record, changed, first, length, pages[known], state[known]))
+        return snapshots
 
     def drop(self) -> None:
         """Forget the copy under way."""

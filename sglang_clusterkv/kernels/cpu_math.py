@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+# All kernels are made by it: a division by zero gives an infinity or NaN, as in the references, and raises nothing.
+njit = functools.partial(numba.njit, error_model="numpy")
 # The kernels reassociate sums so that loops vectorise, but keep infinities: -inf marks what must count nothing.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 NEGLIGIBLE = np.float32(-1.0e30)
@@ -50,6 +54,29 @@ def power_of_two(typing_context: Any, exponent: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         biased = builder.add(builder.fptosi(args[0], _WORD), _WORD(127))
         return builder.bitcast(builder.shl(biased, _WORD(23)), context.get_value_type(types.float32))
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def exponent_of(typing_context: Any, value: Any) -> Any:
+    """The power of two that a positive normal float32 is at least, as float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        biased = builder.lshr(builder.bitcast(args[0], _WORD), _WORD(23))
+        return builder.sitofp(builder.sub(biased, _WORD(127)), context.get_value_type(types.float32))
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def mantissa_of(typing_context: Any, value: Any) -> Any:
+    """A positive normal float32 over that power of two, in [1, 2)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        fraction = builder.and_(builder.bitcast(args[0], _WORD), _WORD(0x007FFFFF))
+        one = builder.or_(fraction, _WORD(0x3F800000))
+        return builder.bitcast(one, context.get_value_type(types.float32))
 
     return types.float32(types.float32), codegen
 
@@ -213,6 +240,30 @@ def fast_exp(x: Any) -> Any:
     p = p * r + np.float32(5.0000001201e-1)
     y = p * r * r + r + np.float32(1.0)
     return np.float32(0.0) if x < np.float32(-87.0) else y * power_of_two(n)
+
+
+@njit(inline="always")
+def fast_log(x: Any) -> Any:
+    """log(x) of a positive normal float32, error below 2e-7, relative to the result or to 1 where that is more.
+
+    The arguments of the polynomial are within 3/4 to 3/2.
+    """
+    n = exponent_of(x)
+    m = mantissa_of(x)
+    high = m > np.float32(1.5)
+    m = m * np.float32(0.5) if high else m
+    n = n + np.float32(1.0) if high else n
+    r = m - np.float32(1.0)
+    p = np.float32(5.4259425305e-02)
+    p = p * r + np.float32(-1.2091521104e-01)
+    p = p * r + np.float32(1.4996832443e-01)
+    p = p * r + np.float32(-1.6822814000e-01)
+    p = p * r + np.float32(1.9975553917e-01)
+    p = p * r + np.float32(-2.4993263551e-01)
+    p = p * r + np.float32(3.3333602533e-01)
+    p = p * r + np.float32(-5.0000065986e-01)
+    p = p * r + np.float32(9.9999999373e-01)
+    return n * np.float32(0.6931471805599453) + p * r
 
 
 @njit(inline="always")

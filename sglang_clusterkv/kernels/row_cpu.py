@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import LANES, bits, float_of_bf16, signed_nibble, unpack_nibbles
+from sglang_clusterkv.kernels.cpu_math import LANES, bits, float_of_bf16, njit, signed_nibble, unpack_nibbles
 
 INT4, INT8, BF16 = 0, 1, 2
 ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}

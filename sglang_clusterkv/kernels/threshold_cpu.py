@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from sglang_clusterkv.kernels.cpu_math import njit
 
 BINS = 2048  # three levels of 11, 11 and 10 bits
 

@@ -16,6 +16,12 @@ def order_of(x):
 
 
 @triton.jit
+def order_of_log(x):
+    """Keys, int32, that order as the float32 `x` do, which are at most 0 but for rounding; NaN above all."""
+    return 0x7F800000 - tl.where(x < 0, -x, 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def bracket(keys, weights, limit):
     """Between which keys the `limit` highest end: (low, high, room).
 

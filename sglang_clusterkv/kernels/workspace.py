@@ -83,13 +83,15 @@ class Workspace:
     spread: torch.Tensor  # bf16 [B, H, C], as stored in the index
     base_logit: torch.Tensor  # float32 [B, H, G, W], exact logits of the always-attended tokens
     choice_lse: torch.Tensor  # float32 [B, H, G, tiles], of log n + dot + choice_spread * bonus, and of base_logit
-    estimate_lse: torch.Tensor  # float32 [B, H, G, tiles], of log n + dot + estimate_spread * bonus, likewise
+    estimate_lse: torch.Tensor  # float32 [B, H, G, tiles], of log n + dot + estimate_spread * min(bonus, cap), likewise
     # Written by score as the cluster's size; refine subtracts what it recalled. So the estimate reads what is left.
     left: torch.Tensor  # int32 [B, H, C], 0 for an empty cluster
 
     # Written by select.
-    mass: torch.Tensor  # float32 [B, H, C], by the choice, per token, mean over the group; 0 for an empty cluster
-    estimate_mass: torch.Tensor  # float32 [B, H, C], likewise by the estimate, and for it
+    log_mass: (
+        torch.Tensor
+    )  # float32 [B, H, C], by the choice, per token, mean over the group; -inf for an empty cluster
+    estimate_mass: torch.Tensor  # float32 [B, H, C], by the estimate and for it, not its log; 0 for an empty cluster
     total: torch.Tensor  # float32 [B, H, G], log-sum-exp of all clusters' estimate logits (full sizes) and base_logit
     candidates: torch.Tensor  # int64 [B, H, K], cluster << 32 | entry, ascending
     candidate_count: torch.Tensor  # int32 [B, H]
@@ -144,7 +146,7 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
         choice_lse=allocate((*by_query, shape.tiles), torch.float32),
         estimate_lse=allocate((*by_query, shape.tiles), torch.float32),
         left=allocate((*by_head, shape.clusters), torch.int32),
-        mass=allocate((*by_head, shape.clusters), torch.float32),
+        log_mass=allocate((*by_head, shape.clusters), torch.float32),
         estimate_mass=allocate((*by_head, shape.clusters), torch.float32),
         total=allocate(by_query, torch.float32),
         candidates=allocate((*by_head, shape.candidates), torch.int64),

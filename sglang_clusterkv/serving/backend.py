@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -29,25 +30,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MANY_TOKENS = 64  # new tokens of a batch from which its products gain from more threads
+_OTHER = "use another --attention-backend"
 
 
 def create_backend(runner: ModelRunner) -> AttentionBackend:
     """The backend for a model runner; called by SGLang's registry.
 
     Raises:
-        ConfigError: the KV cache's type, known only now (a checkpoint may choose it), cannot be clustered; or no layer of
-            the model can recall.
+        ConfigError: the KV cache's type, known only now (a checkpoint may choose it), cannot be clustered; an attention
+            layer of the model asks for what is not served; or none of them can recall.
     """
     dtype = runner.token_to_kv_pool.dtype
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(
             f"the KV cache is {dtype}, which clusterkv does not cluster yet: start with --kv-cache-dtype bf16"
         )
+    if unserved := _unserved(runner.model):
+        raise ConfigError(f"this model has {unserved}, which clusterkv does not serve: {_OTHER}")
     backend = ClusterKVAttnBackend(runner)
     if backend.engine is not None and (reasons := backend.reasons_of_all(runner.model)):
         raise ConfigError(
-            f"every layer of this model decodes densely ({', '.join(sorted(reasons))}), so nothing would be recalled: use "
-            "another --attention-backend"
+            f"every layer of this model decodes densely ({', '.join(sorted(reasons))}), so nothing would be recalled: {_OTHER}"
         )
     return backend
 
@@ -101,7 +104,7 @@ class ClusterKVAttnBackend(AttentionBackend):
                 # Warm-up and unit kits: no plan, so dense, and lengths that only the device knows.
                 rows, seq_lens = forward_batch.req_pool_indices.cpu().numpy(), forward_batch.seq_lens.cpu().numpy()
                 dense = dense_step(rows, seq_lens, self.req_to_token_pool.req_to_token)
-                self._step = DecodeStep(None, None, None, dense, rows, seq_lens)
+                self._step = _all_dense(rows, seq_lens, dense)
         elif self.prefill is not None:
             self.prefill.init_forward_metadata(forward_batch)
         else:
@@ -131,8 +134,9 @@ class ClusterKVAttnBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Dense attention of new tokens over their prefix and themselves, [tokens, heads * D]."""
+        _refuse_more(kwargs)
         if self.prefill is not None:
-            return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         self._write(k, v, layer, forward_batch, save_kv_cache)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)
@@ -148,7 +152,6 @@ class ClusterKVAttnBackend(AttentionBackend):
                 layer.scaling,
                 sliding_window=layer.sliding_window_size,
                 logit_cap=layer.logit_cap,
-                causal=layer.attn_type != AttentionType.ENCODER_ONLY,
             )
             begin += new
         return output.flatten(1)
@@ -164,6 +167,7 @@ class ClusterKVAttnBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """One query per request over its step's lists, [B, heads * D]."""
+        _refuse_more(kwargs)
         self._write(k, v, layer, forward_batch, save_kv_cache)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         rows = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
@@ -171,24 +175,22 @@ class ClusterKVAttnBackend(AttentionBackend):
         assert step is not None, "decode without init_forward_metadata"
         reason = self._dense_layer(layer) or (DenseReason.SHARED_KV if k is None else None)
         if reason is not None and step.sparse is not None:
+            output = self._dense(rows, keys, values, layer, self._dense_of_all(step)).flatten(1)
             self._count(reason, step)
-            return self._dense(rows, keys, values, layer, self._dense_of_all(step)).flatten(1)
-        if step.sparse is None:
-            assert step.dense is not None
-            return self._dense(rows, keys, values, layer, step.dense).flatten(1)
-        assert self.engine is not None
-        local = layer.layer_id - self.first_layer
-        if step.dense is None:
-            return self.engine.sparse_decode(
-                rows, keys, values, self.engine.index, local, step.sparse, layer.scaling
-            ).flatten(1)
-        assert step.sparse_at is not None and step.dense_at is not None
-        output = torch.empty_like(rows)
-        output[step.sparse_at] = self.engine.sparse_decode(
-            rows[step.sparse_at], keys, values, self.engine.index, local, step.sparse, layer.scaling
-        )
-        output[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense)
-        return output.flatten(1)
+            return output
+        if step.sparse is not None:
+            assert self.engine is not None
+            local = layer.layer_id - self.first_layer
+            mixed = self.engine.sparse_layer(rows, keys, values, local, step, layer.scaling)
+            if mixed is not None:
+                if step.dense is not None:
+                    assert step.dense_at is not None
+                    mixed[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense)
+                return mixed.flatten(1)
+            # Our own code failed: all requests attend to everything from this layer on.
+            step = self._step = _all_dense(step.rows, step.seq_lens, self._dense_of_all(step))
+        assert step.dense is not None
+        return self._dense(rows, keys, values, layer, step.dense).flatten(1)
 
     @staticmethod
     def _dense(
@@ -238,6 +240,38 @@ class ClusterKVAttnBackend(AttentionBackend):
     ) -> None:
         if save_kv_cache and k is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+
+
+def _all_dense(rows: np.ndarray, seq_lens: np.ndarray, dense: DenseStep) -> DecodeStep:
+    """The layers of a step in which every request attends to everything; what it counts as is the engine's to know."""
+    return DecodeStep(None, None, None, dense, rows, seq_lens)
+
+
+def _unserved(model: torch.nn.Module | None) -> str | None:
+    """What an attention layer of a model asks for that is not served, in words; None where all of them are."""
+    for layer in model.modules() if model is not None else ():
+        if not isinstance(layer, RadixAttention):
+            continue
+        if layer.attn_type != AttentionType.DECODER:
+            return f"attention of type {layer.attn_type.value} (layer {layer.layer_id})"
+        if layer.is_cross_attention:
+            return f"cross-attention (layer {layer.layer_id})"
+        if layer.xai_temperature_len > 0:
+            return f"attention with a temperature by length (layer {layer.layer_id})"
+    return None
+
+
+def _refuse_more(arguments: dict[str, Any]) -> None:
+    """Raise on what a model's code hands to attention beside queries, keys and values, and no kernel of ours reads.
+
+    SGLang 0.5.23 knows sinks, q_rope, k_rope, topk_indices, idx_q, idx_k, idx_v, cos_sin_cache, llama_4_scaling, score_mod,
+    aux_tensors, rel_bias and return_lse. Models with these are refused at start, where SGLang says that they have them.
+    """
+    given = sorted(name for name, value in arguments.items() if value is not None)
+    if given:
+        raise NotImplementedError(
+            f"this model hands {', '.join(given)} to its attention, which clusterkv does not serve: {_OTHER}"
+        )
 
 
 def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sglang_clusterkv.config import MAX_PAGE_SIZE
+
 BACKEND = "clusterkv"
 
 
@@ -87,7 +89,12 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "chunks of part pages",
-        lambda a, m: (a.chunked_prefill_size or 0) > 0 and a.chunked_prefill_size % (a.page_size or 1) != 0,
+        # What is said of too large a page does not hang on the chunks.
+        lambda a, m: (
+            (a.page_size or 1) <= MAX_PAGE_SIZE
+            and (a.chunked_prefill_size or 0) > 0
+            and a.chunked_prefill_size % (a.page_size or 1) != 0
+        ),
         "--chunked-prefill-size is not a multiple of --page-size: change one of them",
     ),
     Refusal(
@@ -219,6 +226,16 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
         f"a diffusion model has no decode step: {_OTHER}",
     ),
     Refusal(
+        "LoRA on a CPU",
+        lambda a, m: a.device == "cpu" and bool(a.enable_lora or a.lora_paths),
+        "SGLang's LoRA layers need an accelerator: leave out --enable-lora and --lora-paths on a CPU",
+    ),
+    Refusal(
+        "memory saver on a CPU",
+        lambda a, m: a.device == "cpu" and a.enable_memory_saver,
+        "SGLang's memory saver needs an accelerator: leave out --enable-memory-saver on a CPU",
+    ),
+    Refusal(
         "Ray",
         lambda a, m: a.use_ray,
         "SGLang's Ray actors load no plugins: leave out --use-ray",
@@ -323,8 +340,11 @@ server does the same at start and ends with one sentence where something differs
   tensor parallelism, data parallelism by whole replicas, `sgl.Engine`, SGLang frontend programs, `--enable-metrics`.
 - Not beam search: SGLang answers it with 400 at any page size but 1.
 - Page sizes from 2; 16 unless set. (Below 8 with a smaller `tokens_per_cluster`.)
-- LoRA, sessions, weight updates, pausing and priorities: nothing in them touches clusters but through pages (read in SGLang's
-  source, not run here). With `--enable-memory-saver` a released server keeps its clusters' memory, 13 to 15 % of the KV cache.
+- Sessions, weight updates from disk, pausing, priorities, several tokenizer processes, tool-call and reasoning parsers, custom
+  logit processors and hidden states: `tests/serving/test_flags.py` runs them on a CPU.
+- LoRA and `--enable-memory-saver` on a GPU only, and not run there: SGLang's own need an accelerator. Nothing in LoRA touches
+  clusters but through pages (read in SGLang's source); a server that the memory saver released keeps its clusters' memory,
+  13 to 15 % of the KV cache.
 - CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton, clustering and decode on our Triton kernels, without CUDA
   graphs. CUDA has not been run yet.
 

@@ -46,6 +46,10 @@ _TOTALS = {
     "sparse_steps": ("sparse_steps_total", "Decode steps of a request that attended sparsely."),
     "splits": ("splits_total", "Segments that were cut by a shorter match."),
     "merges": ("merges_total", "Neighbouring segments that became one."),
+    "forced_borders": (
+        "forced_borders_total",
+        "With `reproducible`: segments whose borders are another running request's.",
+    ),
     "build_conflicts": ("build_conflicts_total", "Segments left out because plan and device disagreed."),
     "build_s": ("build_seconds_total", "Time spent clustering, measured on a CPU only."),
 }
@@ -61,7 +65,7 @@ _GAUGES = {
     "running_reqs": "Requests that clusterkv follows.",
 }
 # Shown as 0 before the first one, so that an alert sees that one rise.
-OPERATIONS = ("admit", "build", "copy", "cut", "free", "invalidate", "lists", "plan", "rewrite")
+OPERATIONS = ("admit", "build", "copy", "cut", "free", "invalidate", "layer", "lists", "plan", "rewrite")
 
 
 class DeviceCounts:
@@ -158,6 +162,7 @@ class Exporter:
         engine = _engine(pool)
         self._copy = None
         mass, pages = counts.read()
+        engine.count_step()
         for attribute, total in self._totals.items():
             self._raise(total, attribute, getattr(engine.counters, attribute))
         for attribute, total in self._totals_by.items():

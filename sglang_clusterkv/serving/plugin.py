@@ -199,7 +199,7 @@ def _differs(differences: list[sglang_differences.Difference]) -> str:
     )
 
 
-# The hooks of a process that schedules or tokenizes, added when it publishes a configuration with clusterkv.
+# The hooks of a process that schedules, added when it publishes a configuration with clusterkv.
 
 
 def _after_publish(context: Any, server_args: Any, *, role: str, ranks: Any = None, **rest: Any) -> None:
@@ -208,10 +208,6 @@ def _after_publish(context: Any, server_args: Any, *, role: str, ranks: Any = No
             "the server's arguments were resolved before SGLang's plugins were loaded, so nothing would be clustered: call "
             "sglang.srt.plugins.load_plugins() before ServerArgs is made, or start through sglang.launch_server or sgl.Engine"
         )
-    if role == "tokenizer" and config_of(server_args) is not None:
-        from sglang_clusterkv.serving import request_checks
-
-        request_checks.install()
     if role != "scheduler":
         return
     from sglang.srt.platforms import current_platform

@@ -1,52 +1,147 @@
-"""Refuse, with a sentence, token ids that would end SGLang's scheduler.
+"""Refuse, with a sentence, what a request brings that the model has no place for: token ids first of all.
 
-SGLang 0.5.23 looks at a prompt's length alone. An id outside the vocabulary, or a prompt of no token at all (an empty text and
-a tokenizer that adds none), then raises in the model's forward and takes the scheduler with it, whatever the attention backend.
-So the process that tokenizes asks first; a ValueError there is SGLang's own way to a 400.
+One scheduler serves everybody, and a forward looks up the ids of all its requests together. So each request is checked where
+a scheduler receives it, before anything reads it: whichever process made it, and by what the model takes. What a request
+says of itself (a session, pictures, embeddings) exempts it from nothing. SGLang itself checks lengths, `logit_bias`,
+`token_ids_logprob` and the numbers for sampling; here is the rest of what is looked up by number.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
-from sglang_clusterkv.serving import active
-from sglang_clusterkv.serving.hooks import add_hooks
+import numpy as np
 
-_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
-_installed = False
-
-
-def install() -> None:
-    """Hook the tokenizer manager of this process; a process that does so again changes nothing.
-
-    Raises ConfigError when another plugin has hooked it already.
-    """
-    global _installed
-    if _installed:
-        return
-    from sglang.srt.plugins.hook_registry import HookType
-
-    add_hooks([(_TARGET, _before_validation, HookType.BEFORE)])
-    _installed = True
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
-def _before_validation(manager: Any, obj: Any, input_ids: Any, *args: Any, **kwargs: Any) -> None:
-    # Inputs that bring embeddings, images or sound fill places of their own.
-    if active.active_config() is None or obj.contains_mm_input() or getattr(obj, "input_embeds", None) is not None:
-        return
-    # A session's history may be all there is; SGLang looks itself whether anything is left.
-    if not input_ids and getattr(obj, "session_params", None):
-        return
-    if problem := problem_of(input_ids, manager.model_config.vocab_size):
-        raise ValueError(problem)
+@dataclass(frozen=True)
+class Takes:
+    """What a model takes."""
+
+    ids: range  # tokens with an embedding, those of LoRA adapters included
+    logits: range  # tokens that it can answer
+    placeholders: frozenset[int] = frozenset()  # ids that stand for pictures, sound or video
 
 
-def problem_of(input_ids: list[int] | None, vocab_size: int) -> str | None:
-    """What is wrong with a prompt's ids, in a sentence; None where nothing is."""
-    if input_ids is None or len(input_ids) == 0:
+@dataclass(frozen=True)
+class _Sender:
+    """Of a refused request: what SGLang reads to answer it."""
+
+    http_worker_ipc: str | None
+    origin_input_ids: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+def admit(scheduler: Any, received: Iterable[Any]) -> list[Any]:
+    """What a scheduler received, without the requests that are refused; their senders get a 400 with the sentence."""
+    from sglang.srt.managers.io_struct import BatchTokenizedEmbeddingReqInput, BatchTokenizedGenerateReqInput
+
+    admitted = []
+    for message in received:
+        if isinstance(message, BatchTokenizedGenerateReqInput | BatchTokenizedEmbeddingReqInput):
+            message.batch = [request for request in message.batch if _admitted(scheduler, request)]
+            if message.batch:
+                admitted.append(message)
+        elif _admitted(scheduler, message):
+            admitted.append(message)
+    return admitted
+
+
+def _admitted(scheduler: Any, request: Any) -> bool:
+    from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
+
+    if not isinstance(request, TokenizedGenerateReqInput | TokenizedEmbeddingReqInput):
+        return True
+    try:
+        problem = problem_of(request, takes_of(scheduler))
+    except Exception as error:  # one that cannot be checked is not let in either
+        problem = f"The request cannot be checked: {error}."
+    if problem is not None:
+        _refuse(scheduler, request, problem)
+    return problem is None
+
+
+def takes_of(scheduler: Any) -> Takes:
+    """What the model of a scheduler takes; adapters may have come since the last request."""
+    config = scheduler.model_config
+    adapters = getattr(scheduler.tp_worker.model_runner, "lora_manager", None)
+    added = getattr(adapters, "lora_added_tokens_size", None) or 0
+    names = vars(config.hf_config).items() if config.is_multimodal else ()
+    return Takes(
+        ids=range(config.hf_text_config.vocab_size + added),
+        logits=range(config.vocab_size),
+        placeholders=frozenset(
+            value for name, value in names if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+        ),
+    )
+
+
+def problem_of(request: Any, takes: Takes) -> str | None:
+    """What is wrong with a tokenized request, in a sentence; None where nothing is."""
+    if getattr(request, "input_embeds", None) is not None or request.positional_embed_overrides is not None:
+        return "Embeddings as input are not served with --attention-backend clusterkv: send text or token ids."
+    if request.token_indices_to_pool is not None:
+        return "Scores at chosen positions are not served with --attention-backend clusterkv: score whole prompts."
+    session = getattr(request, "session_params", None)
+    # SGLang puts a session's history before the ids, and looks itself whether any are left then.
+    history = session is not None and session.id is not None and request.session_id is None
+    placeholders = takes.placeholders if request.mm_inputs is not None else frozenset()
+    return problem_of_ids(request.input_ids, takes.ids, placeholders, may_be_empty=history) or _problem_of_answer(
+        request, takes.logits
+    )
+
+
+def problem_of_ids(
+    ids: Any, vocabulary: range, placeholders: frozenset[int] = frozenset(), *, may_be_empty: bool = False
+) -> str | None:
+    """What is wrong with a prompt's ids; `placeholders` pass beside those of the vocabulary."""
+    if ids is None or (len(ids) == 0 and not may_be_empty):
         return "The prompt has no token: send at least one."
-    lowest, highest = min(input_ids), max(input_ids)
-    if lowest >= 0 and highest < vocab_size:
+    array = np.asarray(ids)
+    if array.size == 0:
         return None
-    wrong = lowest if lowest < 0 else highest
-    return f"Token id {wrong} is outside the model's vocabulary: use ids from 0 to {vocab_size - 1}."
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        return "The prompt's token ids are not whole numbers in one list: send a list of ids."
+    if array.min() >= vocabulary.start and array.max() < vocabulary.stop:
+        return None
+    outside = set(array[(array < vocabulary.start) | (array >= vocabulary.stop)].tolist()) - placeholders
+    return _outside("Token id", outside, vocabulary) if outside else None
+
+
+def _problem_of_answer(request: Any, logits: range) -> str | None:
+    """What is wrong with the ids and counts that are looked up among the logits."""
+    sampling = request.sampling_params
+    # With a least length SGLang keeps these from being answered; without one it only compares.
+    if getattr(sampling, "min_new_tokens", 0) and sampling.stop_token_ids:
+        outside = {id_ for id_ in sampling.stop_token_ids if id_ not in logits}
+        if outside:
+            return _outside("Stop token id", outside, logits)
+    if (getattr(request, "top_logprobs_num", 0) or 0) > len(logits):
+        return f"top_logprobs_num is {request.top_logprobs_num}: the model has {len(logits)} tokens."
+    return None
+
+
+def _outside(what: str, ids: set[int], vocabulary: range) -> str:
+    named = min(ids) if min(ids) < vocabulary.start else max(ids)
+    return (
+        f"{what} {named} is outside the model's vocabulary: use ids from {vocabulary.start} to {vocabulary.stop - 1}."
+    )
+
+
+def _refuse(scheduler: Any, request: Any, problem: str) -> None:
+    """Answer a request that nothing has been made for yet, and give back what was lent with it."""
+    from sglang.srt.managers.embed_types import PositionalEmbeds
+    from sglang.srt.managers.io_struct import AbortReq
+    from sglang.srt.runtime_context import get_device
+
+    for item in getattr(request.mm_inputs, "mm_items", ()):
+        item.release_transport_proxies()
+    if isinstance(request.positional_embed_overrides, PositionalEmbeds):
+        request.positional_embed_overrides.reconstruct(get_device().gpu_id)
+    reason = {"type": "abort", "message": problem, "status_code": HTTPStatus.BAD_REQUEST.value}
+    scheduler.send_abort_output(AbortReq(rid=request.rid, finished_reason=reason), _Sender(request.http_worker_ipc))

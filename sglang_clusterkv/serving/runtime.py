@@ -141,6 +141,8 @@ def around_checkpoint(original: Callable[..., Any], cache: Any, req: Any, *args:
     if _engine is None:
         return original(cache, req, *args, **kwargs)
     protected = req.kv.cache_protected_len
+    if "up_to" in kwargs:
+        kwargs["up_to"] = max(protected, _engine.tokens_to_keep(req.kv.req_pool_idx, kwargs["up_to"]))
     _in_checkpoint, _inserted_until = True, None
     try:
         result = original(cache, req, *args, **kwargs)

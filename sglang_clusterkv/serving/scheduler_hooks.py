@@ -23,6 +23,7 @@ def install(platform: Any) -> None:
 
     reporter = _SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter."
     targets: list[tuple[str, Callable[..., Any], Any]] = [
+        (_SRT + "managers.scheduler.Scheduler.process_input_requests", _before_requests, HookType.BEFORE),
         (_SRT + "managers.tp_worker.TpModelWorker.forward_batch_generation", _before_forward, HookType.BEFORE),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree", _checkpoint, HookType.AROUND),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.insert", _after_insert, HookType.AFTER),
@@ -51,6 +52,15 @@ def install(platform: Any) -> None:
         targets.append((f"{name}.get_paged_allocator_cls", _after_allocator_cls, HookType.AFTER))
     add_hooks(targets)
     _installed = True
+
+
+def _before_requests(scheduler: Any, recv_reqs: list[Any]) -> tuple[tuple[Any, list[Any]], dict[str, Any]] | None:
+    # Called in every round of the scheduler's loop, mostly with nothing.
+    if not recv_reqs or active.active_config() is None:
+        return None
+    from sglang_clusterkv.serving import request_checks
+
+    return (scheduler, request_checks.admit(scheduler, recv_reqs)), {}
 
 
 def _before_forward(worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> None:

@@ -179,9 +179,43 @@ MEMORY = (
 
 REQUESTS = (
     Symbol(
-        "managers.tokenizer_manager.TokenizerManager._validate_one_request", "checks token ids", "self obj input_ids"
+        "managers.scheduler.Scheduler.process_input_requests", "every request enters a scheduler here", "self recv_reqs"
     ),
-    Symbol("managers.io_struct.GenerateReqInput.contains_mm_input", "whose ids it does not check", "self"),
+    Symbol(
+        "managers.scheduler.Scheduler.ingest_requests",
+        "what was received goes there",
+        mentions=("self.process_input_requests(recv_reqs)",),
+    ),
+    Symbol("managers.scheduler.Scheduler.send_abort_output", "answers a refused request", "self abort_req req"),
+    Symbol(
+        "managers.scheduler.Scheduler", "the model's facts", attributes="model_config tp_worker process_input_requests"
+    ),
+    Symbol("managers.io_struct.AbortReq", "answers a refused request", attributes="rid finished_reason"),
+    Symbol(
+        "managers.io_struct.TokenizedGenerateReqInput",
+        "what is checked",
+        attributes="rid http_worker_ipc input_ids input_embeds positional_embed_overrides token_indices_to_pool mm_inputs "
+        "session_id session_params sampling_params top_logprobs_num",
+    ),
+    Symbol(
+        "managers.io_struct.TokenizedEmbeddingReqInput",
+        "what is checked",
+        attributes="rid http_worker_ipc input_ids positional_embed_overrides token_indices_to_pool mm_inputs",
+    ),
+    Symbol("managers.io_struct.BatchTokenizedGenerateReqInput", "several requests in one", attributes="batch"),
+    Symbol("managers.io_struct.BatchTokenizedEmbeddingReqInput", "several requests in one", attributes="batch"),
+    Symbol("managers.io_struct.SessionParams", "whether history comes first", attributes="id"),
+    Symbol("sampling.sampling_params.SamplingParams", "what is checked", attributes="min_new_tokens stop_token_ids"),
+    Symbol("configs.model_config.ModelConfig", "its tokens", attributes="vocab_size hf_text_config is_multimodal"),
+    Symbol("lora.lora_manager.LoRAManager", "tokens of adapters", attributes="lora_added_tokens_size"),
+    Symbol("model_executor.model_runner.ModelRunner", "its adapters", attributes="lora_manager"),
+    Symbol("managers.schedule_batch.MultimodalProcessorOutput", "gives back what was lent", attributes="mm_items"),
+    Symbol(
+        "managers.schedule_batch.MultimodalDataItem.release_transport_proxies",
+        "gives back what was lent",
+        "self consumer_count",
+    ),
+    Symbol("managers.embed_types.PositionalEmbeds.reconstruct", "gives back what was lent", "self target_device"),
 )
 
 SCHEDULER = (
@@ -293,9 +327,9 @@ BACKEND = (
         "a layer's geometry",
         attributes="tp_q_head_num tp_k_head_num "
         "head_dim v_head_dim scaling layer_id logit_cap sliding_window_size is_cross_attention attn_type "
-        "k_scale_float v_scale_float",
+        "xai_temperature_len k_scale_float v_scale_float",
     ),
-    Symbol("layers.radix_attention.AttentionType", "only causal layers", attributes="DECODER ENCODER_ONLY"),
+    Symbol("layers.radix_attention.AttentionType", "only causal layers", attributes="DECODER"),
     Symbol("layers.attention.attention_registry.ATTENTION_BACKENDS", "prefill on an accelerator", attributes="get"),
     Symbol("utils.is_flashinfer_available", "prefill on an accelerator", ""),
     Symbol(

@@ -19,6 +19,7 @@ from benchmarks.policies.control import switch
 from benchmarks.policies.estimates import (
     ExactInside,
     MovingValues,
+    OtherCap,
     Source,
     TwoBitValues,
     TwoLevels,
@@ -27,7 +28,8 @@ from benchmarks.policies.estimates import (
     of_rank,
 )
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
-from benchmarks.policies.recorder import Recorder
+from benchmarks.policies.recorder import BONUS_EDGES, Recorder
+from benchmarks.quality.attention_level import bonus_below
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.kernels.attend.reference import dense_decode
 from sglang_clusterkv.kernels.decode import reference
@@ -35,6 +37,7 @@ from sglang_clusterkv.kernels.decode.cpu import decoder_of
 from sglang_clusterkv.kernels.refine.reference import refine
 from sglang_clusterkv.kernels.score.reference import score, segment_vectors
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory.masses import SPREAD_CAP
 from sglang_clusterkv.memory.step import SparseStep, dense_step
 from tests.support.scenes import PAGE, Scene
 
@@ -156,6 +159,39 @@ def test_the_recorder_measures_what_it_says(scene: Scene, tmp_path: Any) -> None
                 dropped = torch.isin(slots, clustered[:-64])
                 shares.append(1 - float(weights[dropped].sum()))
             np.testing.assert_allclose(found["mass"][0, head], np.mean(shares), rtol=1e-4)
+
+
+def test_spread_terms_are_counted_by_size(scene: Scene, tmp_path: Any) -> None:
+    step, q = step_of(scene), 3 * scene.queries(2, 4)
+    switch(scene.engine, "ours", {}, {"file": tmp_path / "ours.npz", "heads": 4})
+    run(scene, step, q)
+    switch(scene.engine, "ours", {})
+    scores = score(q.unflatten(1, (2, 2)), scene.keys[0], scene.index, 0, step, SCALE)
+    bonus = scores.bonus[(scores.size > 0).unsqueeze(2).expand_as(scores.bonus)].numpy()
+    with np.load(tmp_path / "ours.npz") as found:
+        counts = found["bonus"]
+    assert counts.sum(1).tolist() == [bonus.size, 0]
+    for below, share in zip(bonus_below(counts[0]), (0.5, 0.99, 0.999, 1.0), strict=True):
+        assert np.mean(bonus <= below) >= share > np.mean(bonus <= BONUS_EDGES[np.searchsorted(BONUS_EDGES, below) - 1])
+
+
+def test_another_cap_changes_what_it_caps(scene: Scene) -> None:
+    step, q = step_of(scene), 6 * scene.queries(2, 4)
+    arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+    grouped = q.unflatten(1, (2, 2))
+    scores = score(grouped, scene.keys[0], scene.index, 0, step, SCALE)
+    assert scores.bonus.min() < SPREAD_CAP < scores.bonus.max()
+    source = Source(scene.index, 0, step, SCALE, grouped, scene.keys[0], scene.values[0])
+    for ours, served in zip(OtherCap(SPREAD_CAP).rescored(scores, source), scores, strict=True):
+        torch.testing.assert_close(ours, served)
+    torch.testing.assert_close(OtherCap(SPREAD_CAP)(*arguments), reference.sparse_decode(*arguments))
+    uncapped = OtherCap(np.inf).rescored(scores, source)
+    torch.testing.assert_close(uncapped.estimate_bonus, CONFIG.estimate_spread * scores.bonus)
+    assert (uncapped.total > scores.total).all() and torch.equal(uncapped.log_mass, scores.log_mass)
+    both = OtherCap(SPREAD_CAP, SPREAD_CAP).rescored(scores, source)
+    torch.testing.assert_close(both.total, scores.total)
+    widest = scores.bonus.mean(2).argmax(-1, keepdim=True)
+    assert (both.log_mass.gather(-1, widest) < scores.log_mass.gather(-1, widest)).all()
 
 
 def chosen(policy: TokenPolicy, q: torch.Tensor, keys: torch.Tensor) -> list[list[int]]:

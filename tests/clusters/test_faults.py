@@ -2,8 +2,9 @@
 (for every n with CLUSTERKV_FAULTS=all).
 
 Red when: the exception reaches the scheduler; a rule breaks (a token attended that is not the request's, a page lost, a
-record left behind); it is not counted, or not said in a warning that names a setting; requests do not decode sparsely again
-afterwards, with the segments that they have without a fault.
+record left behind); it is not counted, or not said in a warning that names a setting; a step or a segment is counted that was
+not made, or one twice; requests do not decode sparsely again afterwards, with the segments that they have without a fault.
+Faults inside a layer: tests/serving/test_layer_faults.py.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ OPERATIONS: dict[str, tuple[Any, str, set[str]]] = {
     "publish": (RowTables, "write", {"plan", "admit"}),
     "lists": (DecodeLists, "_sparse", {"lists"}),
     "memory of the layers": (decoding, "prepare", {"lists"}),
+    "dense lists": (decoding, "dense_step", {"lists"}),
+    "all lists": (DecodeLists, "step", {"lists"}),
 }
 
 
@@ -178,6 +181,10 @@ def test_the_nth_call_raises(
         assert sum(faults.values()) == 1 and set(faults) <= OPERATIONS[operation][2], f"{said}: {faults}"
         warnings = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
         assert len(warnings) == 1 and "--mem-fraction-static" in warnings[0], f"{said}: {warnings}"
+        if operation in ("build", "mark"):
+            made = [m for i, m in enumerate(world.history, 1) if i != n]
+            counted = (world.engine.counters.segments, world.engine.counters.merges)
+            assert counted == (len(made), sum(m.merged for m in made)), f"{said}: segments and merges {counted}"
         assert_nothing_is_left(world)
         assert later(world) == clean, said
 

@@ -194,17 +194,33 @@ def test_a_branch_inside_a_merged_segment_splits_it_again() -> None:
     assert world.segments(branch)[0] == (16, 96) or world.segments(branch)[0] == (16, 160)
 
 
-def test_two_chats_over_one_beginning_do_not_undo_each_other() -> None:
-    """A merge across the point where they part would be cut by the other's next turn, and so on for ever."""
-    world = World(MERGING)
-    chats = [stream(1, 180) + question(i, 120) for i in (1, 2)]
-    for turn in range(5):
+def two_chats(world: World, turns: int) -> list[int]:
+    """Two chats over one beginning of 180 tokens, by turns; the tokens that each turn clustered."""
+    chats, clustered = [stream(1, 180) + question(i, 120) for i in (1, 2)], []
+    for turn in range(turns):
         for i in range(2):
+            before = world.engine.counters.tokens_clustered
             request = served(world, chats[i], decoded=30)
             world.finish(request)
             chats[i] = request.tokens + question(10 * turn + i + 50, 30)
+            clustered.append(world.engine.counters.tokens_clustered - before)
+    return clustered
+
+
+def test_two_chats_over_one_beginning_do_not_undo_each_other() -> None:
+    """A merge across the point where they part would be cut by the other's next turn, and so on for ever."""
+    world = World(msgspec.structs.replace(MERGING, segment_tokens=1024))
+    two_chats(world, 9)
     assert world.engine.counters.splits == 1, "the second chat's first turn parts from the first's"
     assert world.engine.counters.merges >= 2
+
+
+def test_an_aligned_segment_that_two_chats_part_in_is_completed_by_each_turn() -> None:
+    """So both have the borders of an empty cache; it costs a segment and what the turn adds."""
+    world = World(MERGING)
+    clustered = two_chats(world, 6)
+    assert world.engine.counters.splits > 2
+    assert max(clustered[2:]) <= 2 * MERGING.segment_tokens + 60, "the parted one, and one of its own"
 
 
 def test_nothing_is_merged_when_it_is_off() -> None:

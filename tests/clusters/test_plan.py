@@ -67,8 +67,9 @@ def test_decoded_tokens_become_segments_as_they_age() -> None:
         world.decode(request)
         for segment in world.segments(request):
             made_at.setdefault(segment, request.length)
-    # (224, 352) has left the window when 416 tokens are there: looked at by that step, made by the next.
-    assert made_at == {(16, 224): 302} | {(e - 128, e): e + WINDOW + 1 for e in range(352, 620, 128)}
+    # (272, 400) has left the window when 464 tokens are there: looked at by that step, made by the next. The three pages
+    # before the border of an aligned segment are too few for one.
+    assert made_at == {(16, 224): 302} | {(e - 128, e): e + WINDOW + 1 for e in (400, 528)}
 
 
 def test_what_a_prompt_leaves_is_clustered_with_what_follows() -> None:
@@ -86,16 +87,16 @@ def test_what_a_chat_left_open_is_a_segment_of_its_own() -> None:
     assert world.segments(first) == [(16, 224)]
     world.finish(first)
     second = served(world, first.tokens + question(1, 200))
-    # [224, 352) was found and unclustered; what follows is its own, up to its window.
-    assert world.segments(second) == [(16, 224), (224, 352), (352, 496)]
+    # [224, 352) was found and unclustered, three of its pages before a border; what follows is its own, up to its window.
+    assert world.segments(second) == [(16, 224), (272, 352), (352, 496)]
 
 
 def test_a_long_run_that_was_found_gets_a_border_before_the_matchs_end() -> None:
     world = World()
-    first = served(world, stream(1, 300), decoded=110)
+    first = served(world, stream(1, 300), decoded=160)
     world.finish(first)
     second = served(world, first.tokens + question(1, 200))
-    assert world.segments(second) == [(16, 224), (224, 336), (336, 400), (400, 544)]
+    assert world.segments(second) == [(16, 224), (272, 384), (384, 448), (448, 528), (528, 592)]
 
 
 @pytest.mark.parametrize(("own", "running"), [(5, True), (200, False)])
@@ -237,7 +238,7 @@ def test_what_waits_for_its_owner_is_closed_at_a_match() -> None:
     world.decode(owner, other)
     assert world.segments(owner)[:2] == [(16, 272), (272, 400)] == world.segments(other)[:2]
     assert world.ids(owner)[:2] == world.ids(other)[:2], "clustered once"
-    assert world.segments(owner)[2:] == [(400, 656), (656, 832)]
+    assert world.segments(owner)[2:] == [(400, 528), (528, 784)]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -285,7 +286,7 @@ def test_a_retracted_request_finds_its_prompts_clusters_again() -> None:
     world.extend(request)
     world.decode(request, other)
     assert request.prompt_len == 900 and world.ids(request)[:3] == ids[:3]
-    assert world.segments(request)[2:] == [(528, 624), (624, 688), (688, 832)]
+    assert world.segments(request)[2:] == [(528, 624), (624, 688), (688, 784)]
     world.decode(request, other, steps=20)
 
 
@@ -315,7 +316,7 @@ def test_an_abort_between_chunks_leaves_what_the_tree_has(inserted: bool) -> Non
     assert world.found(again) == (592 if inserted else 272)
     world.extend(again)
     world.decode(again)
-    cut = [(16, 272), (272, 528), (528, 592), (592, 848), (848, 928)]
+    cut = [(16, 272), (272, 528), (528, 592), (592, 784), (784, 928)]
     assert world.segments(again) == (cut if inserted else [(16, 208), (208, 272), (272, 528), (528, 784), (784, 928)])
 
 
@@ -331,7 +332,7 @@ def test_evicted_pages_come_back_unclustered_and_the_rest_is_cut() -> None:
     assert world.found(again) == 672
     world.extend(again)
     world.decode(again)
-    assert world.segments(again) == [(16, 272), (272, 528), (528, 608), (608, 672), (672, 928)]
+    assert world.segments(again) == [(16, 272), (272, 528), (528, 608), (608, 672), (672, 784), (784, 928)]
 
 
 def test_a_flush_forgets_everything() -> None:

@@ -13,16 +13,14 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from benchmarks.servers import Server, free_port, serve
+from benchmarks.servers import Server, free_port
 from sglang_clusterkv.tools.haystack import FACTS
-from tests.support.servers import ASLEEP, OneServer
 
 pytestmark = pytest.mark.server
 
@@ -89,13 +87,9 @@ def grew(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def server(one_server: OneServer, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    def start() -> AbstractContextManager[Server]:
-        return serve(model, log, *arguments, config={"budget_tokens": 256})
-
-    log = tmp_path_factory.mktemp("examples") / "server.log"
-    arguments = ["--max-total-tokens", "12000", "--enable-cache-report", ASLEEP]
-    return one_server.get("examples", start)
+def server(demo_server: Server) -> Server:
+    demo_server.flush()
+    return demo_server
 
 
 class TestAgainstAServer:
@@ -107,8 +101,9 @@ class TestAgainstAServer:
             assert numbers(output, name) == [grew(before, after, name)]
         (clustered,) = numbers(output, "tokens_clustered")
         assert clustered in ONE_COPY
-        # Two of the three branches, and the choice after them.
-        assert numbers(output, "tokens_reused") == [3 * clustered]
+        # The first branch finds what the document's own request clustered; two branches and the choice find all of it.
+        (reused,) = numbers(output, "tokens_reused")
+        assert 3 * clustered < reused < 4 * clustered
         assert facts_found(output) >= 3, output
 
     def test_agents_share_the_document_and_the_turn(self, server: Server) -> None:

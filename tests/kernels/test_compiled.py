@@ -1,18 +1,21 @@
 """What `make test-compiled` looks for in the machine code of Triton's kernels.
 
 Red when: it misses that a kernel spills, uses local memory, divides integers in a loop, needs more registers or fits fewer
-programs on an SM than its case states, or lost its tensor cores or 16-byte loads; or it leaves a kernel of the package out.
+programs on an SM than its case states, or lost its tensor cores or 16-byte loads; or it leaves a kernel of the package
+out; a case is taken from the file of earlier results although something that it is made from has changed, or a wrong entry
+stays unnoticed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.compiled import programs_per_sm
+from benchmarks.machine_code import programs_per_sm
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,3 +66,54 @@ def test_the_check_names_what_a_kernel_lost() -> None:
         "programs": "fewer than 32 programs per SM",
         "divides": "divides integers in a loop",
     }
+
+
+# The table of the case "sound" with a file of earlier results in several states, and hashes of what differs a little.
+KEPT = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import compiled
+from benchmarks.machine_code import hash_of
+
+path, key = Path(sys.argv[1]), ("sound", 90)
+
+def table(**how):
+    return [*compiled.lines(("tests.support.losing_kernels",), "sound", [90], path, **how)][1:]
+
+tables = {"kept": table(keep=True), "known": table()}
+((hash_, result),) = compiled.read_kept(path).values()
+compiled.write_kept(path, {key: (hash_, replace(result, registers=1))})
+tables["wrong"] = table()
+compiled.RECHECKED = 0
+tables["not compiled"] = table()
+compiled.write_kept(path, {key: ("of another source", replace(result, registers=1))})
+tables["changed"] = table()
+
+cases = compiled.collect(("tests.support.losing_kernels",))
+sound = cases["sound"]
+hashes = [hash_of(sound, 90), hash_of(sound, 80), hash_of(replace(sound, num_warps=2), 90)]
+hashes += [hash_of(replace(sound, num_stages=2), 90), hash_of(replace(sound, constexprs={"SIZE": 8}), 90)]
+hashes += [hash_of(replace(sound, aligned=()), 90), hash_of(replace(sound, signature={**sound.signature, "steps": "i64"}), 90)]
+stated = hash_of(replace(sound, name="other", tensor_cores=9), 90)
+sound.kernel._unsafe_update_src(sound.kernel.src.replace("sums += ", "sums -= "))
+hashes.append(hash_of(sound, 90))
+print(json.dumps([tables, hash_, hashes, stated]))
+"""
+
+
+def test_what_is_known_by_its_hash_is_taken_from_the_file_and_a_few_are_compiled_again(tmp_path: Path) -> None:
+    done = python("-c", KEPT, str(tmp_path / "kept.json"))
+    assert done.returncode == 0, done.stderr
+    tables, kept, hashes, stated = json.loads(done.stdout.splitlines()[-1])
+    counts = {name: lines[-1][0] for name, lines in tables.items()}
+    assert counts["known"] == counts["wrong"] == "1 of 1 were known by their hash, 1 of them compiled again; 0 new"
+    assert counts["not compiled"].startswith("1 of 1 were known by their hash, 0 of them")
+    assert counts["kept"] == counts["changed"] == "0 of 1 were known by their hash, 0 of them compiled again; 1 new"
+    assert tables["kept"][0] == tables["known"][0] == tables["changed"][0]
+    line, held = tables["wrong"][0]
+    assert not held and "LOST: kept was Compiled(registers=1," in line, line
+    assert tables["not compiled"][0][0].split()[2] == "1", "the file's registers"
+    assert hashes[0] == kept == stated, "what a case states is compared anew"
+    assert len(set(hashes)) == len(hashes), hashes

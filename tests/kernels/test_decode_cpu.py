@@ -1,22 +1,27 @@
 """The CPU kernels do what the torch references define, stage by stage and as a chain.
 
-Red when: a kernel reads a wrong row, segment or head, unpacks a format wrongly, breaks a tie upwards, or counts an empty
-or padding cluster.
+Red when: a kernel reads a wrong row, segment or head, unpacks a format wrongly, breaks a tie upwards, counts an empty
+or padding cluster, or divides by zero where the reference is finite; buffers grow with the configuration instead of the step.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import sglang_clusterkv
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels.decode import cpu, reference
+from sglang_clusterkv.kernels import cpu_math
+from sglang_clusterkv.kernels.decode import cpu, prepare, reference
 from sglang_clusterkv.kernels.refine.reference import candidate_scores
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory.masses import SPREAD_CAP
 from tests.support.scenes import Scene
 
 SCALE = 0.2
@@ -67,6 +72,70 @@ def test_every_switch_does_what_it_does_in_the_reference(fields: dict[str, objec
     torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 30.0])
+def test_an_estimate_wider_than_the_choice_gives_what_the_reference_gives(sharpness: float) -> None:
+    """Then its largest logit is above all of the choice's, by the cap at most, and neither is measured by the other."""
+    scene, step = scene_and_step(config_of(choice_spread=0.0, estimate_spread=1.0))
+    q = sharpness * scene.queries(3, 2)
+    arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+    expected = reference.sparse_decode(*arguments)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(cpu.sparse_decode(*arguments), expected, atol=2e-4, rtol=2e-4)
+    scores = score(q.unflatten(1, (2, 1)), scene.keys[0], scene.index, 0, step, SCALE)
+    over = ((scores.dot + scores.estimate_bonus).amax(-1) - scores.dot.amax(-1)).amax()
+    assert 0 < over <= SPREAD_CAP, f"the estimate's peak is {over} above the choice's"
+
+
+def test_a_division_by_zero_raises_in_no_kernel() -> None:
+    """By the error model of the kernels' own `njit`, which all of them are made by."""
+    assert np.isposinf(cpu_math.njit(lambda x: np.float32(1.0) / x)(np.float32(0.0)))
+    folder = Path(sglang_clusterkv.__file__).parent
+    others = [
+        path
+        for path in folder.rglob("*.py")
+        if re.search(r"import.*\bnumba\b|from numba import.*jit", path.read_text()) and path.name != "cpu_math.py"
+    ]
+    assert not others, f"{others} may make kernels of their own"
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_buffers_are_as_large_as_the_step_whatever_the_configuration(refine: bool) -> None:
+    few = config_of(refine=refine, candidate_tokens=1536, budget_tokens=48 if refine else 1536)
+    many = config_of(refine=refine, candidate_tokens=4 * 10**9, budget_tokens=48 if refine else 4 * 10**9)
+    outputs = []
+    for config in (few, many):
+        scene, step = scene_and_step(config_of(refine=refine))  # a budget below what is clustered: the step is sparse
+        scene.index.config = config
+        scene.index.scratch.clear()
+        prepare(scene.index, 2, torch.float32, step)
+        decoder = cpu.decoder_of(scene.index, 2, False)
+        buffers = decoder.buffers
+        most = step.recallable_tokens + 255
+        assert max(buffers.value.shape[2], buffers.place.shape[2], buffers.recalled.shape[2]) <= most
+        arguments = (scene.queries(3, 4), scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+        outputs.append(cpu.sparse_decode(*arguments))
+        assert decoder.buffers is buffers, "made with the lists of the step, not by its first layer"
+    assert torch.equal(*outputs), "with all recallable tokens as candidates more change nothing"
+
+
+def test_a_step_that_no_memory_was_found_for_is_not_taken_for_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, step = scene_and_step(config_of())
+    other = step._replace(base_slots=step.base_slots.repeat(1, 9))
+    decoder = cpu.decoder_of(scene.index, 2, False)
+    make = cpu.make_buffers
+
+    def fails(*_: int) -> cpu.Buffers:
+        raise MemoryError
+
+    monkeypatch.setattr(cpu, "make_buffers", fails)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            decoder.prepare(other, 2, 2, 32)
+    monkeypatch.setattr(cpu, "make_buffers", make)
+    decoder.prepare(other, 2, 2, 32)
+    assert decoder.buffers.base_logit.shape[3] >= other.base_slots.shape[1]
+
+
 def test_each_stage_equals_its_reference() -> None:
     scene, step = scene_and_step(config_of())
     grouped = scene.queries(3, 6).unflatten(1, (2, 3))
@@ -80,7 +149,7 @@ def test_each_stage_equals_its_reference() -> None:
         np.testing.assert_array_equal(buffers.size[b, h, :own], expected.size[b, h, :own])
         np.testing.assert_array_equal(buffers.begin[b, h, :own], expected.begin[b, h, :own])
         np.testing.assert_allclose(buffers.dot[b, h, :, :own], expected.dot[b, h, :, :own], atol=1e-5)
-        np.testing.assert_allclose(buffers.mass[b, h, :own], expected.mass[b, h, :own], rtol=2e-5)
+        np.testing.assert_allclose(buffers.log_mass[b, h, :own], expected.log_mass[b, h, :own], rtol=1e-6, atol=2e-5)
     np.testing.assert_allclose(buffers.total, expected.total, rtol=1e-5)
 
     decoder.select()

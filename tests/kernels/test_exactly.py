@@ -262,23 +262,54 @@ def test_spread_lies_between_the_centroid_and_the_tokens(rng):
     assert np.all(g > 0.1)
 
 
-def test_mass_per_token_is_a_share_of_one(rng):
+def test_only_the_estimate_caps_the_spread(rng):
+    q, keys, values, scale = some_request(rng, heads=1)
+    s = ex.cluster_statistics(keys, values, np.arange(len(keys)) % 12, 12)
+    clusters = ex.Clusters(
+        s.size,
+        s.centroid,
+        s.mean_value,
+        s.spread,
+        np.zeros(12, int),
+        s.segment_variance[None],
+        s.segment_mean_value[None],
+    )
+    q = q * np.sqrt(ex.SPREAD_CAP / np.median(ex.spread_term(q, scale, clusters)))
+    g = ex.spread_term(q, scale, clusters)
+    assert g.min() < ex.SPREAD_CAP < g.max()
+    without = ex.choice_logits(q, scale, clusters, 0.0)
+    np.testing.assert_allclose(ex.choice_logits(q, scale, clusters, 2.0), without + 2.0 * g)
+    estimate = ex.estimate_logits(q, scale, clusters, s.size, 3.0) - without
+    np.testing.assert_allclose(estimate, np.where(g < 2, 3 * g, 6))
+
+
+def test_masses_per_token_are_shares_of_one(rng):
     choice, base = rng.normal(size=(3, 9)), rng.normal(size=(3, 4))
     size = rng.integers(1, 20, size=9)
-    per_token = ex.choice_mass_per_token(choice, base, size)
+    per_token = np.exp(ex.choice_log_mass(choice, base, size))
     base_mass = np.exp(base - ex.log_sum_exp(np.concatenate([choice, base], 1))[:, None]).sum(1).mean()
     assert per_token @ size + base_mass == pytest.approx(1)
+    far = choice - np.array([[2000.0], [3000.0], [1999.0]])  # no float64 is as small as these shares
+    log_mass = ex.choice_log_mass(far, base, size)
+    assert log_mass.max() < -1900
+    by_hand = [
+        math.log(sum(math.exp(far[h, c] - ex.log_sum_exp(base)[h] + 2000) for h in range(3)) / 3 / size[c]) - 2000
+        for c in range(9)
+    ]
+    np.testing.assert_allclose(log_mass, by_hand, rtol=1e-12)
+    choice[:, 4], size[4] = -np.inf, 0
+    assert ex.choice_log_mass(choice, base, size)[4] == -np.inf
 
 
 def test_candidates_stop_at_the_limit_and_ties_go_lower():
-    mass = np.array([0.1, 0.3, 0.3, 0.0, 0.2])
+    mass = np.array([-2.3, -1.2, -1.2, -np.inf, -1.6])
     size = np.array([5, 4, 3, 0, 6])
     assert ex.select_candidates(mass, size, 9) == [(1, 4), (2, 3), (4, 2)]
     assert ex.select_candidates(mass, size, 7) == [(1, 4), (2, 3)]  # 7 are reached: none of the next
     assert ex.select_candidates(mass, size, 1) == [(1, 1)]
     assert ex.select_candidates(mass, size, 100) == [(1, 4), (2, 3), (4, 6), (0, 5)]
     assert ex.select_candidates(mass, size, 0) == []
-    assert ex.select_candidates(mass[::-1] * 0, size, 6) == [(0, 5), (1, 1)]
+    assert ex.select_candidates(np.full(5, -np.inf), size, 6) == [(0, 5), (1, 1)]
 
 
 def test_recall_ties_go_to_the_lower_position_of_the_sequence():
@@ -286,6 +317,8 @@ def test_recall_ties_go_to_the_lower_position_of_the_sequence():
     position = np.array([90, 80, 20, 30, 10])
     np.testing.assert_array_equal(ex.recall(score, position, 3), [1, 2, 3])
     np.testing.assert_array_equal(ex.recall(score, position, 9), [1, 2, 3, 0, 4])
+    # Less than 1e-30 is nothing, whichever is less.
+    np.testing.assert_array_equal(ex.recall(np.array([1e-33, 2e-30, 1e-31, 1e-29]), position[:4], 4), [3, 1, 2, 0])
 
 
 def test_candidate_logits_with_exact_residuals_are_exact(rng):
@@ -302,6 +335,8 @@ def test_own_values_go_to_the_most_mass_and_the_rest_by_segment():
     mass, left = np.array([1.0, 0.5, 9.0, 2.0]), np.array([1, 4, 0, 1])
     np.testing.assert_array_equal(ex.own_value_clusters(mass, left, 1), [1])  # two have 2: the lower
     np.testing.assert_array_equal(ex.own_value_clusters(mass, left, 4), [1, 3, 0])
+    np.testing.assert_array_equal(ex.own_value_clusters(mass * 1e-31, left, 4), [0, 1, 3])  # all are nothing
+    np.testing.assert_array_equal(ex.own_value_clusters(mass * 1e-31, left, 3), [0, 1])  # the third has nothing left
     means = np.arange(4.0)[:, None]
     clusters = ex.Clusters(
         np.ones(4, int), means, means, np.zeros(4), np.array([0, 0, 1, 1]), np.zeros((2, 1)), np.array([[50.0], [60.0]])
@@ -341,7 +376,7 @@ def test_stages_widen_float32(rng):
         "stored": ex.store_centroid(keys[0], keys[1], "bf16"),
         "spread": ex.spread_term(q, scale, clusters),
         "choice": ex.choice_logits(q, scale, clusters),
-        "mass": ex.choice_mass_per_token(choice, base, s.size),
+        "mass": ex.choice_log_mass(choice, base, s.size),
         "total": ex.total(choice, base),
         "candidates": ex.candidate_logits(q, scale, rotation, keys, keys),
         "group mass": ex.group_mass(choice, total),
@@ -444,17 +479,19 @@ def loops(q, keys, values, scale, stored, begins, rotation, options):
     def dot(a, b):
         return sum(a[d] * b[d] for d in channels)
 
-    def logit(h, where, n, weight):
+    def logit(h, where, n, weight, cap=math.inf):
         s, c = where
         g = scale**2 / 2 * stored[s].spread[c] * sum(q[h][d] ** 2 * stored[s].variance[d] for d in channels)
-        return math.log(n) + scale * dot(q[h], stored[s].centroid[c]) + weight * g
+        return math.log(n) + scale * dot(q[h], stored[s].centroid[c]) + weight * min(g, cap)
 
     base = [t for t in range(len(keys)) if t not in of_position]
     base_mass = [sum(math.exp(scale * dot(q[h], keys[t])) for t in base) for h in heads]
     choice = {w: [math.exp(logit(h, w, size[w], options.choice_spread)) for h in heads] for w in size}
     whole = [base_mass[h] + sum(c[h] for c in choice.values()) for h in heads]
     per_token = {w: sum(choice[w][h] / whole[h] for h in heads) / len(q) / size[w] for w in size}
-    total = [base_mass[h] + sum(math.exp(logit(h, w, size[w], options.estimate_spread)) for w in size) for h in heads]
+    total = [
+        base_mass[h] + sum(math.exp(logit(h, w, size[w], options.estimate_spread, 2)) for w in size) for h in heads
+    ]
 
     candidates = []
     for w in sorted(size, key=lambda w: (-per_token[w], w)):
@@ -473,7 +510,7 @@ def loops(q, keys, values, scale, stored, begins, rotation, options):
         sorted(candidates[: options.candidate_tokens], key=lambda t: (-score(t), t))[: options.budget_tokens]
     )
     left = {w: size[w] - sum(of_position[t] == w for t in recalled) for w in size}
-    est = {w: [math.exp(logit(h, w, left[w], options.estimate_spread)) for h in heads] for w in size if left[w]}
+    est = {w: [math.exp(logit(h, w, left[w], options.estimate_spread, 2)) for h in heads] for w in size if left[w]}
     ranked = sorted(est, key=lambda w: (-sum(est[w][h] / total[h] for h in heads), w))
     output = []
     for h in heads:

@@ -25,7 +25,7 @@ import pytest
 import requests
 
 from benchmarks.servers import Server, serve
-from tests.support import leaky_plugin
+from tests.support import leaky_plugin, plugins
 from tests.support.traffic import CONFIG, Request, alone, assert_well, borders, logging_of_requests, prompt, wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
@@ -102,7 +102,7 @@ def killed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Killed]
 @pytest.fixture(scope="module")
 def server(tiny: Path, folder: Path, killed: list[Killed]) -> Iterator[Server]:
     """Started after two were killed. Merging is off, the pool holds what the tests run at once, and it can leak."""
-    environment = logging_of_requests(folder) | leaky_plugin.install(folder) | {STRICT: "1"}
+    environment = logging_of_requests(folder) | plugins.install(folder, leaky_plugin) | {STRICT: "1"}
     config = CONFIG | {"merge_segments": False}
     with serve(tiny, folder / "server.log", *ARGUMENTS, config=config, environment=environment) as running:
         yield running

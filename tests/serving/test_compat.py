@@ -57,6 +57,9 @@ SERVED = {
     "enable_page_major_kv_layout": False,
     "enable_unified_memory": False,
     "dllm_algorithm": None,
+    "enable_lora": None,
+    "lora_paths": None,
+    "enable_memory_saver": False,
     "use_ray": False,
     "is_embedding": False,
 }
@@ -107,6 +110,9 @@ CASES = [
     ("other KV layouts", {}, {}, {"SGLANG_USE_HND_KVCACHE": "true"}),
     ("post-capture KV sizing", {}, {}, {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}),
     ("diffusion models", {"dllm_algorithm": "LowConfidence"}, {}, {}),
+    ("LoRA on a CPU", {"enable_lora": True}, {}, {}),
+    ("LoRA on a CPU", {"lora_paths": ["a=/b"]}, {}, {}),
+    ("memory saver on a CPU", {"enable_memory_saver": True}, {}, {}),
     ("Ray", {"use_ray": True}, {}, {}),
     ("MLA", {}, {"mla": True}, {}),
     ("encoder-decoder", {}, {"encoder_decoder": True}, {}),
@@ -151,7 +157,12 @@ def test_amd_gpus_are_refused_though_torch_calls_them_cuda(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"device": "cuda:0", "page_size": 64}, {"kv_cache_dtype": "bf16"}, {"page_size": None, "device": None}],
+    [
+        {},
+        {"device": "cuda:0", "page_size": 64, "enable_lora": True, "enable_memory_saver": True},
+        {"kv_cache_dtype": "bf16"},
+        {"page_size": None, "device": None},
+    ],
 )
 def test_what_is_served_is_not_refused(arguments):
     view = SimpleNamespace(**SERVED | arguments)
@@ -317,6 +328,55 @@ def test_a_model_in_which_no_layer_recalls_is_found_once_it_is_loaded(layers, re
     backend.engine = SimpleNamespace(config=ClusterKVConfig(dense_layers=1))
     made = [RadixAttention(2, 64, 0.1, num_kv_heads=1, layer_id=i, **kind) for i, kind in enumerate(layers)]
     assert backend.reasons_of_all(torch.nn.ModuleList(made)) == reasons
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ({"attn_type": "encoder_only"}, "attention of type encoder_only (layer 1)"),
+        ({"attn_type": "decoder_bidirectional"}, "attention of type decoder_bidirectional (layer 1)"),
+        ({"is_cross_attention": True}, "cross-attention (layer 1)"),
+        ({"xai_temperature_len": 1024}, "attention with a temperature by length (layer 1)"),
+        ({}, None),
+    ],
+)
+def test_a_layer_that_asks_for_more_is_refused_once_the_model_is_loaded(kind, named):
+    import torch
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    from sglang_clusterkv.config import ConfigError
+    from sglang_clusterkv.serving import backend
+
+    layers = torch.nn.ModuleList(RadixAttention(2, 64, 0.1, num_kv_heads=1, layer_id=i) for i in range(2))
+    for name, value in kind.items():
+        setattr(layers[1], name, AttentionType(value) if name == "attn_type" else value)
+    assert backend._unserved(layers) == named
+    if named:
+        pool = SimpleNamespace(dtype=torch.bfloat16)
+        with pytest.raises(ConfigError, match="use another --attention-backend"):
+            backend.create_backend(SimpleNamespace(token_to_kv_pool=pool, model=layers))
+
+
+@pytest.mark.parametrize("phase", ["forward_extend", "forward_decode"])
+def test_what_a_model_hands_to_attention_beside_queries_keys_and_values_is_refused(phase, monkeypatch):
+    from sglang_clusterkv.serving.backend import ClusterKVAttnBackend
+
+    backend = object.__new__(ClusterKVAttnBackend)
+    backend.prefill = None
+    arguments = [object()] * 5
+    with pytest.raises(NotImplementedError, match="hands sinks, unheard_of to its attention"):
+        getattr(backend, phase)(*arguments, sinks=object(), unheard_of=0, topk_indices=None)
+
+    # Without them, and with None where a model has none, the arguments get as far as the pool.
+    class Reached(Exception):
+        pass
+
+    def reached(*args):
+        raise Reached
+
+    monkeypatch.setattr(backend, "_write", reached)
+    with pytest.raises(Reached):
+        getattr(backend, phase)(*arguments, save_kv_cache=False, sinks=None)
 
 
 def test_a_refusal_is_a_value_error_for_a_library_call(model_path):

@@ -1,6 +1,6 @@
 """SGLang's own tests and clients, unmodified, against a server that decodes sparsely.
 
-One server on the demo model, with a budget so small that prompts of a few hundred tokens, and longer answers, go the sparse
+The server of the demo model, whose budget is so small that prompts of a few hundred tokens, and longer answers, go the sparse
 way. What fails for `torch_native` too is in FAILS with its reason: a model of 135M parameters can't do all that they ask.
 `CLUSTERKV_PEERS_BACKEND=torch_native` runs all of it against that backend, which is how the table was checked. EVERY_CHANGE and
 the clients are part of `make test`, the rest of `make test-long`; `CLUSTERKV_PEERS=all` adds the slowest. The attention
@@ -25,13 +25,12 @@ import pytest
 
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.tools.demo_model import default_out
-from tests.support.servers import ASLEEP, OneServer
+from tests.support.servers import ASLEEP, DEMO_CHUNK, OneServer
 
 pytestmark = [pytest.mark.server, pytest.mark.peers]
 
 BACKEND = os.environ.get("CLUSTERKV_PEERS_BACKEND", "clusterkv")
 ALL = os.environ.get("CLUSTERKV_PEERS") == "all"
-CONFIG = {"budget_tokens": 64, "candidate_tokens": 256, "segment_tokens": 256, "recluster_every": 64}
 
 
 class Fails(NamedTuple):
@@ -131,13 +130,17 @@ PROGRAMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def server(one_server: OneServer, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
+def server(
+    request: pytest.FixtureRequest, one_server: OneServer, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Server:
+    if BACKEND == "clusterkv":
+        return request.getfixturevalue("demo_server")
+
     def start() -> AbstractContextManager[Server]:
-        return serve(model, log, *arguments, config=config, backend=BACKEND)
+        return serve(model, log, *arguments, backend=BACKEND)
 
     log = tmp_path_factory.mktemp("peers") / "server.log"
-    arguments = ["--page-size", "16", "--chunked-prefill-size", "512", "--max-total-tokens", "24000", ASLEEP]
-    config = CONFIG if BACKEND == "clusterkv" else None
+    arguments = ["--page-size", "16", "--chunked-prefill-size", str(DEMO_CHUNK), "--max-total-tokens", "12000", ASLEEP]
     return one_server.get("peers", start)
 
 

@@ -1,55 +1,223 @@
-"""What is refused before it reaches the scheduler; test_abuse.py sends it to a server.
+"""What is refused where a scheduler receives it; test_flags.py sends it to a server.
 
-Red when: an id at either end of the vocabulary is refused, one beyond it is not, or the sentence does not say what to do.
+The model of these tests is made up: its vocabulary is 50 to 99, so that ids below and beyond it are ids that any real model
+serves.
+
+Red when: an id at either end of the vocabulary is refused or one beyond it is not, something that a request says of itself
+exempts it, one request of a batch is refused with the others, a refusal does not say what to do or reaches nobody, or a
+check that fails lets a request in or ends the scheduler.
 """
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-
-from sglang_clusterkv.serving import active, request_checks
-from sglang_clusterkv.serving.request_checks import problem_of
-
-
-@pytest.mark.parametrize("ids", [[0], [99], [5, 0, 99]])
-def test_ids_of_the_vocabulary_pass(ids: list[int]) -> None:
-    assert problem_of(ids, 100) is None
-
-
-@pytest.mark.parametrize(
-    ("ids", "named"), [([-1], "-1"), ([100], "100"), ([3, 2**40, 4], str(2**40)), ([200, -5], "-5")]
+import torch
+from sglang.srt.managers.embed_types import PositionalEmbeds
+from sglang.srt.managers.io_struct import (
+    BatchTokenizedGenerateReqInput,
+    FlushCacheReqInput,
+    SessionParams,
+    TokenizedGenerateReqInput,
 )
-def test_other_ids_are_named_with_the_range(ids: list[int], named: str) -> None:
-    assert problem_of(ids, 100) == f"Token id {named} is outside the model's vocabulary: use ids from 0 to 99."
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_clusterkv.serving import active, request_checks, scheduler_hooks
+from sglang_clusterkv.serving.request_checks import Takes, problem_of, problem_of_ids, takes_of
+
+TAKES = Takes(range(50, 100), range(50, 100), frozenset({120}))
+OUTSIDE = "Token id 100 is outside the model's vocabulary: use ids from 50 to 99."
+EMPTY = "The prompt has no token: send at least one."
+
+
+def request(ids: list[int] | None, *, rid: str = "a", **fields: Any) -> TokenizedGenerateReqInput:
+    """As SGLang's tokenizer manager sends it."""
+    made: dict[str, Any] = {
+        "input_text": "",
+        "input_ids": None if ids is None else array("q", ids),
+        "input_embeds": None,
+        "mm_inputs": None,
+        "token_type_ids": None,
+        "sampling_params": SamplingParams(),
+        "return_logprob": False,
+        "logprob_start_len": -1,
+        "top_logprobs_num": 0,
+        "token_ids_logprob": None,
+        "stream": False,
+    }
+    return TokenizedGenerateReqInput(rid=rid, **made | fields)
+
+
+class Scheduler:
+    """What the check reads of SGLang's, and whom it answered."""
+
+    def __init__(self, *, multimodal: bool = False, added: int | None = None) -> None:
+        self.model_config = SimpleNamespace(
+            vocab_size=100,
+            is_multimodal=multimodal,
+            hf_text_config=SimpleNamespace(vocab_size=100),
+            hf_config=SimpleNamespace(image_token_id=120, bos_token_id=1, video_token_index=121, model_type="x"),
+        )
+        adapters = None if added is None else SimpleNamespace(lora_added_tokens_size=added)
+        self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=adapters))
+        self.answers: list[tuple[str, Any, str | None]] = []
+
+    def send_abort_output(self, abort: Any, sender: Any) -> None:
+        self.answers.append((abort.rid, abort.finished_reason, sender.http_worker_ipc))
+
+
+@pytest.mark.parametrize("ids", [[50], [99], [55, 50, 99]])
+def test_ids_of_the_vocabulary_pass(ids: list[int]) -> None:
+    assert problem_of_ids(array("q", ids), TAKES.ids) is None
+    assert problem_of(request(ids), TAKES) is None
+
+
+@pytest.mark.parametrize(("ids", "named"), [([49], 49), ([100], 100), ([53, 20_000, 54], 20_000), ([200, 10], 10)])
+def test_other_ids_are_named_with_the_range(ids: list[int], named: int) -> None:
+    expected = f"Token id {named} is outside the model's vocabulary: use ids from 50 to 99."
+    assert problem_of_ids(array("q", ids), TAKES.ids) == problem_of_ids(ids, TAKES.ids) == expected
 
 
 @pytest.mark.parametrize("ids", [[], None])
 def test_no_token_is_refused(ids: list[int] | None) -> None:
-    assert problem_of(ids, 100) == "The prompt has no token: send at least one."
+    assert problem_of(request(ids), TAKES) == EMPTY
+
+
+@pytest.mark.parametrize("ids", [[[55]], [55.0], ["55"]])
+def test_what_is_not_a_list_of_whole_numbers_is_refused(ids: list[Any]) -> None:
+    assert (
+        problem_of_ids(ids, TAKES.ids)
+        == "The prompt's token ids are not whole numbers in one list: send a list of ids."
+    )
 
 
 @pytest.mark.parametrize(
-    ("images", "embeds", "chosen"), [(True, None, True), (False, [[0.0]], True), (False, None, False)]
+    "fields",
+    [
+        {"session_id": "s"},
+        {"session_params": SessionParams(id="s")},
+        {"session_params": SessionParams(offset=3)},
+        {"lora_id": "adapter"},
+        {"cache_salt": "salt", "extra_key": "key"},
+        {"sampling_params": SamplingParams(max_new_tokens=0)},
+        {"token_type_ids": [0]},
+        {"mm_inputs": SimpleNamespace(mm_items=[])},
+    ],
 )
-def test_inputs_of_other_kinds_and_other_backends_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, images: bool, embeds: list[list[float]] | None, chosen: bool
-) -> None:
-    monkeypatch.setattr(active, "active_config", lambda: object() if chosen else None)
-    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100))
-    request = SimpleNamespace(contains_mm_input=lambda: images, input_embeds=embeds)
-    request_checks._before_validation(manager, request, [-1])
-    with pytest.raises(ValueError, match="outside the model's vocabulary"):
-        monkeypatch.setattr(active, "active_config", object)
-        request = SimpleNamespace(contains_mm_input=lambda: False)
-        request_checks._before_validation(manager, request, [-1])
+def test_nothing_that_a_request_says_of_itself_exempts_its_ids(fields: dict[str, Any]) -> None:
+    assert problem_of(request([55, 100], **fields), TAKES) == OUTSIDE
 
 
-def test_a_sessions_history_may_be_the_whole_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sessions_history_may_be_the_whole_prompt() -> None:
+    assert problem_of(request([], session_params=SessionParams(id="a")), TAKES) is None
+    for other in ({"session_params": SessionParams()}, {"session_id": "a"}):
+        assert problem_of(request([], **other), TAKES) == EMPTY
+    # Whoever sets both goes by the radix tree's sessions, which put nothing before the ids.
+    assert problem_of(request([], session_params=SessionParams(id="a"), session_id="a"), TAKES) == EMPTY
+    assert problem_of(request(None, session_params=SessionParams(id="a")), TAKES) == EMPTY
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input_embeds": [[0.0, 0.0]]},
+        {"positional_embed_overrides": PositionalEmbeds(embeds=[torch.zeros(4)], positions=[0])},
+        {"input_embeds": [[0.0, 0.0]], "session_params": SessionParams(id="a")},
+    ],
+)
+def test_embeddings_are_refused_with_what_to_send_instead(fields: dict[str, Any]) -> None:
+    assert problem_of(request([55], **fields), TAKES) == (
+        "Embeddings as input are not served with --attention-backend clusterkv: send text or token ids."
+    )
+
+
+def test_scores_at_chosen_positions_are_refused() -> None:
+    problem = problem_of(request([55, 56], token_indices_to_pool=[0]), TAKES)
+    assert problem is not None and problem.startswith("Scores at chosen positions are not served")
+
+
+def test_stop_tokens_count_where_a_least_length_keeps_them_from_being_answered() -> None:
+    def sampling(least: int, *stops: int) -> dict[str, Any]:
+        return {"sampling_params": SamplingParams(min_new_tokens=least, stop_token_ids=list(stops))}
+
+    assert problem_of(request([55], **sampling(0, 100)), TAKES) is None
+    assert problem_of(request([55], **sampling(4, 60)), TAKES) is None
+    assert problem_of(request([55], **sampling(4, 60, 100)), TAKES) == "Stop t" + OUTSIDE[1:]
+
+
+def test_no_more_likeliest_tokens_than_there_are() -> None:
+    assert problem_of(request([55], top_logprobs_num=50), TAKES) is None
+    assert problem_of(request([55], top_logprobs_num=51), TAKES) == "top_logprobs_num is 51: the model has 50 tokens."
+
+
+def test_a_pictures_placeholder_passes_with_what_sglang_made_of_the_picture() -> None:
+    made = SimpleNamespace(mm_items=[])
+    assert problem_of(request([55, 120], mm_inputs=made), TAKES) is None
+    assert "Token id 120 is" in (problem_of(request([55, 120]), TAKES) or "")
+    assert "Token id 121 is" in (problem_of(request([55, 120, 121], mm_inputs=made), TAKES) or "")
+
+
+def test_what_a_model_takes_is_read_from_the_model() -> None:
+    assert takes_of(Scheduler()) == Takes(range(100), range(100))
+    assert takes_of(Scheduler(multimodal=True)).placeholders == {1, 120, 121}
+    assert takes_of(Scheduler(added=0)).ids == takes_of(Scheduler(added=None)).ids == range(100)
+
+
+def test_tokens_that_an_adapter_brings_pass() -> None:
+    takes = takes_of(Scheduler(added=2))
+    assert problem_of(request([101], lora_id="adapter"), takes) is None
+    assert "Token id 102 is outside" in (problem_of(request([102], lora_id="adapter"), takes) or "")
+
+
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_checks, "takes_of", lambda scheduler: TAKES)
     monkeypatch.setattr(active, "active_config", object)
-    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=100))
-    request = SimpleNamespace(contains_mm_input=lambda: False, session_params={"id": "a"})
-    request_checks._before_validation(manager, request, [])
-    with pytest.raises(ValueError, match="outside the model's vocabulary"):
-        request_checks._before_validation(manager, request, [100])
+
+
+def reason(message: str) -> dict[str, Any]:
+    return {"type": "abort", "message": message, "status_code": 400}
+
+
+@pytest.mark.usefixtures("lowered")
+def test_the_others_of_a_batch_go_on_and_the_refused_are_answered() -> None:
+    scheduler = Scheduler()
+    good, bad = request([55]), request([100], rid="b", http_worker_ipc="ipc")
+    control = FlushCacheReqInput()
+    batches = [BatchTokenizedGenerateReqInput(batch=made) for made in ([bad, good], [bad])]
+    hooked = scheduler_hooks._before_requests(scheduler, [control, *batches, bad, good])
+    assert hooked is not None
+    (same, received), _ = hooked
+    assert same is scheduler and received == [control, batches[0], good] and batches[0].batch == [good]
+    assert scheduler.answers == [("b", reason(OUTSIDE), "ipc")] * 3
+
+
+@pytest.mark.usefixtures("lowered")
+def test_a_request_that_cannot_be_checked_is_refused() -> None:
+    scheduler = Scheduler()
+    assert request_checks.admit(scheduler, [request([55], top_logprobs_num="many")]) == []
+    (answer,) = scheduler.answers
+    assert answer[1]["message"].startswith("The request cannot be checked: ")
+
+
+@pytest.mark.usefixtures("lowered")
+def test_what_was_lent_with_a_refused_request_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = []
+    item = SimpleNamespace(release_transport_proxies=lambda: returned.append("item"))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_device", lambda: SimpleNamespace(gpu_id=3))
+    monkeypatch.setattr(PositionalEmbeds, "reconstruct", lambda self, device: returned.append(device))
+    overrides = PositionalEmbeds(embeds=[torch.zeros(4)], positions=[0])
+    bad = request([55], mm_inputs=SimpleNamespace(mm_items=[item]), positional_embed_overrides=overrides)
+    assert request_checks.admit(Scheduler(), [bad]) == []
+    assert returned == ["item", 3]
+
+
+def test_other_backends_and_idle_rounds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_checks, "admit", None)
+    monkeypatch.setattr(active, "active_config", lambda: None)
+    assert scheduler_hooks._before_requests(Scheduler(), [request([55])]) is None
+    monkeypatch.setattr(active, "active_config", object)
+    assert scheduler_hooks._before_requests(Scheduler(), []) is None

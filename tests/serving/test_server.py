@@ -164,14 +164,6 @@ def test_aborts_leave_nothing(server: Server, text: list[int]) -> None:
     assert server.generate(text[:900], 8)["output_ids"]
 
 
-def test_a_full_pool_evicts_and_answers_stay(server: Server, text: list[int]) -> None:
-    server.flush()
-    first = server.generate(text[:1000], 16)["output_ids"]
-    for i in range(1, 12):  # 12 x 1,000 tokens pass through a pool of 12,000, which evicts the first prompt's pages
-        server.generate(text[37 * i :][:1000] + text[i : i + 30], 2)
-    assert server.generate(text[:1000], 16)["output_ids"] == first
-
-
 def test_the_server_is_still_well(server: Server) -> None:
     log = server.log.read_text()
     assert "Traceback" not in log and "was not built" not in log

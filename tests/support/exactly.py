@@ -29,6 +29,8 @@ GROUP_CHANNELS_MAX = 32
 CODE_THRESHOLD = 0.9816  # in units of rms(y)
 CODE_INNER = 0.4528
 CODE_OUTER = 1.510
+SPREAD_CAP = 2.0  # of g in the estimate
+NO_MASS = 1e-30  # a mass below counts as none where tokens and clusters are ranked
 
 
 def f64(x: ArrayLike) -> Floats:
@@ -414,28 +416,34 @@ def spread_term(q: Floats, scale: float, clusters: Clusters) -> Floats:
     return 0.5 * scale**2 * f64(clusters.spread) * (f64(q) ** 2 @ f64(clusters.variance).T)[:, clusters.segment]
 
 
-def cluster_logits(q: Floats, scale: float, clusters: Clusters, size: Ints, spread_weight: float) -> Floats:
-    """[G, C] = log size_c + scale q.centroid_c + spread_weight g; -inf where size is 0."""
+def cluster_logits(
+    q: Floats, scale: float, clusters: Clusters, size: Ints, spread_weight: float, cap: float = np.inf
+) -> Floats:
+    """[G, C] = log size_c + scale q.centroid_c + spread_weight min(g, cap); -inf where size is 0."""
     with np.errstate(divide="ignore"):
         log_size = np.log(f64(size))
-    return log_size + exact_logits(q, clusters.centroid, scale) + spread_weight * spread_term(q, scale, clusters)
+    bonus = spread_weight * np.minimum(spread_term(q, scale, clusters), cap)
+    return log_size + exact_logits(q, clusters.centroid, scale) + bonus
 
 
 def choice_logits(q: Floats, scale: float, clusters: Clusters, choice_spread: float = 0.75) -> Floats:
-    """choice [G, C], by full sizes."""
+    """choice [G, C], by full sizes; g has no cap here."""
     return cluster_logits(q, scale, clusters, clusters.size, choice_spread)
 
 
 def estimate_logits(q: Floats, scale: float, clusters: Clusters, left: Ints, estimate_spread: float = 0.25) -> Floats:
     """est [G, C] by the sizes left [C]; with clusters.size as left, the logits that `total` sums."""
-    return cluster_logits(q, scale, clusters, left, estimate_spread)
+    return cluster_logits(q, scale, clusters, left, estimate_spread, SPREAD_CAP)
 
 
-def choice_mass_per_token(choice: Floats, base_logits: Floats, size: Ints) -> Floats:
-    """[C] mean over the group of p / n_c, p = softmax over choice [G, C] and base_logits [G, B]; 0 where size is 0."""
+def choice_log_mass(choice: Floats, base_logits: Floats, size: Ints) -> Floats:
+    """[C] log of the mean over the group of p / n_c, p = softmax over choice [G, C] and base_logits [G, B].
+
+    -inf where size is 0. A log, for p of a sharp head may be less than any float.
+    """
     choice = f64(choice)
-    p = np.exp(choice - log_sum_exp(np.concatenate([choice, base_logits], axis=1))[:, None])
-    return np.mean(p, axis=0) / np.maximum(size, 1)
+    log_p = choice - log_sum_exp(np.concatenate([choice, base_logits], axis=1))[:, None]
+    return log_sum_exp(log_p.T) - np.log(len(choice)) - np.log(np.maximum(size, 1))
 
 
 def total(estimate_of_all: Floats, base_logits: Floats) -> Floats:
@@ -443,14 +451,14 @@ def total(estimate_of_all: Floats, base_logits: Floats) -> Floats:
     return log_sum_exp(np.concatenate([estimate_of_all, base_logits], axis=1))
 
 
-def select_candidates(mass_per_token: Floats, size: Ints, candidate_tokens: int) -> list[tuple[int, int]]:
+def select_candidates(log_mass: Floats, size: Ints, candidate_tokens: int) -> list[tuple[int, int]]:
     """(cluster, members taken), best cluster first, ties to the lower cluster, until candidate_tokens are reached.
 
     A cluster is taken while the sum before it is < candidate_tokens; of the last one only so many members, the first
     of its list, that at most candidate_tokens remain. Clusters of size 0 are not there.
     """
     chosen, tokens = [], 0
-    for c in np.argsort(-mass_per_token, kind="stable"):
+    for c in np.argsort(-log_mass, kind="stable"):
         if tokens >= candidate_tokens:
             break
         if size[c] > 0:
@@ -471,12 +479,17 @@ def group_mass(logits: Floats, total_logits: Floats) -> Floats:
     return np.mean(np.exp(f64(logits) - f64(total_logits)[:, None]), axis=0)
 
 
+def or_none(mass: Floats) -> Floats:
+    """Masses, 0 where they are below NO_MASS."""
+    return np.where(f64(mass) < NO_MASS, 0.0, mass)
+
+
 def recall(score: Floats, position: Ints, budget_tokens: int) -> Ints:
     """Indices into the candidates: the min(budget_tokens, N) with the largest score, best first.
 
     score [N]; position [N] in the sequence: of equal scores the lower position wins.
     """
-    return np.lexsort((position, -score))[:budget_tokens]
+    return np.lexsort((position, -or_none(score)))[:budget_tokens]
 
 
 def left_sizes(size: Ints, recalled_cluster: Ints) -> Ints:
@@ -495,9 +508,13 @@ def estimate_mass_per_token(
 
 
 def own_value_clusters(mass_per_token: Floats, left: Ints, estimate_clusters: int) -> Ints:
-    """Clusters estimated by their own mean value: largest mass left first, ties to the lower; none with 0 left."""
-    order = np.argsort(-f64(mass_per_token) * left, kind="stable")
-    return order[np.asarray(left)[order] > 0][:estimate_clusters]
+    """Clusters estimated by their own mean value: largest mass left first, ties to the lower.
+
+    None with 0 left; but where so many masses are none, such clusters have a place among these.
+    """
+    order = np.argsort(-or_none(f64(mass_per_token) * left), kind="stable")
+    own = order[:estimate_clusters]
+    return own[np.asarray(left)[own] > 0]
 
 
 def estimate_values(clusters: Clusters, own: Ints) -> Floats:
@@ -537,7 +554,7 @@ class Decoded(NamedTuple):
 
     base_logits: Floats  # [G, B]
     choice: Floats  # [G, C]
-    mass_per_token: Floats  # [C]
+    log_mass: Floats  # [C]
     total: Floats  # [G]
     candidates: list[tuple[int, int]]  # (cluster, members taken), best first
     candidate_cluster: Ints  # [N]
@@ -574,13 +591,13 @@ def decode(
     base_logits = exact_logits(q, keys[base], scale)
 
     choice = choice_logits(q, scale, clusters, options.choice_spread)
-    mass_per_token = choice_mass_per_token(choice, base_logits, clusters.size)
+    log_mass = choice_log_mass(choice, base_logits, clusters.size)
     all_est = estimate_logits(q, scale, clusters, clusters.size, options.estimate_spread)
     total_logits = total(all_est, base_logits)
     estimate_mass = estimate_mass_per_token(q, scale, clusters, total_logits, options.estimate_spread)
 
     limit = options.candidate_tokens if options.refine else options.budget_tokens
-    candidates = select_candidates(mass_per_token, clusters.size, limit)
+    candidates = select_candidates(log_mass, clusters.size, limit)
     cluster = np.array([c for c, taken in candidates for _ in range(taken)], dtype=np.int64)
     position = np.array([p for c, taken in candidates for p in members[c][:taken]], dtype=np.int64)
     logits = candidate_logits(q, scale, rotation, clusters.centroid[cluster], y[position])
@@ -603,7 +620,7 @@ def decode(
     return Decoded(
         base_logits=base_logits,
         choice=choice,
-        mass_per_token=mass_per_token,
+        log_mass=log_mass,
         total=total_logits,
         candidates=candidates,
         candidate_cluster=cluster,

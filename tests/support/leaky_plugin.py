@@ -5,19 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_METADATA = "Metadata-Version: 2.1\nName: leaky\nVersion: 1.0\n"
-_ENTRY_POINTS = "[sglang.srt.plugins]\nleaky = leaky_plugin:register\n"
 _TRIGGER = "lose-a-page"
-
-
-def install(folder: Path) -> dict[str, str]:
-    """Write the plugin as an installed package into a folder; the variables with which a server finds it."""
-    package = folder / "leaky-1.0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text(_METADATA)
-    (package / "entry_points.txt").write_text(_ENTRY_POINTS)
-    (folder / "leaky_plugin.py").write_text(Path(__file__).read_text())
-    return {"PYTHONPATH": str(folder)}
 
 
 def lose_a_page(folder: Path) -> None:

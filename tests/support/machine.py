@@ -31,6 +31,8 @@ CONFIGS = [
         {"merge_segments": True, "window_tokens": 32, "segment_tokens": 512},
         {"refine": False, "sink_tokens": 48, "recluster_every": 160},
         {"segment_tokens": 128, "merge_segments": True, "recluster_every": 64},
+        {"reproducible": True, "merge_segments": True},
+        {"reproducible": True, "recluster_every": 80},
     )
 ]
 WEIGHTS = {
@@ -216,4 +218,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not records._seen_by, f"segments that nobody sees any more: {records._seen_by}"
         counters = self.world.engine.counters
         COUNTS.update(splits=counters.splits, reused=counters.tokens_reused, sparse=counters.sparse_steps)
-        assert not counters.faults, counters.faults
+        assert counters.faults == self.world.injected, f"rule 7: {counters.faults} for {self.world.injected}"
+        COUNTS.update({f"{operation}_fault": times for operation, times in self.world.injected.items()})
+
+
+class FaultyMachine(SchedulerMachine):
+    """The same, with faults of our own code in decode steps."""
+
+    @rule(event=st.sampled_from([*EVENTS, "lists_fault", "layer_fault"]), data=st.data())
+    def event(self, event: str, data: st.DataObject) -> None:
+        """Something happens."""
+        COUNTS["steps"] += 1
+        getattr(self, event)(data.draw)
+
+    def lists_fault(self, draw) -> None:
+        """The next decode step's lists fail."""
+        self.world.raises = "lists"
+
+    def layer_fault(self, draw) -> None:
+        """A layer of the next sparse step fails."""
+        self.world.raises = "layer"

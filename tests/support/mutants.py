@@ -7,6 +7,7 @@ many worlds and launches it did, and by which assertion. Exit code 1 when a muta
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,12 @@ from unittest.mock import patch
 import torch
 
 from sglang_clusterkv.clusters import build
+from sglang_clusterkv.clusters.backoff import BackOff
+from sglang_clusterkv.clusters.counters import Counters
+from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.planning import found
+from sglang_clusterkv.clusters.planning import found, reproducible
 from sglang_clusterkv.clusters.planning.borders import Borders
 from sglang_clusterkv.clusters.planning.plan import Make
 from sglang_clusterkv.clusters.planning.planner import Planner
@@ -35,6 +39,7 @@ class Mutant(NamedTuple):
 
     rules: str  # of docs/design.md that it breaks
     broken: Callable[[], AbstractContextManager[Any]]
+    faults: bool = False  # only a machine that injects faults can notice
 
 
 def _replaced(owner: Any, name: str, by: Any) -> Callable[[], AbstractContextManager[Any]]:
@@ -98,13 +103,48 @@ def _headless_is_whole() -> AbstractContextManager[Any]:
 def _built_from_the_row_of_the_launch_before() -> AbstractContextManager[Any]:
     make, rows = ClusterEngine._make, {}
 
-    def late(self: ClusterEngine, operation: Make) -> None:
+    def late(self: ClusterEngine, operation: Make, merges: bool) -> None:
         true, self.req_to_token = self.req_to_token, rows.get(id(self), self.req_to_token)
-        make(self, operation)
+        make(self, operation, merges)
         self.req_to_token = true
         rows[id(self)] = true.clone()
 
     return patch.object(ClusterEngine, "_make", late)
+
+
+def _no_net_below_the_layers(
+    self: ClusterEngine, q: Any, keys: Any, values: Any, layer: int, step: DecodeStep, scale: float
+) -> torch.Tensor:
+    return self.sparse_decode(q, keys, values, self.index, layer, step.sparse, scale)
+
+
+def _counted_before_its_layers() -> AbstractContextManager[Any]:
+    begin = ClusterEngine.begin_decode
+
+    def begin_and_count(self: ClusterEngine, rows: Any, seq_lens: Any) -> DecodeStep:
+        step = begin(self, rows, seq_lens)
+        self.count_step()
+        return step
+
+    return patch.object(ClusterEngine, "begin_decode", begin_and_count)
+
+
+@contextmanager
+def _counted_with_its_lists() -> Iterator[None]:
+    begin, made = ClusterEngine.begin_decode, DecodeLists.step
+    counters: dict[int, Counters] = {}
+
+    def noted(self: ClusterEngine, rows: Any, seq_lens: Any) -> DecodeStep:
+        counters[id(self.decoding)] = self.counters
+        return begin(self, rows, seq_lens)
+
+    def counted(self: DecodeLists, *arguments: Any) -> DecodeStep:
+        step = made(self, *arguments)
+        counters[id(self)].add(step.counts)
+        return step._replace(counts=None)
+
+    with patch.object(ClusterEngine, "begin_decode", noted), patch.object(DecodeLists, "step", counted):
+        yield
 
 
 MUTANTS = {
@@ -132,7 +172,16 @@ MUTANTS = {
     "built from an older row": Mutant("4", _built_from_the_row_of_the_launch_before),
     "tables of other keys": Mutant("4, 5", _spoiled_mark),
     "built differently each time": Mutant("5", _built_differently_each_time),
+    "what was found stays, although nobody else sees it": Mutant(
+        "2, 5", _replaced(reproducible, "drop_others", lambda snapshot, draft: None)
+    ),
     "clusters inside the window": Mutant("6", _window_forgotten),
+    "layers' faults reach the scheduler": Mutant(
+        "7", _replaced(ClusterEngine, "sparse_layer", _no_net_below_the_layers), faults=True
+    ),
+    "what failed is tried again at once": Mutant("7", _replaced(BackOff, "failed", lambda self: None), faults=True),
+    "steps are counted before their layers": Mutant("8", _counted_before_its_layers, faults=True),
+    "steps are counted with their lists": Mutant("8", _counted_with_its_lists, faults=True),
 }
 
 
@@ -141,7 +190,7 @@ def verdict(mutant: Mutant, worlds: int) -> str | None:
     from hypothesis import HealthCheck, Phase, seed, settings
     from hypothesis.stateful import run_state_machine_as_test
 
-    from tests.support.machine import COUNTS, SchedulerMachine
+    from tests.support.machine import COUNTS, FaultyMachine, SchedulerMachine
 
     COUNTS.clear()
     quiet = settings(
@@ -153,11 +202,14 @@ def verdict(mutant: Mutant, worlds: int) -> str | None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
+    logging.disable(logging.CRITICAL)  # of faults that the machine injects
     with mutant.broken(), contextlib.redirect_stdout(None):
         try:
-            run_state_machine_as_test(seed(0)(SchedulerMachine), settings=quiet)
+            run_state_machine_as_test(seed(0)(FaultyMachine if mutant.faults else SchedulerMachine), settings=quiet)
         except (AssertionError, KeyError, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("AssertionError: ")
+        finally:
+            logging.disable(logging.NOTSET)
     return None
 
 

@@ -1,4 +1,4 @@
-"""docs/design.md's rules 1 to 6 as assertions over a world (world.py), called after every launch.
+"""docs/design.md's rules 1 to 8 as assertions over a world (world.py), called after every launch.
 
 They trust the device's page states, the pool and the world's rows; what the engine's records say is checked against those.
 """
@@ -13,6 +13,7 @@ import torch
 
 from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.clusters.rows import Row
+from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.index import ClusterIndex
 from tests.support.scenes import PAGE
@@ -37,6 +38,8 @@ def assert_rules(world: World) -> None:
         assert_segment_may_be_made(world, made)
     for request in world.walked if not world.may_fault else []:
         assert_what_was_found_is_clustered(world, request)
+    for request in world.running if world.config.reproducible and not world.may_fault else []:
+        assert_borders_follow_from_lengths(world, request)
     assert_records(world)
 
 
@@ -54,6 +57,7 @@ def assert_segment_may_be_made(world: World, made: Made) -> None:
     said = f"rule 2: {maker.rid} made [{begin}, {end}) with {maker}"
     assert SEGMENT_VECTOR_PAGES * PAGE <= end - begin <= world.config.segment_tokens, said
     assert begin >= world.config.sink_tokens and end <= maker.length, said
+    assert block_of(world, begin) == block_of(world, end - 1), f"{said}: across the border of an aligned segment"
     limit = (maker.prompt_len - world.config.window_tokens) // PAGE * PAGE
     aged = (maker.length - world.config.window_tokens) // PAGE * PAGE
     if not made.rebuilt or any(request.row == maker.row for request in world.walked):  # else for another's cut
@@ -67,26 +71,68 @@ def assert_segment_may_be_made(world: World, made: Made) -> None:
                 assert shared < SEGMENT_VECTOR_PAGES, (
                     f"rule 2: {maker.rid} merged [{begin}, {end}), of which {request.rid} has pages"
                 )
-    if made.rebuilt or made.merged:
+    if made.rebuilt or made.merged or world.config.reproducible:
         return
     found_end = maker.found_end // PAGE * PAGE
     assert end <= found_end or begin >= found_end, f"{said}: found and own"
-    if maker.prefilling and begin >= found_end and end - begin < world.config.segment_tokens:
+    if maker.prefilling and begin >= found_end and block_of(world, begin) == block_of(world, end):
         page = int(world.scene.req_to_token[maker.row, end]) // PAGE
         assert end < maker.length and world.index.page_state[page, 0] >= 0, f"{said}: did not wait"
+
+
+def block_of(world: World, position: int) -> int:
+    """Which aligned segment a token position is in."""
+    return (position - world.config.sink_tokens) // world.config.segment_tokens
 
 
 def assert_what_was_found_is_clustered(world: World, request: Request) -> None:
     """Rule 2: what a row found is clustered once it was walked, but for what is too short or lies in the window."""
     record = record_of(world, request)
+    if world.config.reproducible and request.length <= request.prompt_len:
+        return  # it waits for the prompt's end
     limit = max(0, min(record.found_end, record.prompt_len - world.config.window_tokens))
     ids = world.index.page_state[world.pages(request, 0, limit), 0].tolist()[world.config.sink_tokens // PAGE :]
-    for segment_id, run in itertools.groupby(ids):
+    blocks = [block_of(world, world.config.sink_tokens + PAGE * i) for i in range(len(ids))]
+    for (segment_id, _), run in itertools.groupby(zip(ids, blocks, strict=True)):
         pages = len(list(run))
         seen = segment_id in {s.id for s in record.segments}
         # One that was made at the same time, of pages beyond those that both rows have, is seen in part.
         new = segment_id in {made.make.id for made in world.made}
         assert seen or new or pages < SEGMENT_VECTOR_PAGES, f"rule 2: {request.rid} found {ids}, {record}"
+
+
+def assert_borders_follow_from_lengths(world: World, request: Request) -> None:
+    """Rule 5 with `reproducible`: a row has the borders of an empty cache, unless another running one has had its pages."""
+    if request.length <= request.prompt_len or world.is_dirty(request) or not request.alone:
+        return
+    allowed = [
+        cold_borders(world.config, request.prompt_len, length) for length in (request.length, request.length - 1)
+    ]
+    seen = world.segments(request)
+    assert seen in allowed, (
+        f"rule 5: {request.rid} sees {seen}, alone it would see {allowed[0]}: {record_of(world, request)}"
+    )
+
+
+def cold_borders(config: ClusterKVConfig, prompt_len: int, length: int) -> list[tuple[int, int]]:
+    """Segments of a request that nobody shares anything with, once it has this length."""
+    shortest, sinks, size = SEGMENT_VECTOR_PAGES * PAGE, config.sink_tokens, config.segment_tokens
+
+    def cut(end: int) -> list[tuple[int, int]]:
+        pieces = [(begin, min(begin + size, end)) for begin in range(sinks, max(sinks, end), size)]
+        return [(begin, end) for begin, end in pieces if end - begin >= shortest]
+
+    prompt = cut(prompt_len // PAGE * PAGE - config.window_tokens)
+    until = prompt[-1][1] if prompt else sinks
+    aged, borders = length // PAGE * PAGE - config.window_tokens, [until]
+    while aged - until >= config.recluster_every:
+        until += config.recluster_every
+        borders.append(until)
+    if config.merge_segments:
+        return cut(until)
+    aligned = [border for border in range(sinks, until, size) if border > borders[0]]
+    decoded = itertools.pairwise(sorted({*borders, *aligned}))
+    return prompt + [(begin, end) for begin, end in decoded if end - begin >= shortest]
 
 
 def assert_record_is_true(world: World, request: Request, record: Row) -> None:
@@ -189,13 +235,14 @@ def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) ->
         assert int(step.dense.seq_lens[i]) == request.length
         slots = world.scene.req_to_token[request.row, : request.length].long()
         assert torch.equal(step.dense.slots[i, : request.length], slots), f"{request.rid}'s dense list"
-        if not world.is_dirty(request) and not world.may_fault:
+        if not world.is_dirty(request) and not world.may_fault and not step_may_be_dense(world):
             recallable = request.length - world.attended(request, request.length)
             base, config = request.length - recallable, world.config
             most = config.sink_tokens + 2 * config.recluster_every + config.window_tokens + PAGE + recallable // 4
             assert recallable <= config.budget_tokens or base > most, (
                 f"{request.rid} decodes densely, {recallable} of {request.length} recallable: {record_of(world, request)}"
             )
+    assert not sparse_at or world.launches >= world.dense_until, "rule 7: layers that failed are tried again at once"
     for i, place in enumerate(sparse_at):
         assert_sparse_list(world, requests[place], step, i)
     for request in requests if not world.may_fault else []:
@@ -204,6 +251,24 @@ def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) ->
         assert request.dense_since_news < 2, f"{request.rid} decodes densely for a second time since its row was new"
         if not dirty and world.settled and not world.splits:  # a piece that a cut left is looked at in the next step
             assert_tail_is_short(world, request)
+
+
+def step_may_be_dense(world: World) -> bool:
+    """Whether a fault is the reason, in this step or before."""
+    return world.launches < world.dense_until or world.faulted_at == world.launches
+
+
+def assert_counts(world: World) -> None:
+    """Rule 8: every request of a decode step is counted once, as what the step came to."""
+    world.engine.count_step()
+    counters, counted = world.engine.counters, world.counted
+    dense = sum(counters.dense_steps.values())
+    assert (counters.sparse_steps, dense) == (counted["sparse"], counted["dense"]), (
+        f"rule 8: {counters.sparse_steps} sparse and {dense} dense steps are counted of {dict(counted)}"
+    )
+    assert counters.tokens_available == counted["available"] and counters.tokens_recalled <= counted["available"], (
+        f"rule 8: {counters.tokens_recalled} of {counters.tokens_available} tokens are counted of {dict(counted)}"
+    )
 
 
 def assert_sparse_list(world: World, request: Request, step: DecodeStep, i: int) -> None:
@@ -238,5 +303,6 @@ def assert_tail_is_short(world: World, request: Request) -> None:
     record = record_of(world, request)
     clustered = (world.index.page_state[world.pages(request), 0] >= 0).nonzero()
     begin = max(world.config.sink_tokens, record.found_end, PAGE * (int(clustered[-1]) + 1) if len(clustered) else 0)
-    most = world.config.recluster_every + world.config.window_tokens + PAGE
+    # Up to three pages are a gap beside the border of an aligned segment.
+    most = world.config.recluster_every + world.config.window_tokens + SEGMENT_VECTOR_PAGES * PAGE
     assert request.length - begin <= most, f"{request.rid}: tokens wait since {begin}, {most} may: {record}"

@@ -28,6 +28,7 @@ class Scene:
         dtype: of keys and values.
         seed: of everything random.
         stream: that the engine's device work goes to.
+        page_size: tokens per page.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Scene:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         stream: ForwardStream | None = None,
+        page_size: int = PAGE,
     ) -> None:
+        self.page_size = page_size
         self.generator = torch.Generator().manual_seed(seed)
-        geometry = Geometry(layers, kv_heads, head_dim, PAGE, pages)
+        geometry = Geometry(layers, kv_heads, head_dim, page_size, pages)
         self.keys = [self.clustered(geometry).to(dtype) for _ in range(layers)]
         self.values = [self.clustered(geometry).to(dtype) for _ in range(layers)]
         self.req_to_token = torch.zeros((rows, context), dtype=torch.int32)
@@ -66,15 +69,16 @@ class Scene:
 
     def write(self, row: int, begin: int, end: int) -> None:
         """Give a row fresh pages for positions [begin, end); a page that it already has is continued."""
+        page_size = self.page_size
         while begin < end:
-            if begin % PAGE == 0:
+            if begin % page_size == 0:
                 page = int(self.free_pages.pop())
-                self.handed_out.add(torch.arange(page * PAGE, (page + 1) * PAGE))
+                self.handed_out.add(torch.arange(page * page_size, (page + 1) * page_size))
             else:
-                page = int(self.req_to_token[row, begin - 1]) // PAGE
-            stop = min(end, (begin // PAGE + 1) * PAGE)
-            offset = begin % PAGE
-            slots = torch.arange(page * PAGE + offset, page * PAGE + offset + stop - begin)
+                page = int(self.req_to_token[row, begin - 1]) // page_size
+            stop = min(end, (begin // page_size + 1) * page_size)
+            offset = begin % page_size
+            slots = torch.arange(page * page_size + offset, page * page_size + offset + stop - begin)
             self.req_to_token[row, begin:stop] = slots.int()
             begin = stop
 

@@ -1,4 +1,16 @@
-"""The servers that test files share, by name: their sizes and options, and who ends them."""
+"""The servers that test files share, by name: their sizes and options, and who ends them.
+
+A start takes half a minute of two cores, three imports of SGLang for the most part. A new file takes a server that is there:
+
+- fixture `tiny_server`: a random model of two layers with a generous budget. Answers are exact and cost milliseconds: for
+  what the scheduler does, for refusals, for whatever needs no text.
+- fixture `demo_server`: SmolLM2 with a small budget, metrics and the cache report. For text, clients and counts of clusters.
+
+Its test module says `pytestmark = pytest.mark.server`, and its file has a line in `SHARED_SERVERS` (tests/conftest.py): without
+it another process starts a second one. A test calls `server.flush()` first, takes differences of `server.counts()`, looks at
+the log from where it begins, and leaves nothing running: others come after it. Only a file that needs other options calls
+`one_server.get(NAME, start)` with a name of its own.
+"""
 
 from __future__ import annotations
 

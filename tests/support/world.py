@@ -16,11 +16,15 @@ from a page too early or too late never equal the right ones. After every launch
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -67,6 +71,7 @@ class Request:
     path: list[int] = field(default_factory=list)  # per token, what tells all tokens up to it
     news_at: int = 0  # number of the launch before which its row was given or rewritten
     dense_since_news: int = 0  # decode steps that it was dirty in since
+    alone: bool = True  # no other running request has had pages of it but sinks since its row was given
 
     @property
     def running(self) -> bool:
@@ -166,6 +171,7 @@ class World:
         pages: of the pool.
         overlap: whether last chunks are checkpointed after the next launch.
         lags: whether the forward's stream works behind the scheduler's.
+        checks: whether every launch passes the rules' assertions.
         sizes: layers, kv_heads, head_dim, rows, context of the scene.
     """
 
@@ -176,10 +182,11 @@ class World:
         pages: int = 400,
         overlap: bool = True,
         lags: bool = False,
+        checks: bool = True,
         **sizes: int,
     ) -> None:
         sizes = {"layers": 1, "kv_heads": 1, "head_dim": 16, "rows": 12, "context": 2048} | sizes
-        self.config, self.overlap = config, overlap
+        self.config, self.overlap, self._checks = config, overlap, checks
         self.stream = LaggingStream() if lags else ForwardStream("cpu")
         self.scene = Scene(config, pages=pages, stream=self.stream, **sizes)
         self.engine, self.index = self.scene.engine, self.scene.index
@@ -190,6 +197,12 @@ class World:
         self.running: list[Request] = []
         self.launches = 0
         self.may_fault = False  # whether the engine may go the dense way longer than it should
+        self.raises: str | None = None  # "lists" or "layer": where the next decode step has a fault
+        self.injected: Counter[str] = Counter()  # such faults
+        self.counted: Counter[str] = Counter()  # requests of decode steps, sparse and dense; tokens to choose from
+        self.faulted_at = 0  # launch whose lists failed
+        self.dense_until = 0  # launch from which layers may be sparse again
+        self._failures = 0  # of layers, in a row
         self.catches_up = False  # with `lags`: a launch's head is done before the scheduler goes on
         self.handed_out: list[torch.Tensor] = []  # slots, since the last launch
         self.made: list[Made] = []  # of the last launch's plan
@@ -242,17 +255,63 @@ class World:
                 request.length += 1
                 self._allocate(request, request.length - 1, request.length)
             rows, lengths = np.array([r.row for r in requests]), np.array([r.length for r in requests])
-            step = self._begin(lambda rows=rows, lengths=lengths: self.engine.begin_decode(rows, lengths))
+            with self._lists_that_raise():
+                step = self._begin(lambda rows=rows, lengths=lengths: self.engine.begin_decode(rows, lengths))
             rules.assert_lists(self, requests, step)
+            self._layers(step)
+            rules.assert_counts(self)
             for request in requests:
                 self._write_kv(request, request.length - 1)
             self._results([])
         return step
 
+    @contextlib.contextmanager
+    def _lists_that_raise(self) -> Iterator[None]:
+        """If they are to: once they are made."""
+        if self.raises != "lists":
+            yield
+            return
+        made = self.engine.decoding.step
+
+        def raises(*arguments: Any) -> DecodeStep:
+            made(*arguments)
+            raise RuntimeError("a fault of the test")
+
+        self.raises = None
+        self.injected["lists"] += 1
+        self.faulted_at = self.launches + 1
+        with patch.object(self.engine.decoding, "step", raises):
+            yield
+
+    def _layers(self, step: DecodeStep) -> None:
+        """The layers of a step: none is computed, one may fail. Counts what the step came to."""
+        sparse = 0 if step.sparse is None else step.sparse.batch
+        if sparse and self.raises == "layer":
+            self.raises = None
+            self.injected["layer"] += 1
+            self._failures = min(self._failures + 1, 8)
+            self.dense_until = self.launches + 2**self._failures
+            sparse = 0
+
+            def raises(*_: Any) -> torch.Tensor:
+                raise RuntimeError("a fault of the test")
+
+            q = torch.zeros(len(step.rows), 1, self.index.geometry.head_dim)
+            with patch.object(self.engine, "sparse_decode", raises):
+                try:
+                    output = self.engine.sparse_layer(q, self.scene.keys[0], self.scene.values[0], 0, step, 1.0)
+                except RuntimeError:
+                    raise AssertionError("a layer's fault reached the scheduler") from None
+            assert output is None, "a layer that failed gave something"
+        elif sparse:
+            self._failures = 0
+        self.counted.update(sparse=sparse, dense=len(step.rows) - sparse)
+        self.counted["available"] += PAGE * int(step.sparse.page_count.sum()) if sparse else 0
+
     def finish(self, request: Request, *, in_flight: int = 1) -> None:
         """A request ends; the tree keeps its whole pages. The last `in_flight` tokens are of a launch that was in vain."""
         self._forget_results(request)
-        self._checkpoint(request, request.length - in_flight)
+        self._checkpoint(request, self.engine.tokens_to_keep(request.row, request.length - in_flight))
         self._release(request)
 
     def retract(self, request: Request) -> None:
@@ -362,6 +421,7 @@ class World:
         found = self.found(request)
         request.prompt_len, request.length = len(request.tokens), found
         request.row, request.news_at, request.dense_since_news = self.free_rows.pop(), self.launches, 0
+        request.alone = True
         if found:
             self.settle()
         table = self.scene.req_to_token[request.row]
@@ -427,10 +487,19 @@ class World:
         if self.catches_up:
             self.settle()
         handed_out, self.handed_out = torch.cat(self.handed_out), []
+        if not self._checks:
+            return result
+        self._note_who_shares()
         self.stream.run(rules.assert_handed_out_pages_are_unclustered, self, handed_out)
         if self.settled:
             rules.assert_rules(self)
         return result
+
+    def _note_who_shares(self) -> None:
+        pages = [set(self.pages(request, self.config.sink_tokens).tolist()) for request in self.running]
+        for i, j in itertools.combinations(range(len(pages)), 2):
+            if not pages[i].isdisjoint(pages[j]):
+                self.running[i].alone = self.running[j].alone = False
 
     @property
     def settled(self) -> bool:
@@ -458,7 +527,7 @@ class World:
                 self.made.append(Made(operation, maker, bool(clustered[pages].any()), merged))
                 clustered[pages] = True
         self.history += self.made
-        self.splits = plan.splits
+        self.splits = len(plan.cut)
         return plan
 
     def _record_is_dirty(self, request: Request) -> bool:

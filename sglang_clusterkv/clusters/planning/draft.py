@@ -61,6 +61,10 @@ class Draft:
         record.clustered_tokens += (end - begin) * self.borders.page_size
         return new_id
 
+    def is_made_here(self, segment_id: int) -> bool:
+        """Whether this plan makes a segment: the rows that will see it are not told yet."""
+        return any(isinstance(o, Make) and o.id == segment_id for o in self.plan.operations)
+
     def forget(self, segment_id: int) -> None:
         """Mark a segment's pages unclustered."""
         self.plan.operations.append(Forget(segment_id))

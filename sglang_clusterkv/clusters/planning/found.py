@@ -20,19 +20,19 @@ def cut_segments(snapshot: Snapshot, draft: Draft) -> None:
         if run.id == UNCLUSTERED or run.id in draft.view.forgotten:
             continue
         if not run.whole or (run.end <= match_end and borders.needs_border(run.begin, run.end, match_end)):
-            cut(snapshot, run, draft)
+            own = borders.pieces(run.begin, run.end, borders.prompt_limit(snapshot.row), match_end)
+            cut(snapshot, run, own, draft)
 
 
-def cut(snapshot: Snapshot, run: Run, draft: Draft) -> None:
-    """Split a segment at the part that this row sees. The rest is rebuilt only if a running row sees it."""
+def cut(snapshot: Snapshot, run: Run, own: list[tuple[int, int]], draft: Draft) -> None:
+    """Split a segment at what this row makes of the part that it sees. The rest is rebuilt only if a running row sees it."""
     record, borders = snapshot.row, draft.borders
     first = run.begin - run.offset  # the page of the row at which the segment would begin
-    own = borders.pieces(run.begin, run.end, borders.prompt_limit(record), borders.match_end(record))
     if not own:
         return  # it stays whole for others; this row attends to its part
     viewers = [row for row in draft.records.viewers(run.id) if row is not record]
     owner = next((row for row in viewers if not row.dirty), None)
-    draft.plan.splits += 1
+    draft.plan.cut.add(run.id)
     draft.forget(run.id)
     # Index begin, index end, new id.
     pieces = [(b - first, e - first, draft.make(record, b, e)) for b, e in own]

@@ -25,10 +25,13 @@ def cluster_own_pages(snapshot: Snapshot, draft: Draft) -> None:
         begin = max(begin, runs[-1].begin)
         end = min(runs[-1].end, prompt_limit)
         if record.prefilling:
-            end = begin + (end - begin) // borders.segment_pages * borders.segment_pages
+            end = borders.last_border(begin, end)
         begin = _make_pieces(snapshot, begin, end, prompt_limit, draft)
-        while not record.prefilling and aged - begin >= borders.recluster_pages:
-            begin = _make_pieces(snapshot, begin, begin + borders.recluster_pages, aged, draft)
+        while not record.prefilling:
+            begin, end = borders.decoded_run(begin)
+            if aged - begin < borders.recluster_pages:
+                break
+            begin = _make_pieces(snapshot, begin, end, aged, draft)
     if record.segments and record.segments[-1].end // borders.page_size < snapshot.first_page:
         # Its last segment was cut by this plan, and the snapshot begins behind what is left of it.
         begin = max(match_end, record.segments[-1].end // borders.page_size)

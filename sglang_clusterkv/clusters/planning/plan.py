@@ -42,7 +42,8 @@ class Plan:
 
     operations: list[Make | Forget] = field(default_factory=list)
     touched: list[Row] = field(default_factory=list)  # rows whose record changed
-    splits: int = 0
+    cut: set[int] = field(default_factory=set)  # ids of segments that are forgotten because a row sees a part of them
+    forced: int = 0  # segments whose borders follow from other running requests, with `reproducible: true`
     merged: set[int] = field(default_factory=set)  # ids of segments made of neighbours
 
     def withdraw(self, segment_id: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_clusterkv.clusters.planning import found, merging, own
+from sglang_clusterkv.clusters.planning import found, merging, own, reproducible
 from sglang_clusterkv.clusters.planning.borders import Borders
 from sglang_clusterkv.clusters.planning.draft import BranchEnds, Draft
 from sglang_clusterkv.clusters.planning.plan import Plan, Snapshot
@@ -34,7 +34,9 @@ class Planner:
     def __init__(self, config: ClusterKVConfig, page_size: int, records: Records) -> None:
         self.records = records
         self.borders = Borders(config, page_size)
-        self._merges = config.merge_segments
+        self._reproducible = config.reproducible
+        if config.reproducible:
+            records.keeps_from = lambda record: self.borders.prompt_limit(record) * page_size
         self._branch_ends = BranchEnds()
         self._last_id = 0
 
@@ -42,6 +44,8 @@ class Planner:
         """Where a snapshot of the row begins: everything for a dirty row, else what follows its last segment."""
         if record.dirty or not record.segments:
             return self.borders.sink_pages
+        if self._reproducible:  # its last aligned segment may be made anew
+            return self.borders.block(record.segments[-1].begin // self.borders.page_size)
         return record.segments[-1].end // self.borders.page_size
 
     def plan(self, snapshots: list[Snapshot]) -> Plan:
@@ -51,6 +55,14 @@ class Planner:
         draft = Draft(Plan(), View(current), self.records, self.borders, self._branch_ends, self._next_id)
         # Shorter matches first: what they leave of a run or of a cut segment, the longer ones close.
         dirty = sorted((s for s in current if s.row.dirty), key=lambda s: s.row.found_end)
+        if self._reproducible:
+            self._plan_by_lengths([*dirty, *(s for s in current if not s.row.dirty)], draft)
+        else:
+            self._plan_by_matches(current, dirty, draft)
+        return draft.plan
+
+    def _plan_by_matches(self, current: list[Snapshot], dirty: list[Snapshot], draft: Draft) -> None:
+        """What a match found stays as it is as far as it can."""
         # Rule 3: a running request sees a segment whole or not at all.
         for snapshot in dirty:
             found.cut_segments(snapshot, draft)
@@ -64,10 +76,20 @@ class Planner:
             snapshot.row.dirty = False
             draft.plan.touched.append(snapshot.row)
         # Neighbours that one request alone sees become one.
-        if self._merges:
+        if self.borders.merges:
             for snapshot in current:
                 merging.merge_neighbours(snapshot, draft)
-        return draft.plan
+
+    def _plan_by_lengths(self, current: list[Snapshot], draft: Draft) -> None:
+        """What a match found becomes what the row would have made."""
+        for snapshot in current:
+            reproducible.drop_others(snapshot, draft)
+        for snapshot in current:
+            reproducible.make_own(snapshot, draft)
+        for snapshot in current:
+            found.see_whole_segments(snapshot, draft)
+            snapshot.row.dirty = False
+            draft.plan.touched.append(snapshot.row)
 
     def _next_id(self) -> int:
         self._last_id = self._last_id % _MOST_IDS + 1

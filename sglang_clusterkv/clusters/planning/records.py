@@ -5,6 +5,8 @@ Rule 3 needs both directions: a row's segments, and a segment's rows. `see` is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sglang_clusterkv.clusters.rows import Row, Segment
 
 
@@ -13,6 +15,8 @@ class Records:
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
+        # The token position from which on a rewrite changes nothing that a row sees or is about to; None: there is none.
+        self.keeps_from: Callable[[Row], int] | None = None
         self._seen_by: dict[int, list[Row]] = {}  # segment id -> running rows that see it
 
     def admit(self, row: int, *, rid: str, found_tokens: int, prompt_len: int) -> Row:
@@ -27,6 +31,9 @@ class Records:
         """A checkpoint replaced the row's slots [begin, end) by the tree's; true if a record changed."""
         record = self.rows.get(row)
         if record is None or end <= begin:
+            return False
+        if self.keeps_from is not None and begin >= max(self.keeps_from(record), *(s.end for s in record.segments), 0):
+            record.void_from = min(record.void_from, begin)
             return False
         record.dirty = True
         record.changed += 1

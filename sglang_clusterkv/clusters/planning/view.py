@@ -61,17 +61,28 @@ class View:
         inside = state[max(0, begin - snapshot.first_page) : max(0, end - snapshot.first_page), 0]
         return begin == end or begin >= snapshot.first_page and bool((inside == UNCLUSTERED).all())
 
-    def claim(self, snapshot: Snapshot, begin: int, end: int, new_id: int) -> None:
-        """Pages [begin, end) of a snapshotted row become segment `new_id`, in every row that has these pages."""
+    def partings(self, snapshot: Snapshot, begin: int, end: int) -> list[int]:
+        """Pages inside [begin, end) of a row from which on fewer of the rows that were looked at have its pages."""
         pages = snapshot.pages[begin - snapshot.first_page : end - snapshot.first_page]
         first = np.searchsorted(self._sorted_pages, pages, side="left")
+        rows = np.searchsorted(self._sorted_pages, pages, side="right") - first
+        return (begin + 1 + np.flatnonzero(rows[1:] < rows[:-1])).tolist()
+
+    def claim(self, snapshot: Snapshot, begin: int, end: int, new_id: int) -> None:
+        """Pages [begin, end) of a snapshotted row become segment `new_id`, in every row that has these pages.
+
+        Those before the snapshot's first page are nobody else's that was looked at.
+        """
+        known = max(begin, snapshot.first_page)
+        pages = snapshot.pages[known - snapshot.first_page : end - snapshot.first_page]
+        first = np.searchsorted(self._sorted_pages, pages, side="left")
         count = np.searchsorted(self._sorted_pages, pages, side="right") - first
-        index = np.repeat(np.arange(len(pages)), count)  # of the page in the segment, for each row that has it
+        index = np.repeat(np.arange(len(pages)), count)  # of the page among these, for each row that has it
         nth = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
         at = self._by_page[first[index] + nth]
         self._all[at, 0] = new_id
-        self._all[at, 1] = index
-        self._all[at, 2] = len(pages)
+        self._all[at, 1] = index + known - begin
+        self._all[at, 2] = end - begin
 
     def replace(self, segment_id: int, pieces: list[tuple[int, int, int]]) -> None:
         """Segment `segment_id` falls apart into pieces (index begin, index end, new id); the rest is unclustered."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from sglang_clusterkv.kernels.attend import reference
 from sglang_clusterkv.kernels.cpu_math import (
@@ -20,6 +19,7 @@ from sglang_clusterkv.kernels.cpu_math import (
     bits,
     dot_group,
     fast_exp,
+    njit,
     prefetch_row,
 )
 from sglang_clusterkv.kernels.row_cpu import load_row

@@ -13,20 +13,26 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
 
 
-def prepare(index: ClusterIndex, group: int, step: SparseStep) -> None:
+def prepare(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseStep) -> None:
     """Take the memory that `sparse_decode` will need for a step, so that whoever runs short of it does so before any layer.
 
     Args:
         index: the cluster index.
         group: query heads per kv head.
+        dtype: of the KV pool.
         step: the lists of the step.
 
-    Raises torch.OutOfMemoryError; the same index may then prepare a smaller step.
+    Raises torch.OutOfMemoryError or MemoryError; the same index may then prepare a smaller step.
     """
-    if torch.device(index.device).type == "cuda":
+    device = torch.device(index.device).type
+    if device == "cuda":
         from sglang_clusterkv.kernels.decode import triton
 
         triton.decoder_of(index, group).prepare(step)
+    elif device == "cpu":
+        from sglang_clusterkv.kernels.decode import cpu
+
+        cpu.prepare(index, group, dtype, step)
 
 
 def sparse_decode(

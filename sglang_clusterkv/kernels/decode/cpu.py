@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
 
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)  # of pools that the kernels read; others go by the reference
+
+
 class LayerArrays:
     """One layer of the index as numpy views."""
 
@@ -45,12 +48,13 @@ class LayerArrays:
 
 @dataclass
 class Buffers:
-    """What the operations of one layer hand to each other; B, H, G, D as in the references."""
+    """What the operations of one layer hand to each other; B, H, G, D as in the references. C clusters, W tokens that are
+    always attended, K candidates and R recalled tokens: what the step has, rounded up, whatever the configuration allows."""
 
     size: np.ndarray  # int32 [B, H, C]
     begin: np.ndarray  # int32 [B, H, C]
     taken: np.ndarray  # int32 [B, H, C]: members that are candidates, then tokens recalled
-    mass: np.ndarray  # float32 [B, H, C]
+    log_mass: np.ndarray  # float32 [B, H, C]
     dot: np.ndarray  # float32 [B, H, G, C]
     weight: np.ndarray  # float32 [B, H, G, C]
     base_logit: np.ndarray  # float32 [B, H, G, W]
@@ -60,15 +64,16 @@ class Buffers:
     value: np.ndarray  # float32 [B, H, K]
     place: np.ndarray  # int32 [B, H, K]
     of_cluster: np.ndarray  # int32 [B, H, K]
-    recalled: np.ndarray  # int64 [B, H, budget]
+    recalled: np.ndarray  # int64 [B, H, R]
     recalled_count: np.ndarray  # int32 [B, H]
-    lse: np.ndarray  # float32 [B, H, G]
+    lse: np.ndarray  # float32 [B, H, G]: of what was read, then of all tokens
+    exact_lse: np.ndarray  # float32 [B, H, G]: of what was read
     estimate: np.ndarray  # float32 [B, H, G, D]
     estimate_lse: np.ndarray  # float32 [B, H, G]
 
 
 def make_buffers(
-    batch: int, heads: int, group: int, channels: int, clusters: int, base: int, candidates: int, budget: int
+    batch: int, heads: int, group: int, channels: int, clusters: int, base: int, candidates: int, recalled: int
 ) -> Buffers:
     """Allocate the buffers of a step."""
     by_head, by_query = (batch, heads), (batch, heads, group)
@@ -83,7 +88,7 @@ def make_buffers(
         size=ints(*by_head, clusters),
         begin=ints(*by_head, clusters),
         taken=ints(*by_head, clusters),
-        mass=floats(*by_head, clusters),
+        log_mass=floats(*by_head, clusters),
         dot=floats(*by_query, clusters),
         weight=floats(*by_query, clusters),
         base_logit=floats(*by_query, base),
@@ -93,12 +98,18 @@ def make_buffers(
         value=floats(*by_head, candidates),
         place=ints(*by_head, candidates),
         of_cluster=ints(*by_head, candidates),
-        recalled=np.empty((*by_head, budget), np.int64),
+        recalled=np.empty((*by_head, recalled), np.int64),
         recalled_count=ints(*by_head),
         lse=floats(*by_query),
+        exact_lse=floats(*by_query),
         estimate=floats(*by_query, channels),
         estimate_lse=floats(*by_query),
     )
+
+
+def _room(needed: int) -> int:
+    """Entries of a buffer's row: rounded up, so that it is outgrown rarely."""
+    return -(-needed // 256) * 256
 
 
 class CpuDecoder:
@@ -129,13 +140,13 @@ class CpuDecoder:
         """Take a step's lists and make the buffers fit; once per step."""
         if step is self._step:
             return
-        self._step = step
-        per_page = self.index.clusters_per_page
-        clusters = -(-step.pages.shape[1] * per_page // 256) * 256
-        base = -(-step.base_slots.shape[1] // 256) * 256
-        shape = (step.batch, heads, group, channels, clusters, base)
+        self._step = None  # nothing is prepared, should memory run out now
+        clusters = _room(step.pages.shape[1] * self.index.clusters_per_page)
+        tokens = _room(step.recallable_tokens)
+        candidates, recalled = min(self.limit, tokens), min(self.config.budget_tokens, tokens)
+        shape = (step.batch, heads, group, channels, clusters, _room(step.base_slots.shape[1]), candidates, recalled)
         if shape != self._shape:
-            self.buffers = make_buffers(*shape, self.limit, self.config.budget_tokens)
+            self.buffers = make_buffers(*shape)
             self._shape = shape
         self.pages = step.pages.numpy()
         self.page_count = step.page_count.numpy()
@@ -143,6 +154,7 @@ class CpuDecoder:
         self.segment_count = step.segment_count.numpy()
         self.base_slots = step.base_slots.numpy()
         self.base_count = step.base_count.numpy()
+        self._step = step
 
     def score(self, q: np.ndarray, keys: np.ndarray, layer: int, scale: float) -> None:
         """Clusters' masses and totals, always-attended tokens' logits."""
@@ -152,13 +164,15 @@ class CpuDecoder:
             self.segment_count, self.page_count, self.base_slots, self.base_count, np.float32(scale),
             np.float32(self.config.choice_spread), np.float32(self.config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page,
-            u.size, u.begin, u.dot, u.weight, u.mass, u.base_logit, u.peak, u.total,
+            u.size, u.begin, u.dot, u.weight, u.log_mass, u.base_logit, u.peak, u.total,
         )  # fmt: skip
 
     def select(self) -> None:
         """Members of each cluster that are candidates."""
         u = self.buffers
-        select_kernel(u.mass, u.size, self.page_count, self.index.clusters_per_page, self.limit, u.taken, u.candidates)
+        select_kernel(
+            u.log_mass, u.size, self.page_count, self.index.clusters_per_page, self.limit, u.taken, u.candidates
+        )
 
     def refine(self, rotated: np.ndarray, layer: int, scale: float) -> None:
         """Candidates' scores from their codes."""
@@ -204,13 +218,17 @@ class CpuDecoder:
         )  # fmt: skip
 
     def note_mass(self, layer: int) -> None:
-        """How much of the mass was read exactly; before the merge, which overwrites `lse`."""
-        u, estimated = self.buffers, self.config.estimate
-        mass_kernel(self.layers[layer].mass, u.lse, u.estimate_lse if estimated else u.total, not estimated)
+        """How much of the mass was read exactly; counted last, once nothing can fail any more."""
+        u, mass = self.buffers, self.layers[layer].mass
+        if self.config.estimate:
+            mass_kernel(mass, u.exact_lse, u.estimate_lse, False)
+        else:
+            mass_kernel(mass, u.lse, u.total, True)
 
     def merge(self, output: np.ndarray) -> None:
         """Both parts into `output`."""
         u = self.buffers
+        u.exact_lse[...] = u.lse
         merge_kernel(output, u.lse, u.estimate, u.estimate_lse)
 
 
@@ -220,6 +238,13 @@ def decoder_of(index: ClusterIndex, group: int, is_bf16: bool) -> CpuDecoder:
     if key not in index.scratch:
         index.scratch[key] = CpuDecoder(index, group, is_bf16)
     return index.scratch[key]
+
+
+def prepare(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseStep) -> None:
+    """See `kernels.decode.prepare`."""
+    if dtype in KERNEL_DTYPES:
+        geometry = index.geometry
+        decoder_of(index, group, dtype is torch.bfloat16).prepare(step, geometry.kv_heads, group, geometry.head_dim)
 
 
 def sparse_decode(
@@ -232,7 +257,7 @@ def sparse_decode(
     scale: float,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
-    if keys.dtype not in (torch.bfloat16, torch.float32):
+    if keys.dtype not in KERNEL_DTYPES:
         return reference.sparse_decode(q, keys, values, index, layer, step, scale)
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
@@ -250,7 +275,7 @@ def sparse_decode(
     decoder.attend(q_rows, key_rows, bits(values), scale, out)
     if index.config.estimate:
         decoder.estimate(layer)
-    decoder.note_mass(layer)
-    if index.config.estimate:
         decoder.merge(out)
-    return output.flatten(1, 2).to(q.dtype)
+    result = output.flatten(1, 2).to(q.dtype)
+    decoder.note_mass(layer)
+    return result

@@ -42,5 +42,6 @@ def sparse_decode(
         whole = merge(exact, estimate(scores, recalled.left, index, layer, step))
     else:
         whole = Partial(exact.output, scores.total)
+    output = whole.output.flatten(1, 2).to(q.dtype)
     note_mass(index.mass[layer], exact.lse, whole.lse)
-    return whole.output.flatten(1, 2).to(q.dtype)
+    return output

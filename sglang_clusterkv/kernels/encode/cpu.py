@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import FAST
+from sglang_clusterkv.kernels.cpu_math import FAST, njit
 from sglang_clusterkv.kernels.encode.reference import Variance
 from sglang_clusterkv.memory.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL, SLICES, TokenCodec
 from sglang_clusterkv.memory.rotation import rotation_matrix

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from sglang_clusterkv.kernels.cpu_math import FAST, ROWS_AT_ONCE, add_rows, bits_of_float, float_of_bf16
+from sglang_clusterkv.kernels.cpu_math import FAST, ROWS_AT_ONCE, add_rows, bits_of_float, float_of_bf16, njit
 from sglang_clusterkv.kernels.row_cpu import decode_row
 from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
+from sglang_clusterkv.memory.masses import NO_MASS
 
 
 @functools.cache
@@ -22,6 +22,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
     [B, H, G, D] and lse [B, H, G], as `merge.reference.Partial`; -inf where nothing is left.
     """
     quarter = channels // 4
+    least = np.float32(NO_MASS)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
@@ -43,7 +44,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
             clusters = page_count[b] * per_page
             for h in range(size.shape[1]):
                 for g in range(group):
-                    share[g] = np.exp(peak[b, h, g] - total[b, h, g])
+                    share[g] = np.exp(peak[b, h, g] - total[b, h, g]) / np.float32(group)
                     sums[g] = 0.0
                     for c in range(clusters):
                         count = np.float32(size[b, h, c])
@@ -59,7 +60,7 @@ def estimate_kernel(channels: int, group: int, row_format: int, per_scale: int) 
                         mass = np.float32(0.0)
                         for g in range(group):
                             mass += left[g, c] * share[g]
-                        keys[c] = bits_of_float(mass)
+                        keys[c] = bits_of_float(np.float32(0.0) if mass < least else mass)
                     border, room = threshold(keys, ones, clusters, own_limit, bins)
                 else:
                     keys[:clusters] = 1

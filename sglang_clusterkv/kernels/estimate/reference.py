@@ -9,6 +9,7 @@ import torch
 from sglang_clusterkv.kernels.merge.reference import Partial
 from sglang_clusterkv.kernels.score.reference import Scores, segment_vectors
 from sglang_clusterkv.memory.codec import rows_at
+from sglang_clusterkv.memory.masses import NO_MASS
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
@@ -35,6 +36,7 @@ def estimate(scores: Scores, left: torch.Tensor, index: ClusterIndex, layer: int
     weights = (logits - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()
 
     mass = scores.estimate_mass * left
+    mass = mass.masked_fill(mass < NO_MASS, 0.0)
     own = min(index.config.estimate_clusters, mass.shape[-1])
     best = mass.argsort(dim=-1, descending=True, stable=True)[..., :own]  # [B, H, own]
     rows = index.cluster_rows(step.pages).flatten(1)

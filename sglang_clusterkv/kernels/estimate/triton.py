@@ -19,6 +19,7 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.grids import LEAST_OWN
+from sglang_clusterkv.kernels.score.triton import CAP
 from sglang_clusterkv.kernels.triton_rows import (
     BF16,
     INT4,
@@ -31,6 +32,7 @@ from sglang_clusterkv.kernels.triton_rows import (
 )
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise, raise_peak
 from sglang_clusterkv.memory.codec import RowCodec
+from sglang_clusterkv.memory.masses import NO_MASS
 
 if TYPE_CHECKING:
     from sglang_clusterkv.kernels.grids import EstimateParts
@@ -43,6 +45,7 @@ LEAST_HELD = 256  # fewer make no program faster, and every size is a compilatio
 REST_CLUSTERS, REST_SEGMENTS = 128, 16  # per tile of the others
 STAGES = 2  # a third one spills registers
 NO_PLACE = tl.constexpr(2**31 - 1)
+LEAST_MASS = tl.constexpr(NO_MASS)
 
 
 @triton.jit
@@ -52,6 +55,7 @@ def masses_of(mass, left, c, listed):
     masses = tl.load(mass + c, mask=listed & (tokens > 0), other=0.0) * tokens.to(tl.float32)
     # A GPU's NaN has all bits set, and the list is made by bits: a border could not lie above it.
     masses = tl.where(masses == masses, masses, float("inf"))
+    masses = tl.where(masses < LEAST_MASS, 0.0, masses)
     return tl.where(listed, masses.to(tl.int32, bitcast=True), -1)
 
 
@@ -123,11 +127,12 @@ def left_logits(
 ):  # fmt: skip
     """Estimate logits in base 2 [G, N] of clusters c [N] of which `tokens` are left; -inf where not live."""
     g = tl.arange(0, GROUP_PAD)
-    wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32) * estimate_spread
+    wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32)
     real = (g < GROUP)[:, None] & live[None, :]
     logits = tl.load(dot + g[:, None] * clusters_stride + c[None, :], mask=real, other=0.0)
     bonus = tl.load(segment_bonus + g[:, None] * segments_stride + segment[None, :], mask=real, other=0.0)
-    logits = (logits + wide[None, :] * bonus) * LOG2_E + tl.log2(tl.maximum(tokens, 1).to(tl.float32))[None, :]
+    bonus = estimate_spread * tl.minimum(wide[None, :] * bonus, CAP)
+    logits = (logits + bonus) * LOG2_E + tl.log2(tl.maximum(tokens, 1).to(tl.float32))[None, :]
     return tl.where(live[None, :], logits, float("-inf"))
 
 

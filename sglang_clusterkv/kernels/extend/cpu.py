@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
 from sglang_clusterkv.kernels.cpu_math import (
     FAST,
@@ -24,6 +23,7 @@ from sglang_clusterkv.kernels.cpu_math import (
     bits,
     dot_group,
     fast_exp,
+    njit,
     prefetch_row,
 )
 from sglang_clusterkv.kernels.extend import reference
@@ -118,13 +118,10 @@ def extend(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
-    causal: bool = True,
 ) -> torch.Tensor:
     """See `reference.extend`."""
-    if sliding_window >= 0 or logit_cap > 0 or not causal:
-        return reference.extend(
-            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, causal=causal
-        )
+    if sliding_window >= 0 or logit_cap > 0:
+        return reference.extend(q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap)
     new, heads, channels = q.shape
     kv_heads = keys.shape[1]
     prefix = slots.numel() - new

@@ -16,7 +16,6 @@ def extend(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
-    causal: bool = True,
 ) -> torch.Tensor:
     """One request's new tokens, whose keys and values are already in the pool.
 
@@ -28,7 +27,6 @@ def extend(
         scale: of the logits.
         sliding_window: tokens before its own that a query sees; negative: all.
         logit_cap: logits become cap * tanh(logit / cap); 0: unchanged.
-        causal: false lets every query see every token.
 
     Returns:
         [new, heads, D] in q's dtype.
@@ -44,8 +42,7 @@ def extend(
         if logit_cap > 0:
             logits = logit_cap * torch.tanh(logits / logit_cap)
         at = (total - new + first + torch.arange(block.shape[2], device=q.device)).unsqueeze(1)
-        if causal:
-            logits = logits.masked_fill(token > at, -torch.inf)
+        logits = logits.masked_fill(token > at, -torch.inf)
         if sliding_window >= 0:
             logits = logits.masked_fill(token < at - sliding_window, -torch.inf)
         blocks.append(torch.einsum("hgqt,htd->hgqd", logits.softmax(-1), rows[1]))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 
+from sglang_clusterkv.kernels.cpu_math import njit
 from sglang_clusterkv.kernels.kmeans.reference import start_positions
 
 
-@numba.njit(cache=True, fastmath=False)
+@njit(cache=True, fastmath=False)
 def _argmax_rows(scores: np.ndarray, labels: np.ndarray) -> None:
     """Index of the first largest value of each row of scores [M, C] into labels [M]."""
     rows, columns = scores.shape
@@ -24,7 +24,7 @@ def _argmax_rows(scores: np.ndarray, labels: np.ndarray) -> None:
                 break
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _sum_rows(rows: np.ndarray, labels: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
     """Add rows [M, D] to sums [C, D] by label, in order of position; count the members."""
     sums[:] = 0.0
@@ -36,7 +36,7 @@ def _sum_rows(rows: np.ndarray, labels: np.ndarray, sums: np.ndarray, counts: np
             sums[cluster, d] += rows[i, d]
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _update_means(sums: np.ndarray, counts: np.ndarray, centroids: np.ndarray) -> None:
     """centroids [C, D] = sums / counts where a cluster has members."""
     for c in range(sums.shape[0]):
@@ -46,7 +46,7 @@ def _update_means(sums: np.ndarray, counts: np.ndarray, centroids: np.ndarray) -
                 centroids[c, d] = sums[c, d] * inverse
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _costs_to_leave(scores: np.ndarray, centroids: np.ndarray, sizes: np.ndarray, costs: np.ndarray) -> None:
     """`reference.costs_to_leave` into costs [C], from the clusters' assignment scores [C, C] to each other."""
     for a in range(sizes.shape[0]):
@@ -61,7 +61,7 @@ def _costs_to_leave(scores: np.ndarray, centroids: np.ndarray, sizes: np.ndarray
         costs[a] = np.inf if np.isnan(cost) else cost
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _give_to_outliers(
     keys: np.ndarray, labels: np.ndarray, scores: np.ndarray, costs: np.ndarray, centroids: np.ndarray, outliers: int
 ) -> None:

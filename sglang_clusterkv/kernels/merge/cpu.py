@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from sglang_clusterkv.kernels.cpu_math import njit
 
 
 @njit(cache=True, nogil=True)
@@ -24,7 +25,7 @@ def merge_kernel(output: Any, lse: Any, other: Any, other_lse: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def mass_kernel(mass: Any, lse: Any, other_lse: Any, other_is_whole: bool) -> None:
-    """As `merge.reference.note_mass`, before the merge. `other_lse` is the estimate's, or the whole's if `other_is_whole`."""
+    """As `merge.reference.note_mass`. `other_lse` is the estimate's, or the whole's if `other_is_whole`."""
     total = 0.0
     for b in range(lse.shape[0]):
         for h in range(lse.shape[1]):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from sglang_clusterkv.kernels.cpu_math import (
     FAST,
@@ -18,11 +17,13 @@ from sglang_clusterkv.kernels.cpu_math import (
     dot_group,
     fast_exp,
     float_of_bf16,
+    njit,
     prefetch_row,
     unpack_codes,
 )
 from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
 from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL
+from sglang_clusterkv.memory.masses import NO_MASS
 
 _INNER, _OUTER = np.float32(INNER_LEVEL), np.float32(OUTER_LEVEL)
 
@@ -32,12 +33,12 @@ def value_kernel(channels: int, group: int, code_bits: int) -> Callable[..., Non
     """Compile the candidates' scores for one head_dim, group size and code width.
 
     Outputs, for the k-th candidate of (b, h), candidates in order of cluster: value [B, H, K] (mean over the group of
-    exp(logit - total)), place [B, H, K] (position in the request's list of recallable tokens), of_cluster [B, H, K].
-    `codes` is uint16 [S, H, D/8] for two bits, uint8 for one.
+    exp(logit - total), 0 below `NO_MASS`), place [B, H, K] (position in the request's list of recallable tokens),
+    of_cluster [B, H, K]. `codes` is uint16 [S, H, D/8] for two bits, uint8 for one.
     """
     eighth = channels // 8
     code_bytes = channels * code_bits // 8
-    mean = np.float32(1.0 / group)
+    mean, least = np.float32(1.0 / group), np.float32(NO_MASS)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
@@ -85,6 +86,8 @@ def value_kernel(channels: int, group: int, code_bits: int) -> Callable[..., Non
                 for g in range(group):
                     for k in range(count):
                         value[b, h, k] += mean * fast_exp(logits[g, k])
+                for k in range(count):
+                    value[b, h, k] = np.float32(0.0) if value[b, h, k] < least else value[b, h, k]
 
     return kernel
 

@@ -8,6 +8,7 @@ import torch
 
 from sglang_clusterkv.kernels.score.reference import Scores
 from sglang_clusterkv.kernels.select.reference import Candidates
+from sglang_clusterkv.memory.masses import NO_MASS
 from sglang_clusterkv.memory.rotation import rotation_matrix
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def candidate_scores(
     layer: int,
     scale: float,
 ) -> torch.Tensor:
-    """Mean over the group of exp(logit - total), float32 [B, H, K]; -1 beyond `count`.
+    """Mean over the group of exp(logit - total), 0 below `NO_MASS`; float32 [B, H, K], -1 beyond `count`.
 
     Args:
         q: float32 [B, H, G, D].
@@ -49,6 +50,7 @@ def candidate_scores(
     of_cluster = candidates.cluster.unsqueeze(2).expand(-1, -1, q.shape[2], -1)
     logits = scores.dot.gather(-1, of_cluster) + scale * torch.einsum("bhgd,bhkd->bhgk", rotated, residual)
     value = (logits - scores.total.unsqueeze(-1)).exp().mean(2)
+    value = value.masked_fill(value < NO_MASS, 0.0)
     listed = torch.arange(value.shape[-1], device=q.device) < candidates.count.unsqueeze(-1)
     return torch.where(listed, value, -1.0)
 

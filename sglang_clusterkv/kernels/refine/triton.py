@@ -16,6 +16,7 @@ from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.triton_rows import code_levels, layer_arrays, padded_group, padded_slice
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
 from sglang_clusterkv.kernels.workspace import Workspace
+from sglang_clusterkv.memory.masses import NO_MASS
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 TILE = 64  # candidates per program of the values
 LEAST_BLOCK = 64  # candidates
+LEAST_MASS = tl.constexpr(NO_MASS)
 
 
 @triton.jit
@@ -88,7 +90,8 @@ def value_kernel(
         whole = tl.load(total + pair * GROUP + g, mask=real_head, other=0.0)
         logit = of_cluster + (scale * code_scale)[None, :] * dots
         share = tl.where(real_head[:, None], tl.exp(logit - whole[:, None]), 0.0)
-        tl.store(value + pair * candidates_stride + k, tl.sum(share, 0) * (1.0 / GROUP), mask=live)
+        mean = tl.sum(share, 0) * (1.0 / GROUP)
+        tl.store(value + pair * candidates_stride + k, tl.where(mean < LEAST_MASS, 0.0, mean), mask=live)
         at = _position(
             members, pages, segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
             entry, head, live, HEADS, PAGE,

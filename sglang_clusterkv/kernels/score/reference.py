@@ -1,12 +1,14 @@
-"""Score: estimated attention mass of every recallable cluster (docs/design.md "Exactly": choice, total, mass per token)."""
+"""Score: estimated attention mass of every recallable cluster (docs/design.md "Exactly": choice, total, mass)."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from sglang_clusterkv.memory.codec import rows_at
+from sglang_clusterkv.memory.masses import SPREAD_CAP
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
@@ -19,9 +21,12 @@ class Scores(NamedTuple):
     size: torch.Tensor  # int64 [B, H, C], 0 for padding and empty clusters
     begin: torch.Tensor  # int64 [B, H, C], in the request's list of recallable tokens
     dot: torch.Tensor  # [B, H, G, C], scale q.centroid
-    estimate_bonus: torch.Tensor  # [B, H, G, C], estimate_spread g
-    mass: torch.Tensor  # [B, H, C], mass per token by the choice, mean over the group; 0 where size is 0
-    estimate_mass: torch.Tensor  # [B, H, C], likewise by the estimate
+    bonus: torch.Tensor  # [B, H, G, C], g
+    estimate_bonus: torch.Tensor  # [B, H, G, C], of the estimate's logits: estimate_spread min(g, cap)
+    log_mass: (
+        torch.Tensor
+    )  # [B, H, C], log of the mass per token by the choice, mean over the group; -inf where size is 0
+    estimate_mass: torch.Tensor  # [B, H, C], by the estimate likewise, not its log; 0 where size is 0
     total: torch.Tensor  # [B, H, G], log-sum-exp of estimates and always-attended tokens
 
 
@@ -109,8 +114,10 @@ def score(
     base = exact_logits(q, keys, step.base_slots, step.base_count, scale).logsumexp(-1)
     choice = dot + config.choice_spread * bonus  # of one token: times the size and by the size again would break ties
     normaliser = torch.logaddexp((log_size + choice).logsumexp(-1), base)
-    mass = (choice - normaliser.unsqueeze(-1)).exp().mean(2).masked_fill(size == 0, 0.0)
-    estimate_bonus = config.estimate_spread * bonus
+    # Its log: where heads are sharp, most masses are too small for a float, and the best of them are candidates still.
+    log_mass = (choice - normaliser.unsqueeze(-1)).logsumexp(2) - math.log(q.shape[2])
+    log_mass = log_mass.masked_fill(size == 0, -torch.inf)
+    estimate_bonus = config.estimate_spread * bonus.clamp(max=SPREAD_CAP)
     total = torch.logaddexp((log_size + dot + estimate_bonus).logsumexp(-1), base)
     estimate_mass = (dot + estimate_bonus - total.unsqueeze(-1)).exp().mean(2).masked_fill(size == 0, 0.0)
-    return Scores(size, begin, dot, estimate_bonus, mass, estimate_mass, total)
+    return Scores(size, begin, dot, bonus, estimate_bonus, log_mass, estimate_mass, total)

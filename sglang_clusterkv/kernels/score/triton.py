@@ -30,11 +30,14 @@ from sglang_clusterkv.kernels.triton_rows import (
 )
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.memory.codec import RowCodec
+from sglang_clusterkv.memory.masses import SPREAD_CAP
 from sglang_clusterkv.memory.rotation import rotation_matrix
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
+
+CAP = tl.constexpr(SPREAD_CAP)
 
 
 @triton.jit
@@ -131,7 +134,9 @@ def _score_clusters(
     bonus = bonus * wide.to(tl.float32)[None, :]
     counted = log_size[None, :] + logit
     tl.store(choice_lse + g * lse_stride, log_sum_exp(counted + choice_spread * bonus), mask=real_head)
-    tl.store(estimate_lse + g * lse_stride, log_sum_exp(counted + estimate_spread * bonus), mask=real_head)
+    tl.store(
+        estimate_lse + g * lse_stride, log_sum_exp(counted + estimate_spread * tl.minimum(bonus, CAP)), mask=real_head
+    )
     tl.store(dot + g[:, None] * clusters_stride + c[None, :], logit, mask=real_head[:, None] & live[None, :])
     tl.store(spread_out + c, wide, mask=live)
     tl.store(left + c, size, mask=live)

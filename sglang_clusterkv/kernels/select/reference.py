@@ -27,7 +27,7 @@ def select(scores: Scores, index: ClusterIndex, layer: int, step: SparseStep, li
     """Take clusters by mass per token (ties: the lower place) while fewer than `limit` tokens are taken; the last one
     is cut to its first members so that at most `limit` remain."""
     page_size = index.geometry.page_size
-    order = scores.mass.argsort(dim=-1, descending=True, stable=True)
+    order = scores.log_mass.argsort(dim=-1, descending=True, stable=True)
     sizes = scores.size.gather(-1, order)
     room = (limit - (sizes.cumsum(-1) - sizes)).clamp(min=0)
     taken = torch.zeros_like(sizes).scatter_(-1, order, torch.minimum(sizes, room))

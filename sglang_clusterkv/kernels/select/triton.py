@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.score.triton import base_tiles, log_sum_exp
-from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
+from sglang_clusterkv.kernels.score.triton import CAP, base_tiles, log_sum_exp
+from sglang_clusterkv.kernels.triton_threshold import bracket, order_of_log
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 
 if TYPE_CHECKING:
@@ -32,11 +32,14 @@ def _later(a, b):
 
 @triton.jit
 def _masses(
-    segment_of_page, segment_bonus, dot, spread, left, mass, estimate_mass, normaliser, whole, clusters, clusters_stride,
+    segment_of_page, segment_bonus, dot, spread, left, log_mass, estimate_mass, normaliser, whole, clusters, clusters_stride,
     segments_stride, choice_spread, estimate_spread,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write both masses of one (request, kv head), whose pointers are given. normaliser, whole: [GROUP_PAD]."""
+    """Write both masses of one (request, kv head), whose pointers are given. normaliser, whole: [GROUP_PAD].
+
+    The choice's is a log: exp(peak) times `share`, which is relative to the largest query head so far.
+    """
     g = tl.arange(0, GROUP_PAD)
     for first in range(0, clusters, BLOCK):
         c = first + tl.arange(0, BLOCK)
@@ -44,27 +47,32 @@ def _masses(
         size = tl.load(left + c, mask=live, other=0)
         wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32)
         segment = tl.load(segment_of_page + c // PER_PAGE, mask=live, other=0).to(tl.int32)
+        peak = tl.full((BLOCK,), float("-inf"), tl.float32)
         share = tl.zeros((BLOCK,), tl.float32)
         estimated = tl.zeros((BLOCK,), tl.float32)
         for query in range(GROUP):
             bonus = tl.load(segment_bonus + query * segments_stride + segment, mask=live, other=0.0) * wide
             logit = tl.load(dot + query * clusters_stride + c, mask=live, other=0.0)
-            share += tl.exp(logit + choice_spread * bonus - tl.sum(tl.where(g == query, normaliser, 0.0), 0))
-            estimated += tl.exp(logit + estimate_spread * bonus - tl.sum(tl.where(g == query, whole, 0.0), 0))
-        tl.store(mass + c, tl.where(size > 0, share * (1.0 / GROUP), 0.0), mask=live)
+            chance = logit + choice_spread * bonus - tl.sum(tl.where(g == query, normaliser, 0.0), 0)
+            less = tl.exp(-tl.abs(chance - peak))
+            share = tl.where(chance > peak, share * less + 1.0, share + less)
+            peak = tl.maximum(peak, chance)
+            bonus = estimate_spread * tl.minimum(bonus, CAP)
+            estimated += tl.exp(logit + bonus - tl.sum(tl.where(g == query, whole, 0.0), 0))
+        tl.store(log_mass + c, tl.where(size > 0, peak + tl.log(share * (1.0 / GROUP)), float("-inf")), mask=live)
         tl.store(estimate_mass + c, tl.where(size > 0, estimated * (1.0 / GROUP), 0.0), mask=live)
 
 
 @triton.jit
-def _load_keys(mass, left, c, clusters):
+def _load_keys(log_mass, left, c, clusters):
     """(keys, sizes) of clusters `c`; keys are -1 where there is no cluster or an empty one."""
     size = tl.load(left + c, mask=c < clusters, other=0)
-    share = tl.load(mass + c, mask=c < clusters, other=0.0)
-    return tl.where(size > 0, order_of(share), -1), size
+    share = tl.load(log_mass + c, mask=c < clusters, other=0.0)
+    return tl.where(size > 0, order_of_log(share), -1), size
 
 
 @triton.jit
-def _list_firsts(mass, left, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK: tl.constexpr):
+def _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK: tl.constexpr):
     """Write each chosen cluster at the place of its first candidate; the number of candidates.
 
     With it goes what must be added to a place to get an entry: the members of earlier clusters that are none.
@@ -73,7 +81,7 @@ def _list_firsts(mass, left, candidates, clusters, low, high, tie_low, tie_high,
     passed = 0
     for first in range(0, clusters, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        keys, size = _load_keys(mass, left, c, clusters)
+        keys, size = _load_keys(log_mass, left, c, clusters)
         tied = (keys >= low) & (keys < high)
         order = _LAST - c
         cut = tl.where(tied & (order >= tie_low), tl.minimum(size, tie_room), 0)
@@ -90,7 +98,7 @@ def _list_firsts(mass, left, candidates, clusters, low, high, tie_low, tie_high,
 @triton.jit(do_not_specialize=["pages_stride", "lse_stride", "base_tiles"])
 def select_kernel(
     page_count, base_count, segment_of_page, segment_bonus, dot, spread, choice_lse, estimate_lse, left,
-    mass, estimate_mass, total, candidates, candidate_count,
+    log_mass, estimate_mass, total, candidates, candidate_count,
     pages_stride, clusters_stride, segments_stride, lse_stride, candidates_stride, base_tiles, limit, choice_spread,
     estimate_spread,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, HELD: tl.constexpr,
@@ -132,12 +140,12 @@ def select_kernel(
         whole = log_sum_exp(tl.join(whole, more))
     tl.store(total + queries + g, whole, mask=g < GROUP)
 
-    mass += pair * clusters_stride
+    log_mass += pair * clusters_stride
     left += pair * clusters_stride
     candidates += pair * candidates_stride
     _masses(
         segment_of_page + request * pages_stride, segment_bonus + queries * segments_stride,
-        dot + queries * clusters_stride, spread + pair * clusters_stride, left, mass,
+        dot + queries * clusters_stride, spread + pair * clusters_stride, left, log_mass,
         estimate_mass + pair * clusters_stride, normaliser, whole, clusters, clusters_stride, segments_stride,
         choice_spread, estimate_spread, GROUP, GROUP_PAD, PER_PAGE, BLOCK,
     )  # fmt: skip
@@ -146,11 +154,11 @@ def select_kernel(
     tl.debug_barrier()
 
     c = tl.arange(0, HELD)
-    keys, size = _load_keys(mass, left, c, clusters)
+    keys, size = _load_keys(log_mass, left, c, clusters)
     low, high, room = bracket(keys, size, limit)
     tied = (keys >= low) & (keys < high)
     tie_low, tie_high, tie_room = bracket(tl.where(tied, _LAST - c, -1), size, room)
-    count = _list_firsts(mass, left, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK)
+    count = _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK)
     tl.debug_barrier()
     firsts = tl.load(candidates + k, mask=k < count, other=0)
     tl.debug_barrier()
@@ -196,7 +204,7 @@ def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
     fixed = constants(w.shape.heads, w.shape.group, index.clusters_per_page, clusters, limit)
     select_kernel[(w.shape.heads, step.batch)](
         step.page_count, step.base_count, step.segment_of_page, w.segment_bonus, w.dot, w.spread, w.choice_lse,
-        w.estimate_lse, w.left, w.mass, w.estimate_mass, w.total, w.candidates, w.candidate_count,
+        w.estimate_lse, w.left, w.log_mass, w.estimate_mass, w.total, w.candidates, w.candidate_count,
         step.segment_of_page.stride(0), w.shape.clusters, w.shape.segments, w.shape.tiles, w.shape.candidates, tokens,
         limit, index.config.choice_spread, index.config.estimate_spread,
         **fixed, num_warps=warps(fixed["HELD"]),
@@ -205,7 +213,9 @@ def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
 
 _TYPES = {
     **dict.fromkeys(("page_count", "base_count", "segment_of_page", "candidates"), "*i64"),
-    **dict.fromkeys(("segment_bonus", "dot", "choice_lse", "estimate_lse", "mass", "estimate_mass", "total"), "*fp32"),
+    **dict.fromkeys(
+        ("segment_bonus", "dot", "choice_lse", "estimate_lse", "log_mass", "estimate_mass", "total"), "*fp32"
+    ),
     **{
         "spread": "*bf16",
         "left": "*i32",

@@ -67,7 +67,7 @@ def check(
         of_tokens, of_clusters = tile * SCORE_TOKENS < listed, (tile - tokens) * SCORE_CLUSTERS < own
         used = torch.where(tile < tokens, of_tokens, of_clusters)
         assert_close(w.estimate_lse[b][..., : tokens + tiles][..., used].logsumexp(-1), expected.total[b], dtype)
-        choice = expected.dot + index.config.choice_spread / index.config.estimate_spread * expected.estimate_bonus
+        choice = expected.dot + index.config.choice_spread * expected.bonus
         normaliser = torch.cat((expected.size.unsqueeze(2).float().log() + choice, base), -1).logsumexp(-1)
         assert_close(w.choice_lse[b][..., : tokens + tiles][..., used].logsumexp(-1), normaliser[b], dtype)
     if rotated:

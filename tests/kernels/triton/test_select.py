@@ -22,6 +22,7 @@ from sglang_clusterkv.kernels.triton_threshold import bracket
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, WorkspaceShape, make_workspace
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.masses import SPREAD_CAP
 from sglang_clusterkv.memory.step import SparseStep
 from tests.support.filled import Guarded
 
@@ -92,7 +93,9 @@ class Case:
         self.size, self.begin = size.to(device), (size.cumsum(-1) - size).to(device)
         self.dot = logits(shape, generator).to(device)
         self.spread = torch.rand(size.shape, generator=generator).bfloat16().to(device)
-        self.bonus = torch.rand(*shape[:3], max(map(len, segments)), generator=generator).to(device)
+        self.bonus = 6 * torch.rand(*shape[:3], max(map(len, segments)), generator=generator).to(
+            device
+        )  # some above the cap
         self.base = torch.randn(*shape[:3], self.step.base_slots.shape[1], generator=generator).to(device)
         self.fill(device)
 
@@ -113,11 +116,11 @@ class Case:
         )  # fmt: skip
         return SparseStep(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in step))
 
-    def _logits(self, weight: float) -> torch.Tensor:
-        """log n + dot + weight * bonus."""
+    def _logits(self, weight: float, cap: float = math.inf) -> torch.Tensor:
+        """log n + dot + weight * min(bonus, cap)."""
         segment = self.step.segment_of_page.repeat_interleave(PER_PAGE, 1)[:, None, None].expand_as(self.dot)
         bonus = self.spread.float().unsqueeze(2) * self.bonus.gather(-1, segment)
-        return self.size.float().log().unsqueeze(2) + self.dot + weight * bonus
+        return self.size.float().log().unsqueeze(2) + self.dot + weight * bonus.clamp(max=cap)
 
     def fill(self, device: str) -> None:
         """Put all of it into a new workspace, as score would."""
@@ -128,9 +131,8 @@ class Case:
         )  # fmt: skip
         self.guarded = Guarded(device)
         self.w = make_workspace(shape, device, self.guarded)
-        choice, estimate = (
-            self._logits(weight) for weight in (self.index.config.choice_spread, self.index.config.estimate_spread)
-        )
+        config = self.index.config
+        choice, estimate = self._logits(config.choice_spread), self._logits(config.estimate_spread, SPREAD_CAP)
         for b in range(batch):
             own, listed = int(self.step.page_count[b]) * PER_PAGE, int(self.step.base_count[b])
             segments = int(self.step.segment_count[b])
@@ -150,7 +152,8 @@ class Case:
         self.total = torch.cat((estimate, base), -1).logsumexp(-1)
         normaliser = torch.cat((choice, base), -1).logsumexp(-1)
         of_one = choice - self.size.float().log().unsqueeze(2)
-        self.mass = (of_one - normaliser.unsqueeze(-1)).exp().mean(2).masked_fill(self.size == 0, 0.0)
+        log_mass = (of_one - normaliser.unsqueeze(-1)).logsumexp(2) - math.log(of_one.shape[2])
+        self.log_mass = log_mass.masked_fill(self.size == 0, -torch.inf)
         of_one = estimate - self.size.float().log().unsqueeze(2)
         self.estimate_mass = (of_one - self.total.unsqueeze(-1)).exp().mean(2).masked_fill(self.size == 0, 0.0)
 
@@ -159,19 +162,19 @@ class Case:
         w, step = self.w, self.step
         select(self.index, step, limit, w)
         torch.testing.assert_close(w.total, self.total, rtol=1e-5, atol=1e-5)
-        mass, estimate_mass = torch.zeros_like(self.mass), torch.zeros_like(self.mass)
+        log_mass, estimate_mass = torch.full_like(self.log_mass, -torch.inf), torch.zeros_like(self.estimate_mass)
         for b in range(step.batch):
             own = int(step.page_count[b]) * PER_PAGE
-            mass[b, :, :own] = w.mass[b, :, :own]
+            log_mass[b, :, :own] = w.log_mass[b, :, :own]
             estimate_mass[b, :, :own] = w.estimate_mass[b, :, :own]
-        torch.testing.assert_close(mass, self.mass, rtol=1e-4, atol=1e-30)
+        torch.testing.assert_close(log_mass, self.log_mass, rtol=1e-6, atol=1e-4)
         torch.testing.assert_close(estimate_mass, self.estimate_mass, rtol=1e-4, atol=1e-30)
-        scores = Scores(self.size, self.begin, self.dot, self.dot, mass, estimate_mass, self.total)
+        scores = Scores(self.size, self.begin, self.dot, self.dot, self.dot, log_mass, estimate_mass, self.total)
         expected = reference_select(scores, self.index, 0, step, limit)
         assert torch.equal(w.candidate_count.long(), expected.count)
         for b in range(step.batch):
             place = {int(page): at for at, page in enumerate(step.pages[b, : int(step.page_count[b])])}
-            for h in range(mass.shape[1]):
+            for h in range(log_mass.shape[1]):
                 count = int(expected.count[b, h])
                 entries = [
                     place[slot // PAGE] * PAGE + slot % PAGE for slot in expected.entry_slot[b, h, :count].tolist()

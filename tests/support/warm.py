@@ -1,0 +1,34 @@
+"""Compiles numba's kernels for the models of the servers, on one core: two servers that start at once would each do it.
+
+python -m tests.support.warm
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_clusterkv.clusters.warmup import compile_kernels
+from sglang_clusterkv.config import ClusterKVConfig
+from tests.support.tiny_model import SHAPE
+
+TINY = (SHAPE["num_key_value_heads"], SHAPE["num_attention_heads"] // SHAPE["num_key_value_heads"], SHAPE["head_dim"])
+DEMO = (3, 3, 64)
+
+
+def main() -> None:
+    """Both models, in the servers' dtype."""
+    for kv_heads, group, head_dim in (DEMO, TINY):
+        compile_kernels(
+            ClusterKVConfig(),
+            "cpu",
+            page_size=16,
+            kv_heads=kv_heads,
+            group=group,
+            head_dim=head_dim,
+            dtype=torch.float32,
+            context_tokens=8192,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -116,7 +116,7 @@ test-unit: dev-env demo-model warm
 
 test-compiled: dev-env
 	@echo "Compiling the Triton kernels for three generations of GPUs: what each became, and whether it lost anything."
-	@echo "After a change of kernels, '$(PY) -m benchmarks.compiled --keep' and benchmarks/compiled.json save the next run minutes."
+	@echo "After a change of kernels, '$(PY) -m benchmarks.compiled --keep' writes benchmarks/compiled.json and saves the next run minutes."
 	$(PY) -m benchmarks.compiled
 
 test-servers: dev-env demo-model warm

@@ -3,7 +3,7 @@
     python -m benchmarks.compiled                           # all cases of sglang_clusterkv/kernels/
     python -m benchmarks.compiled --only score --target 90  # those whose name holds "score", for Hopper
     python -m benchmarks.compiled --target 89 --target 120  # Ada, and Blackwell of workstations: does all fit?
-    python -m benchmarks.compiled --keep                    # all cases anew, kept in benchmarks/compiled.json
+    python -m benchmarks.compiled --keep                    # all cases, and keeps them in benchmarks/compiled.json
 
 prints one line per case and target, and ends with 1 if a case lost a property that it states
 (`sglang_clusterkv/kernels/compile_case.py`). A compilation takes two seconds of a core, on as many cores as OMP_NUM_THREADS
@@ -143,11 +143,11 @@ def lines(
         only: part of the names of those wanted.
         targets: compute capabilities times 10.
         kept: file with what came out earlier; None: all is compiled.
-        keep: compile all, and write the file.
+        keep: write the file: what is known stays, the rest as it came out.
     """
     cases = collect(modules)
     todo = [(name, target) for name in cases if only in name for target in targets]
-    earlier = read_kept(kept) if kept and not keep else {}
+    earlier = read_kept(kept) if kept else {}
     hashes = {(name, target): hash_of(cases[name], target) for name, target in todo} if kept else {}
     known = [one for one in todo if one in earlier and earlier[one][0] == hashes[one]]
     again = set(random.sample(known, min(RECHECKED, len(known))))
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="may be repeated (default: the first three)",
     )
     parser.add_argument("--kept", type=Path, help=f"file with earlier results (default: {KEPT.name}, of all kernels)")
-    parser.add_argument("--keep", action="store_true", help="compile all anew and write that file")
+    parser.add_argument("--keep", action="store_true", help="write that file")
     options = parser.parse_args(arguments)
     if options.keep and not options.kept and (options.modules or options.only or options.target):
         parser.error(f"{KEPT.name} is of all kernels: name another file with --kept")

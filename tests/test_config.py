@@ -45,6 +45,7 @@ def test_the_defaults_are_those_of_the_design():
         "dense_below_tokens": 0,
         "recluster_every": 256,
         "merge_segments": True,
+        "reproducible": False,
     }
 
 

@@ -58,7 +58,7 @@ def a_page_is_handed_out_while_its_build_waits(world: World) -> None:
     world = World(lags=True)
     first = world.submit(TEXT[:300])
     world.extend(first)
-    world.decode(first, steps=416 - 300)
+    world.decode(first, steps=464 - 300)
     world.settle()
     world.decode(first)  # clusters aged tokens, when the forward's stream comes to it
     assert world.made and not world.settled
@@ -106,9 +106,9 @@ def test_handing_out_changes_nothing_before_the_next_forward() -> None:
     world = World()
     first = world.submit(TEXT[:300])
     world.extend(first)
-    world.decode(first, steps=417 - 300)
+    world.decode(first, steps=465 - 300)
     (made,) = world.made
-    assert (made.begin, made.end) == (224, 352), "this step clusters aged tokens"
+    assert (made.begin, made.end) == (272, 400), "this step clusters aged tokens"
     pages = world.pages(first, 304, 352)
     during = world.index.page_state.clone()
     world.retract(first)
@@ -128,7 +128,7 @@ def test_a_plan_for_a_row_that_ended_since_its_snapshot_is_dropped() -> None:
     world = World()
     first = world.submit(TEXT[:300])
     world.extend(first)
-    world.decode(first, steps=416 - 300)  # the last of them looked at the row: its tokens are old enough
+    world.decode(first, steps=464 - 300)  # the last of them looked at the row: its tokens are old enough
     world.retract(first)
     second = world.submit(stream(2, 300))
     world.extend(second)

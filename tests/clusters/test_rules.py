@@ -128,7 +128,7 @@ def test_a_plan_for_a_row_that_ended_since_its_snapshot_is_dropped() -> None:
     world = World()
     first = world.submit(TEXT[:300])
     world.extend(first)
-    world.decode(first, steps=416 - 300)  # the last of them looked at the row: its tokens are old enough
+    world.decode(first, steps=464 - 300)  # the last of them looked at the row: its tokens are old enough
     world.retract(first)
     second = world.submit(stream(2, 300))
     world.extend(second)

@@ -232,7 +232,7 @@ def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) ->
     assert sorted(sparse_at + dense_at) == batch, f"sparse {sparse_at}, dense {dense_at} of {len(batch)} requests"
     for i, place in enumerate(dense_at):
         request = requests[place]
-        assert int(step.dense.seq_lens[i]) == request.length
+        assert step.dense is not None and int(step.dense.seq_lens[i]) == request.length
         slots = world.scene.req_to_token[request.row, : request.length].long()
         assert torch.equal(step.dense.slots[i, : request.length], slots), f"{request.rid}'s dense list"
         if not world.is_dirty(request) and not world.may_fault and not step_may_be_dense(world):
@@ -274,6 +274,7 @@ def assert_counts(world: World) -> None:
 def assert_sparse_list(world: World, request: Request, step: DecodeStep, i: int) -> None:
     """The i-th sparse request: recallable pages are whole segments of its row, everything else is attended."""
     lists, length, config = step.sparse, request.length, world.config
+    assert lists is not None
     row_slots = world.scene.req_to_token[request.row, :length].long()
     listed = lists.pages[i, : int(lists.page_count[i])]
     position = {page: PAGE * j for j, page in enumerate(world.pages(request).tolist())}

@@ -131,7 +131,7 @@ class LaggingStream(ForwardStream):
     def __init__(self) -> None:
         super().__init__("cpu")
         self._waiting: list[Callable[[], None]] = []
-        self._done = 0
+        self.done = 0
 
     def run(self, work: Callable[..., None], *arguments: Any) -> None:
         """Queue work."""
@@ -139,12 +139,12 @@ class LaggingStream(ForwardStream):
 
     def event(self) -> _Reached:
         """Its synchronize() works off what waits now."""
-        return _Reached(self, self._done + len(self._waiting))
+        return _Reached(self, self.done + len(self._waiting))
 
     def drain(self, upto: int | None = None) -> None:
         """Work off what waits, or the first of it until `upto` pieces of work were done since the beginning."""
-        while self._waiting and (upto is None or self._done < upto):
-            self._done += 1
+        while self._waiting and (upto is None or self.done < upto):
+            self.done += 1
             self._waiting.pop(0)()
 
     @property
@@ -161,6 +161,9 @@ class _Reached(NamedTuple):
 
     def synchronize(self) -> None:
         self.stream.drain(self.upto)
+
+    def query(self) -> bool:
+        return self.stream.done >= self.upto
 
 
 class World:
@@ -246,6 +249,7 @@ class World:
 
     def decode(self, *requests: Request, steps: int = 1) -> DecodeStep:
         """Launch decode steps of a batch; equal texts go on equally. Returns the last one."""
+        step = None
         for _ in range(steps):
             self._stash()
             for request in requests:
@@ -256,13 +260,15 @@ class World:
                 self._allocate(request, request.length - 1, request.length)
             rows, lengths = np.array([r.row for r in requests]), np.array([r.length for r in requests])
             with self._lists_that_raise():
-                step = self._begin(lambda rows=rows, lengths=lengths: self.engine.begin_decode(rows, lengths))
+                step = self._begin(functools.partial(self.engine.begin_decode, rows, lengths))
+            assert step is not None
             rules.assert_lists(self, requests, step)
             self._layers(step)
             rules.assert_counts(self)
             for request in requests:
                 self._write_kv(request, request.length - 1)
             self._results([])
+        assert step is not None, "no step was asked for"
         return step
 
     @contextlib.contextmanager
@@ -306,7 +312,8 @@ class World:
         elif sparse:
             self._failures = 0
         self.counted.update(sparse=sparse, dense=len(step.rows) - sparse)
-        self.counted["available"] += PAGE * int(step.sparse.page_count.sum()) if sparse else 0
+        if sparse and step.sparse is not None:
+            self.counted["available"] += PAGE * int(step.sparse.page_count.sum())
 
     def finish(self, request: Request, *, in_flight: int = 1) -> None:
         """A request ends; the tree keeps its whole pages. The last `in_flight` tokens are of a launch that was in vain."""
@@ -478,7 +485,7 @@ class World:
         self._middle = [r for r in self._middle if r is not request]
         self._last = [r for r in self._last if r is not request]
 
-    def _begin(self, begin) -> DecodeStep | None:
+    def _begin(self, begin: Callable[[], DecodeStep | None]) -> DecodeStep | None:
         """The head of a forward."""
         self.launches += 1
         self.made, self.walked, self.splits = [], [], 0
@@ -566,7 +573,7 @@ class Contents:
         """The tables of one segment of these tokens, built alone in a pool of its own."""
         name = (len(path), path[-1])
         if name not in self._known:
-            scene = Scene(self._config, pages=len(path) // PAGE + 1, rows=1, context=PAGE, **self._sizes)
+            scene = Scene(self._config, pages=len(path) // PAGE + 1, rows=1, context=PAGE, stream=None, **self._sizes)
             slots = torch.arange(PAGE, PAGE + len(path))
             for buffers, rows in zip((scene.keys, scene.values), self.of(path), strict=True):
                 for buffer, layer_rows in zip(buffers, rows, strict=True):

@@ -17,7 +17,8 @@ import pytest
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.serving import active, compat, plugin
-from sglang_clusterkv.serving.compat import REFUSALS, ModelFacts, compatibility_markdown
+from sglang_clusterkv.serving.compat import REFUSALS, ModelFacts
+from sglang_clusterkv.serving.compat_page import compatibility_markdown
 
 SERVED = {
     "device": "cpu",
@@ -444,7 +445,9 @@ def test_the_server_exits_with_one_sentence_and_no_traceback(model_path):
 
 def test_the_documentation_is_of_this_table() -> None:
     written = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
-    assert written == compatibility_markdown(), "run python -m sglang_clusterkv.serving.compat > docs/compatibility.md"
+    assert written == compatibility_markdown(), (
+        "run python -m sglang_clusterkv.serving.compat_page > docs/compatibility.md"
+    )
 
 
 def test_the_documentation_names_every_reason_to_decode_densely() -> None:

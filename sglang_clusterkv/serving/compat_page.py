@@ -1,0 +1,110 @@
+"""docs/compatibility.md: what is served, how far SGLang's flags were tried beside it, and the table of what is refused.
+
+python -m sglang_clusterkv.serving.compat_page > docs/compatibility.md
+"""
+
+from typing import NamedTuple
+
+from sglang_clusterkv.serving.compat import BACKEND, REFUSALS
+
+
+class Beside(NamedTuple):
+    """A flag or a route of SGLang's that needs nothing of ours, and how far that was tried."""
+
+    what: str
+    status: str
+
+
+_RUN = "run on the CPU (tests/serving/test_flags.py)"
+_ANSWERED = "started on the CPU, a request answered"
+_READ = "read in SGLang's source, not run"
+
+BESIDE: tuple[Beside, ...] = (
+    Beside("sessions, `--enable-streaming-session`", _RUN),
+    Beside("`/pause_generation`, in place and by retraction", _RUN),
+    Beside("`/update_weights_from_disk`", _RUN),
+    Beside("weights from tensors, over a process group or IPC", _READ),
+    Beside("`--enable-priority-scheduling`", _RUN),
+    Beside(
+        "`--tokenizer-worker-num`",
+        f"{_RUN}; on a busy CPU with SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT above 10 (seconds), or a process is ended "
+        "before it has started",
+    ),
+    Beside("`--tool-call-parser`, `--reasoning-parser`, `--enable-cache-report`", _RUN),
+    Beside("`--enable-return-hidden-states`, `--enable-custom-logit-processor`", _RUN),
+    Beside("`/v1/completions`, `/v1/chat/completions`, `/v1/messages`, `/v1/score`", _RUN),
+    Beside("`--enable-session-radix-cache`, `--disable-radix-cache`, `--disable-overlap-schedule`", _ANSWERED),
+    Beside(
+        "`--skip-tokenizer-init`, `--enable-tokenizer-batch-encode`, `--dp-size 2`, `--enable-torch-compile`", _ANSWERED
+    ),
+    Beside("LoRA", f"refused on a CPU; on a GPU {_READ}. SGLang loads no adapter that brings tokens of its own"),
+    Beside(
+        "`--enable-memory-saver`",
+        f"refused on a CPU; on a GPU {_READ}: a released server keeps its clusters' memory, 13 to 15 % of the KV cache",
+    ),
+)
+
+
+def compatibility_markdown() -> str:
+    """The text of docs/compatibility.md, from the table."""
+    rows = "\n".join(f"| {row.name} | {row.sentence} |" for row in REFUSALS)
+    beside = "\n".join(f"| {row.what} | {row.status} |" for row in BESIDE)
+    return f"""# Compatibility
+
+<!-- Written by `python -m sglang_clusterkv.serving.compat_page > docs/compatibility.md`: change compat.py and
+compat_page.py, not this. -->
+
+## SGLang
+
+0.5.23, unmodified. `sglang-clusterkv check` compares every symbol that the plugin relies on with the installed SGLang; the
+server does the same at start and ends with one sentence where something differs. Python 3.11 or newer, Linux.
+
+## Served
+
+- Decoder-only models with multi-head or grouped-query attention over one KV pool (Llama, Qwen 2 and 3, Mistral, SmolLM, Phi,
+  ...), key and value heads of one size that is a multiple of 16, KV in bf16, fp16 or fp32. Run here: SmolLM2-135M,
+  Qwen2.5-Coder-1.5B and a random Llama, on the CPU.
+- The radix cache, chunked prefill, overlap scheduling, retraction, aborts, streaming, grammars (regex, JSON), `n` > 1,
+  tensor parallelism, data parallelism by whole replicas, `sgl.Engine`, SGLang frontend programs, `--enable-metrics`.
+- Not beam search: SGLang answers it with 400 at any page size but 1.
+- Page sizes from 2; 16 unless set. (Below 8 with a smaller `tokens_per_cluster`.)
+- CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton, clustering and decode on our Triton kernels, without CUDA
+  graphs. CUDA has not been run yet.
+
+## Flags and routes beside it
+
+| what | where it stands |
+|---|---|
+{beside}
+
+Not served, answered with 400: embeddings as input (`input_embeds`, `positional_embed_overrides`) and scores at chosen positions
+(`token_indices_to_pool`, `/v1/score` with `score_extraction_token_id`).
+
+## Served densely
+
+Exact, counted in `dense_steps` or `dense_layer_calls` (`/server_info`, `/metrics`) with the reason:
+
+| reason | which |
+|---|---|
+| `short` | requests shorter than `dense_below_tokens` |
+| `budget` | the budget covers all clustered tokens |
+| `dirty` | the row's pages have just been replaced by the radix tree's: a step or two |
+| `window` | sinks, gaps and window are too many beside what is clustered |
+| `fault` | our own code failed for the request: counted in `faults`, tried again later |
+| `sliding` | layers with a sliding window (Gemma 3) |
+| `logit_cap` | layers that cap their logits, where others do not |
+| `shared_kv` | layers that read another layer's KV |
+| `first_layers` | layers below `dense_layers` |
+
+## Refused
+
+The start ends with `--attention-backend {BACKEND} cannot serve this:` and the sentence.
+
+| what | sentence |
+|---|---|
+{rows}
+"""
+
+
+if __name__ == "__main__":
+    print(compatibility_markdown(), end="")

@@ -34,9 +34,9 @@ BESIDE: tuple[Beside, ...] = (
     Beside("`--enable-return-hidden-states`, `--enable-custom-logit-processor`", _RUN),
     Beside("`/v1/completions`, `/v1/chat/completions`, `/v1/messages`, `/v1/score`", _RUN),
     Beside("`--enable-session-radix-cache`, `--disable-radix-cache`, `--disable-overlap-schedule`", _ANSWERED),
-    Beside(
-        "`--skip-tokenizer-init`, `--enable-tokenizer-batch-encode`, `--dp-size 2`, `--enable-torch-compile`", _ANSWERED
-    ),
+    Beside("`--skip-tokenizer-init`, `--enable-tokenizer-batch-encode`, `--num-continuous-decode-steps`", _ANSWERED),
+    Beside("`--dp-size 2`, `--enable-torch-compile`, `--cpu-offload-gb`", _ANSWERED),
+    Beside("`--grpc-mode`", "its scheduler started on the CPU; no client of it was tried"),
     Beside("LoRA", f"refused on a CPU; on a GPU {_READ}. SGLang loads no adapter that brings tokens of its own"),
     Beside(
         "`--enable-memory-saver`",

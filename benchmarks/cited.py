@@ -350,7 +350,8 @@ class Arms:
         ]
 
 
-THREE_DOCUMENTS = "quality-model-20261128-211030"
+THREE_DOCUMENTS = "quality-model-20261129-132212"
+WITHOUT_CAP = "quality-model-20261128-211030"  # the same documents before the estimate's spread had a cap
 ALL_POLICIES = "quality-model-20261128-212012"
 SOURCE_CODE, DIGITS = "quality-model-20261129-113144", "quality-model-20261129-122846"
 QWEN = "quality-model-20261128-211655"
@@ -482,7 +483,7 @@ def _(found: Any) -> Rows:
     ]
 
 
-@figures("outliers", QUALITY, "quality-model-20261128-213926", THREE_DOCUMENTS)
+@figures("outliers", QUALITY, "quality-model-20261128-213926", WITHOUT_CAP)
 def _(*found: Any) -> Rows:
     rows: Rows = []
     for arms in (Arms(one, document=0) for one in found):
@@ -525,7 +526,7 @@ def _(found: Any) -> Rows:
     ]
 
 
-@figures("own-mean-values", QUALITY, THREE_DOCUMENTS, OTHER_MASSES, TWO_LEVELS)
+@figures("own-mean-values", QUALITY, WITHOUT_CAP, OTHER_MASSES, TWO_LEVELS)
 def _(now: Any, first: Any, second: Any) -> Rows:
     rows: Rows = []
     for documents in ((Arms(now, document=0), Arms(now, document=1)), (Arms(first), Arms(second))):
@@ -584,7 +585,7 @@ def _(whole: Any, ranks: Any) -> Rows:
     ]
 
 
-@sentence(QUALITY, "quality-model-20261128-174705", THREE_DOCUMENTS)
+@sentence(QUALITY, "quality-model-20261128-174705", WITHOUT_CAP)
 def _(moving: Any, now: Any) -> str:
     arms, ours, name = Arms(moving), Arms(now, document=0), "ours-moving-values-rank-8-256"
     return (

@@ -1,0 +1,183 @@
+"""The tables of docs/performance.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cited.numbers import between, milliseconds, percent, small
+from benchmarks.cited.tables import PERFORMANCE, README, Rows, figures, sentence
+
+
+@figures("latency", (README, PERFORMANCE), "latency-7700-b8-20261128-192837")
+def _(found: Any) -> Rows:
+    base = found["torch_native"]
+    return [
+        [
+            None,
+            f"{row['short_ms']:,.0f}",
+            f"{row['long_ms']:,.0f}",
+            f"{row['long_ms'] / base['long_ms']:.2f}",
+            f"{row['batch_ms']:,.0f}",
+            f"{row['batch_ms'] / base['batch_ms']:.2f}",
+            f"{row['prefill_s']:.1f}",
+            percent(row["clustering_share"], 1) if "clustering_share" in row else "-",
+            f"{row['hit_s']:.2f}",
+        ]
+        for row in (found["clusterkv"], found["dense"], base)
+    ]
+
+
+@sentence(PERFORMANCE, "latency-7700-b8-20261125-052525")
+def _(old: Any) -> str:
+    long, batch = ([old[arm][key] for arm in ("clusterkv", "dense", "torch_native")] for key in ("long_ms", "batch_ms"))
+    return (
+        f"has {long[0]:.0f}, {long[1]:.0f} and {long[2]:.0f} ms at batch 1 and {batch[0]:.0f}, {batch[1]:.0f} and "
+        f"{batch[2]:,.0f} at batch 8: {long[0] / long[2]:.2f} and {batch[0] / batch[2]:.2f} of torch_native's, "
+        f"{long[0] / long[1]:.2f} and {batch[0] / batch[1]:.2f} of dense's"
+    )
+
+
+@sentence(PERFORMANCE, "latency-7700-b8-20261128-192837")
+def _(found: Any) -> str:
+    own, dense = found["clusterkv"], found["dense"]
+    return f"this one has {own['long_ms'] / dense['long_ms']:.2f} and {own['batch_ms'] / dense['batch_ms']:.2f}"
+
+
+@sentence(PERFORMANCE, "latency-7700-b8-20261128-192837")
+def _(found: Any) -> str:
+    own = found["clusterkv"]
+    return f"Time per token at 7,700 over that at 1,000: {own['long_ms'] / own['short_ms']:.2f}."
+
+
+@figures("operations", PERFORMANCE, "kernels-cpu-smollm2-135m-20261128-063021")
+def _(found: Any) -> Rows:
+    rows: Rows = []
+    for names in (["score"], ["select"], ["refine"], ["recall"], ["attend"], ["estimate"], ["rotate", "merge"]):
+        cells: list[str | None] = [None]
+        for cell in found["cells"]:
+            operations = [operation for operation in cell["operations"] if operation["name"] in names]
+            rate = operations[0]["gbps"]
+            cells += [
+                milliseconds(sum(operation["ms"] for operation in operations)),
+                percent(sum(operation["share"] for operation in operations)),
+                "" if rate is None else f"{rate:.1f}",
+            ]
+        rows.append(cells)
+    whole: list[str | None] = [None]
+    dense: list[str | None] = [None]
+    for cell in found["cells"]:
+        whole += [milliseconds(cell["whole"]["ms"]), "", ""]
+        dense += [milliseconds(cell["dense"][0]["ms"]), "", f"{cell['dense'][0]['gbps']:.1f}"]
+    return [*rows, whole, dense]
+
+
+@sentence(PERFORMANCE, "kernels-cpu-smollm2-135m-20261128-025410", "kernels-cpu-smollm2-135m-20261128-063021")
+def _(*runs: Any) -> str:
+    first, second = (run["cells"][1]["whole"]["ms"] for run in runs)
+    return f"have {first:.0f} and {second:.0f} ms at batch 8"
+
+
+@figures(
+    "shapes",
+    PERFORMANCE,
+    "kernels-cpu-llama-3.1-8b-20261128-214652",
+    "kernels-cpu-qwen2.5-7b-20261128-214617",
+    "kernels-cpu-qwen2.5-7b-20261128-215001",
+)
+def _(*runs: Any) -> Rows:
+    return [
+        [
+            None,
+            f"{cell['context']:,}",
+            None,
+            None,
+            f"{cell['whole']['ms']:,.0f}",
+            f"{cell['dense'][0]['ms']:,.0f}",
+            f"{cell['dense'][0]['ms'] / cell['whole']['ms']:.1f}",
+            f"{cell['prefixes_ms'] / 1000:.0f}",
+        ]
+        for run in runs
+        for cell in run["cells"]
+    ]
+
+
+def _under_load(run: Any, workload: str, context: int, at_once: int) -> tuple[list[str], list[float]]:
+    """clusterkv over the first arm: first token, time per token, tokens per second; and their times per token."""
+    key = ["workload", "context", "concurrency"]
+    rows = {row["arm"]: row for row in run["rows"] if [row[name] for name in key] == [workload, context, at_once]}
+    own, base = rows["clusterkv"], rows[run["base"]]
+    ratios = [f"{own[name] / base[name]:.2f}" for name in ("ttft_ms", "tpot_ms", "tokens_per_s")]
+    return ratios, [base["tpot_ms"], own["tpot_ms"]]
+
+
+@figures("under-load", PERFORMANCE, "serving-20261128-103730")
+def _(run: Any) -> Rows:
+    rows: Rows = []
+    cells = [("shared", context, at_once) for context in (1000, 4000, 7700) for at_once in (1, 4, 8)]
+    cells += [("random", context, 1) for context in (1000, 4000, 7700)] + [("chat", 4000, 4)]
+    for cell in cells:
+        (first, step, rate), times = _under_load(run, *cell)
+        if cell == ("shared", 7700, 8):
+            step += " ({:.0f} to {:.0f} ms)".format(*times)
+        rows.append([None, f"{cell[1]:,}", str(cell[2]), first, step, rate])
+    return rows
+
+
+@figures("quick-load", PERFORMANCE, "serving-quick-20261128-063529", "serving-quick-20261128-160710")
+def _(*runs: Any) -> Rows:
+    rows: Rows = []
+    for workload, at_once in (("shared", 1), ("shared", 4), ("random", 1), ("chat", 4)):
+        pairs = zip(*(_under_load(run, workload, 1000, at_once)[0] for run in runs), strict=True)
+        rows.append([None, str(at_once), *(", ".join(pair) for pair in pairs)])
+    return rows
+
+
+@figures("needle", PERFORMANCE, "needle-7700-budget256-20261125-053010")
+def _(found: Any) -> Rows:
+    rows: Rows = []
+    for arm in ("dense", "clusterkv"):
+        right = [number in text for number, text in zip(found["numbers"], found["answers"][arm], strict=True)]
+        rows.append([None, *("found" if one else "-" for one in right), str(sum(right))])
+    return rows
+
+
+@figures("merging", PERFORMANCE, "chat-20261125-083412")
+def _(found: Any) -> Rows:
+    from benchmarks.chat import _quarters
+    from benchmarks.forced import interval, mean
+
+    return [
+        [
+            str(arm["budget"]),
+            "on" if arm["merge"] else "off",
+            between(mean(arm["kl"]), interval(arm["kl"]), 5),
+            small(mean([arm["kl"][turn] for turn in _quarters(arm["kl"])[-1]]), 5),
+            str(arm["seen"]),
+            f"{arm['counts']['tokens_clustered']:,}",
+        ]
+        for arm in found["arms"]
+    ]
+
+
+def _kl_of(arms: list[Any], budget: int, recluster_every: int, merge: bool) -> float:
+    from benchmarks.forced import mean
+
+    key = (budget, recluster_every, merge)
+    return next(mean(a["kl"]) for a in arms if (a["budget"], a["recluster_every"], a["merge"]) == key)
+
+
+@sentence(PERFORMANCE, "chat-20261125-083412")
+def _(found: Any) -> str:
+    ratios = [_kl_of(found["arms"], b, 256, True) / _kl_of(found["arms"], b, 256, False) for b in (64, 128, 256)]
+    return "On over off, paired: {:.2f}, {:.2f} and {:.2f} of the KL".format(*ratios)
+
+
+@sentence(PERFORMANCE, "chat-long-20261125-082928")
+def _(found: Any) -> str:
+    off, on, long_off, long_on = (
+        small(_kl_of(found["arms"], 128, runs, merge), 5) for runs in (64, 256) for merge in (False, True)
+    )
+    return (
+        f"runs of 64 gain the same ({off} to {on}), runs of 256, the default, gain nothing measurable "
+        f"({long_off} and {long_on})"
+    )

@@ -117,7 +117,9 @@ LIMITS: dict[str, Limit] = {
     "dense_layers": Limit(0, 1024, "no model has so many layers"),
     "dense_below_tokens": Limit(0, 2**31 - 1, "positions have 32 bits"),
     "recluster_every": Limit(MIN_SEGMENT_PAGES, MAX_SEGMENT_TOKENS, _SEGMENT, pages=True),
-    "host_ratio": Limit(1, 64, "the clusters of every token stay on the device, and beyond it are all that is left there"),
+    "host_ratio": Limit(
+        1, 64, "the clusters of every token stay on the device, and beyond it are all that is left there"
+    ),
 }
 
 

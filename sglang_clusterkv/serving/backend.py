@@ -56,8 +56,8 @@ def create_backend(runner: ModelRunner) -> AttentionBackend:
         )
     if backend.engine is not None and backend.engine.tier is not None and (layer := _capped(runner.model)):
         raise ConfigError(
-            f"{layer} caps its attention logits and is read densely, which a host tier would make it do from host memory in every "
-            "step: set host_ratio to 1"
+            f"{layer} caps its attention logits and decodes densely, which a host tier would make it do from host memory in "
+            "every step: set host_ratio to 1"
         )
     return backend
 

@@ -9,7 +9,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.memory.host import host_row_bytes
@@ -46,7 +46,9 @@ def bytes_per_token(
         head_dim: channels of a head.
         dtype: of the KV pool.
     """
-    return math.ceil(device / config.host_ratio) + layers * kv_heads * host_row_bytes(head_dim, dtype, config.host_kv_dtype)
+    return math.ceil(device / config.host_ratio) + layers * kv_heads * host_row_bytes(
+        head_dim, dtype, config.host_kv_dtype
+    )
 
 
 def rows_that_fit(config: ClusterKVConfig, *, tokens: int, chunk_tokens: int, page_size: int, rows: int) -> int:
@@ -120,7 +122,6 @@ def check_memory(config: ClusterKVConfig, *, tokens: int, host: int, others: int
         return
     fits = int(tokens * available / needed)
     raise ConfigError(
-        f"host_ratio={config.host_ratio:g} with {tokens} tokens takes {needed / 1e9:.1f} GB of memory, {ranks * host / 1e9:.1f} "
-        f"GB of them for the host tier, and {available / 1e9:.1f} GB are free: use --max-total-tokens {fits} or less"
+        f"host_ratio={config.host_ratio:g} with {tokens} tokens takes {needed / 1e9:.1f} GB of memory, "
+        f"{ranks * host / 1e9:.1f} GB of them for the host tier, and {available / 1e9:.1f} GB are free: use --max-total-tokens {fits} or less"
     )
-

@@ -29,6 +29,8 @@ from sglang_clusterkv.serving import active, host_tier
 class ClusterKVPool(MHATokenToKVPool):
     """A multi-head KV pool that carries a cluster index, and a host tier where the configuration asks for one."""
 
+    size: int  # tokens, logical
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The base constructor allocates, and the allocator's clears, before this one returns.
         self.cluster_index: ClusterIndex | None = None
@@ -116,7 +118,9 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
         self._tiered: bool = kvcache.tiered
         self._refills = BackOff()
         # Where SGLang sorts its free pages first, the first ones are not those that were handed out.
-        assert not (self._tiered and need_sort), "a host tier needs free pages in the order in which they are handed out"
+        assert not (self._tiered and need_sort), (
+            "a host tier needs free pages in the order in which they are handed out"
+        )
         super().__init__(size, page_size, dtype, device, kvcache, need_sort)
 
     def alloc(self, need_size: int) -> torch.Tensor | None:

@@ -13,7 +13,8 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_clusterkv.clusters.decoding import DecodeStep
-from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
+from sglang_clusterkv.clusters.engine import ClusterEngine
+from sglang_clusterkv.clusters.rows import Extend
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -32,7 +32,11 @@ def install(platform: Any) -> None:
             _after_cell_size,
             HookType.AFTER,
         ),
-        (_SRT + "mem_cache.kv_cache_configurator.KVCacheConfigurator.resolve_max_num_reqs", _after_rows, HookType.AFTER),
+        (
+            _SRT + "mem_cache.kv_cache_configurator.KVCacheConfigurator.resolve_max_num_reqs",
+            _after_rows,
+            HookType.AFTER,
+        ),
         (
             _SRT + "model_executor.model_runner.ModelRunner.init_kv_index_translator",
             _after_translator,
@@ -143,7 +147,12 @@ def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) 
     if not host_tier.is_on(config):
         return result + index
     return index + host_tier.bytes_per_token(
-        config, device=result, kv_heads=kv_heads, layers=num_layers, head_dim=kvc.model_config.head_dim, dtype=kvc.kv_cache_dtype
+        config,
+        device=result,
+        kv_heads=kv_heads,
+        layers=num_layers,
+        head_dim=kvc.model_config.head_dim,
+        dtype=kvc.kv_cache_dtype,
     )
 
 

@@ -6,7 +6,6 @@
 from sglang_clusterkv.serving.sglang_tier_symbols import HOST_TIER
 from sglang_clusterkv.serving.symbol import Symbol
 
-
 # What register() itself needs; cheap to import, asked in every process.
 REGISTRATION = (
     Symbol("arg_groups.choices.add_attention_backend_choices", "makes the name a choice", "iterable"),

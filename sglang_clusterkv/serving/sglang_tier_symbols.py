@@ -55,7 +55,9 @@ HOST_TIER = (
     Symbol("mem_cache.kv_loc_plan.IdSpace", "what it translates", "key write read_v2p"),
     Symbol("mem_cache.kv_loc_plan.IdSpaceKind", "what it translates", attributes="FULL"),
     Symbol(
-        "mem_cache.kv_loc_plan.KVLocPlan._window_in", "calls our translation", mentions=("space.write(self.write_virtual)",)
+        "mem_cache.kv_loc_plan.KVLocPlan._window_in",
+        "calls our translation",
+        mentions=("space.write(self.write_virtual)",),
     ),
     Symbol(
         "mem_cache.kv_loc_plan.KVLocPlan.bind",
@@ -68,7 +70,11 @@ HOST_TIER = (
         "translates once per forward, after its head",
         mentions=("kv_loc_plan = translator.own_plan(ret)", "kv_loc_plan.bind(ret, translator, cols=write_cols)"),
     ),
-    Symbol("mem_cache.prefill_budget.PrefillBudget.__init__", "subclassed", "self allocator tree_cache num_mixed_decode_tokens"),
+    Symbol(
+        "mem_cache.prefill_budget.PrefillBudget.__init__",
+        "subclassed",
+        "self allocator tree_cache num_mixed_decode_tokens",
+    ),
     Symbol("mem_cache.prefill_budget.PrefillBudget", "overridden", attributes="check_prefill can_allocate_prefill"),
     Symbol("mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens", "overridden", "self chunk_limit"),
     Symbol(

@@ -299,9 +299,7 @@ def test_a_device_tier_that_is_too_small_is_refused_with_numbers_that_fit(
     ("host_dtype", "kv_dtype", "row"),
     [("auto", torch.float32, 2 * 64 * 4), ("auto", torch.bfloat16, 2 * 64 * 2), ("int8", torch.float32, 2 * 64 + 8)],
 )
-def test_a_token_takes_its_share_of_the_device_and_a_host_row(
-    host_dtype: Any, kv_dtype: torch.dtype, row: int
-) -> None:
+def test_a_token_takes_its_share_of_the_device_and_a_host_row(host_dtype: Any, kv_dtype: torch.dtype, row: int) -> None:
     config = ClusterKVConfig(host_ratio=4, host_kv_dtype=host_dtype)
     device = 10 * 3 * 2 * 64 * kv_dtype.itemsize
     taken = host_tier.bytes_per_token(config, device=device, kv_heads=3, layers=10, head_dim=64, dtype=kv_dtype)
@@ -368,7 +366,7 @@ def test_prefill_waits_while_device_pages_are_short_and_never_for_ever(make_pool
     assert type(full) is PrefillBudget and engine.tries == 0
     tier.directory.take(3)
     passes = 0
-    while not type(waits := budget()) is PrefillBudget:
+    while type(waits := budget()) is not PrefillBudget:
         passes += 1
         assert waits.check_prefill(total_tokens=20, input_tokens=20, swa_host_hit_length=0, **asked) == (False, None)
         assert not waits.can_allocate_prefill(paged_input=16, **asked)

@@ -123,5 +123,6 @@ def check_memory(config: ClusterKVConfig, *, tokens: int, host: int, others: int
     fits = int(tokens * available / needed)
     raise ConfigError(
         f"host_ratio={config.host_ratio:g} with {tokens} tokens takes {needed / 1e9:.1f} GB of memory, "
-        f"{ranks * host / 1e9:.1f} GB of them for the host tier, and {available / 1e9:.1f} GB are free: use --max-total-tokens {fits} or less"
+        f"{ranks * host / 1e9:.1f} GB of them for the host tier, and {available / 1e9:.1f} GB are free: "
+        f"use --max-total-tokens {fits} or less"
     )

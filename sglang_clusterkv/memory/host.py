@@ -37,7 +37,7 @@ class HostRows:
         host_dtype: "auto" or "int8".
 
     Attributes:
-        rows: per layer uint8 [pages, kv_heads, page_size, row_bytes], uninitialised.
+        rows: per layer uint8 [pages, kv_heads, page_size, row_bytes]; uninitialised but for row 0.
     """
 
     def __init__(
@@ -50,11 +50,14 @@ class HostRows:
         dtype: torch.dtype,
         host_dtype: str,
     ) -> None:
-        self.head_dim, self.page_size, self.dtype, self.host_dtype = head_dim, page_size, dtype, host_dtype
+        self.kv_heads, self.head_dim, self.page_size = kv_heads, head_dim, page_size
+        self.dtype, self.host_dtype = dtype, host_dtype
         self.row_bytes = host_row_bytes(head_dim, dtype, host_dtype)
         self.page_bytes = layers * kv_heads * page_size * self.row_bytes
         shape = (pages, kv_heads, page_size, self.row_bytes)
         self.rows = [torch.empty(shape, dtype=torch.uint8) for _ in range(layers)]
+        for rows in self.rows:
+            rows[0].zero_()  # what pads a list is read as zeros
 
     @property
     def bytes(self) -> int:

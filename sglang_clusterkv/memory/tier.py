@@ -21,9 +21,10 @@ class TierArrays(NamedTuple):
     """A layer's tier as the CPU kernels read it."""
 
     device_page: np.ndarray  # int64 [L + 1]
-    rows: np.ndarray  # [L + 1, H, page, 2 D or more]: levels (int8), or the pool's dtype (bf16 as uint16)
-    scales: np.ndarray  # float32 [L + 1, H, page, row_bytes / 4]; int8 rows end with two scales
+    rows: np.ndarray  # [L + 1, H * page_size, 2 D or more]: levels (int8), or the pool's dtype (bf16 as uint16)
+    scales: np.ndarray  # float32 [L + 1, H * page_size, row_bytes / 4]; int8 rows end with two scales
     page_size: int
+    row_bytes: int
     rounded: bool  # the rows are int8
     reads: np.ndarray  # int64 [len(Reads._fields)], all layers', added to
 
@@ -55,9 +56,10 @@ class TierLayer:
         self._reads = tier.reads
         self.arrays = TierArrays(
             device_page=tier.directory.device_page.numpy(),
-            rows=(channels.view(torch.uint16) if channels.dtype is torch.bfloat16 else channels).numpy(),
-            scales=tier.host.scales(layer).numpy(),
+            rows=(channels.view(torch.uint16) if channels.dtype is torch.bfloat16 else channels).flatten(1, 2).numpy(),
+            scales=tier.host.scales(layer).flatten(1, 2).numpy(),
             page_size=tier.directory.page_size,
+            row_bytes=tier.host.row_bytes,
             rounded=tier.host.host_dtype == "int8",
             reads=tier.reads,
         )
@@ -96,7 +98,7 @@ class TierLayer:
         """Note that the rows of these logical slots (int64 [n]) were read, of all kv heads; one of `Reads`, of the host's."""
         page = torch.div(slots, self._directory.page_size, rounding_mode="floor")
         away = int((self._directory.device_page.index_select(0, page) == 0).sum())
-        self._reads[kind] += away * self.arrays.rows.shape[1]
+        self._reads[kind] += away * self._host.kv_heads
 
 
 class Tier:

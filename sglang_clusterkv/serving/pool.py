@@ -178,7 +178,7 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
         super()._release_page_ids(*page_ids)
         if self._tiered:
             for pages in page_ids:
-                self._handed_out.freed(pages)
+                self._handed_out.freed(pages.long())  # of rows of req_to_token they have 32 bits
 
 
 class _WaitingBudget(PrefillBudget):

@@ -110,6 +110,7 @@ class Mirror:
             if event is PageEvent.CLEARED:
                 self.free = set(range(1, PAGES + 1))
             for pages in parts:
+                assert pages.dtype is torch.int64
                 noted = pages.tolist()
                 assert len(set(noted)) == len(noted) and 0 not in noted
                 if event is PageEvent.NEW:
@@ -163,7 +164,7 @@ def test_every_page_that_leaves_or_comes_back_is_noted_once_and_in_order(make_po
                     sequence.decode()
                 sequences.append(sequence)
             elif kind == "segment":
-                allocator.free_segment(sequence.slots, start_pos=0)
+                allocator.free_segment(sequence.slots.int(), start_pos=0)  # as rows of req_to_token are
             elif kind == "ids":
                 allocator.free_page_ids(torch.unique(sequence.slots // PAGE))
             elif kind == "group":

@@ -5,7 +5,7 @@ python -m sglang_clusterkv.serving.compat_page > docs/compatibility.md
 
 from typing import NamedTuple
 
-from sglang_clusterkv.serving.compat import BACKEND, REFUSALS
+from sglang_clusterkv.serving.compat import BACKEND, HOST_TIER_REFUSALS, REFUSALS
 
 
 class Beside(NamedTuple):
@@ -48,6 +48,7 @@ BESIDE: tuple[Beside, ...] = (
 def compatibility_markdown() -> str:
     """The text of docs/compatibility.md, from the table."""
     rows = "\n".join(f"| {row.name} | {row.sentence} |" for row in REFUSALS)
+    host_tier = "\n".join(f"| {row.name} | {row.sentence} |" for row in HOST_TIER_REFUSALS)
     beside = "\n".join(f"| {row.what} | {row.status} |" for row in BESIDE)
     return f"""# Compatibility
 
@@ -103,6 +104,13 @@ The start ends with `--attention-backend {BACKEND} cannot serve this:` and the s
 | what | sentence |
 |---|---|
 {rows}
+
+With a `host_ratio` above 1 ([memory.md](memory.md)) also these, `dense_layers` above 0, and a model whose layers cap their
+logits, which is found once it is loaded. HiCache and, on a CPU, `--enable-memory-saver` are refused in any case.
+
+| what | sentence |
+|---|---|
+{host_tier}
 """
 
 

@@ -132,3 +132,24 @@ def _(found: Any) -> Rows:
         figures_of_arm = [np.mean(error), *error, np.mean(mass), mass[0], mass[-1]]
         rows.append([arm["policy"], str(arm["budget"]), *(small(float(value), 3) for value in figures_of_arm)])
     return rows
+
+
+HISTORIES = ["quality-histories-smollm2-20261129-135300"]
+HISTORIES += [f"quality-histories-tiny-20261129-{time}" for time in ("122535", "122202", "121730")]
+
+
+@figures("histories", QUALITY, *HISTORIES)
+def _(*found: Any) -> Rows:
+    arms = [list(one["arms"].values()) for one in found]
+    return [
+        [
+            None,
+            None,
+            percent(arm["equal"], 1),
+            percent(arm["within_1e-4"], 1),
+            *(f"{arm[key]:.2g}".removeprefix("0").replace("e-0", "e-") or "0" for key in ("p50", "p99", "most")),
+            *(f"{arm[key]:,.0f}" for key in ("clustered", "computed")),
+            f"{arm['second_token_ms']:.0f}" if arm["second_token_ms"] else "",
+        ]
+        for arm in sum(arms, [])
+    ]

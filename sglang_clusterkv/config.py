@@ -23,6 +23,19 @@ MAX_SEGMENT_TOKENS = 32767
 MIN_SEGMENT_PAGES = 4
 MAX_PAGE_SIZE = MAX_SEGMENT_TOKENS // MIN_SEGMENT_PAGES
 
+# What a decode step reads and nothing that is stored depends on: may change between two steps.
+STEP_OPTIONS = (
+    "budget_tokens",
+    "candidate_tokens",
+    "refine",
+    "choice_spread",
+    "estimate",
+    "estimate_spread",
+    "estimate_clusters",
+    "dense_layers",
+    "dense_below_tokens",
+)
+
 
 class ConfigError(ValueError):
     """The user's configuration cannot be served; the message is one sentence with the fix."""

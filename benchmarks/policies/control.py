@@ -16,7 +16,8 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from benchmarks.policies import POLICIES
 from benchmarks.policies.recorder import Recorder
 from benchmarks.servers import Server
-from sglang_clusterkv.clusters.engine import STEP_OPTIONS, ClusterEngine, SparseDecode
+from sglang_clusterkv.clusters.engine import ClusterEngine, SparseDecode
+from sglang_clusterkv.config import STEP_OPTIONS
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.serving import runtime
 

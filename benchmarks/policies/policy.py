@@ -42,7 +42,7 @@ class Policy:
     Attributes:
         title: as the tables name it.
         metadata_bytes: bytes that a step reads to choose and to estimate, beside the tokens it attends to.
-        options: step options that go with it (engine.STEP_OPTIONS).
+        options: step options that go with it (config.STEP_OPTIONS).
         make: its decode function for a budget of tokens; None: the engine's own.
         is_method: false for what no system could do at the bytes counted for it (an oracle), or for dense.
     """

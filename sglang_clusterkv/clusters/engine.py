@@ -31,7 +31,7 @@ from sglang_clusterkv.clusters.residency import Residency, TieredResidency
 from sglang_clusterkv.clusters.rows import Extend, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.stream import ForwardStream
-from sglang_clusterkv.config import ConfigError, validate
+from sglang_clusterkv.config import STEP_OPTIONS, ConfigError, validate
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.index import UNCLUSTERED, ClusterIndex
 from sglang_clusterkv.memory.mass import mean_by_group
@@ -40,19 +40,6 @@ from sglang_clusterkv.memory.tier import Tier
 logger = logging.getLogger(__name__)
 
 SparseDecode = Callable[..., torch.Tensor]  # with the arguments of kernels.decode.sparse_decode
-
-# What a decode step reads and nothing that is stored depends on: may change between two steps.
-STEP_OPTIONS = (
-    "budget_tokens",
-    "candidate_tokens",
-    "refine",
-    "choice_spread",
-    "estimate",
-    "estimate_spread",
-    "estimate_clusters",
-    "dense_layers",
-    "dense_below_tokens",
-)
 
 
 class ClusterEngine:

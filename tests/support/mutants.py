@@ -190,14 +190,20 @@ def _pins_forgotten() -> AbstractContextManager[Any]:
     )
 
 
-def _only_running_rows_are_pinned() -> AbstractContextManager[Any]:
-    decode = TieredResidency.decode
+@contextmanager
+def _only_running_rows_are_pinned() -> Iterator[None]:
+    def forgetting(launched: Callable[..., None]) -> Callable[..., None]:
+        def forget_others(self: TieredResidency, *arguments: Any) -> None:
+            self._lengths[:] = 0
+            launched(self, *arguments)
 
-    def forget_others(self: TieredResidency, rows: Any, seq_lens: Any) -> None:
-        self._lengths[:] = 0
-        decode(self, rows, seq_lens)
+        return forget_others
 
-    return patch.object(TieredResidency, "decode", forget_others)
+    with (
+        patch.object(TieredResidency, "decode", forgetting(TieredResidency.decode)),
+        patch.object(TieredResidency, "extend", forgetting(TieredResidency.extend)),
+    ):
+        yield
 
 
 def _refill_faults_go_up() -> AbstractContextManager[Any]:

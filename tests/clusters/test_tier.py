@@ -70,14 +70,14 @@ class Served:
 def scenario(served: Served) -> None:
     """Long prompts, an idle request, one that was evicted, a chat's turn on a prefix of the host, and aged tokens."""
     first, second = served.prefill(stream(1, 900)), served.prefill(stream(2, 700))
-    served.decode(first, second, steps=20)
+    served.decode(first, second, steps=3)
     for name in range(3, 6):  # the first rests, and its pages leave
         other = served.prefill(stream(name, 600))
-        served.decode(other, second, steps=3)
+        served.decode(other, second)
         served.world.finish(other)
-    served.decode(first, second, steps=70)
+    served.decode(first, second, steps=40)
     turn = served.prefill(other.tokens + stream(9, 100))
-    served.decode(first, second, turn, steps=3)
+    served.decode(first, second, turn, steps=2)
 
 
 def tiers(ratio: int, host_dtype: str = "auto") -> Tiers:
@@ -236,35 +236,51 @@ OPERATIONS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("operation", "lasts"), [*((name, 1) for name in OPERATIONS), ("store", 3)])
-def test_what_fails_is_counted_and_loses_nothing(operation: str, lasts: int, caplog: pytest.LogCaptureFixture) -> None:
-    clean = Served(tiers(4))
-    scenario(clean)
+def pressed(served: Served) -> None:
+    """A request that others push off the device, and that goes on."""
+    request = served.prefill(stream(1, 900))
+    served.decode(request)
+    for name in (3, 4):
+        served.world.finish(served.prefill(stream(name, 500)), in_flight=0)
+    served.decode(request, steps=18)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[torch.Tensor]:
+    """What its layers give where nothing fails."""
+    served = Served(tiers(4))
+    pressed(served)
+    return served.outputs
+
+
+@pytest.mark.parametrize(
+    ("operation", "begin", "lasts"), [*((name, 2, 1) for name in OPERATIONS), ("store", 1, 3), ("append", 6, 1)]
+)
+def test_what_fails_is_counted_and_loses_nothing(
+    operation: str, begin: int, lasts: int, undisturbed: list[torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     owner, name = OPERATIONS[operation]
     original, calls = getattr(owner, name), [0]
 
-    for begin in (3, 40):
-        calls[0] = 0
-        caplog.clear()
+    def fails(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if begin <= calls[0] < begin + lasts:
+            raise MemoryError("a fault of the test")
+        return original(*arguments, **options)
 
-        def fails(*arguments: Any, begin: int = begin, **options: Any) -> Any:
-            calls[0] += 1
-            if begin <= calls[0] < begin + lasts:
-                raise MemoryError("a fault of the test")
-            return original(*arguments, **options)
-
-        served = Served(tiers(4))
-        served.world.may_fault = True
-        with patch.object(owner, name, fails), caplog.at_level(logging.WARNING):
-            scenario(served)
-        assert calls[0] >= begin + lasts
-        assert served.world.engine.counters.faults == {"offload": lasts}
-        warnings = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
-        assert len(warnings) == 1 and "host_ratio" in warnings[0] and "device tier" in warnings[0]
-        assert all(torch.equal(a, b) for a, b in zip(served.outputs, clean.outputs, strict=True))
-        rules.assert_tiers(served.world)
-        directory = served.world.tier.directory
-        assert directory.ring_level == directory.ring_pages
+    served = Served(tiers(4))
+    served.world.may_fault = True
+    with patch.object(owner, name, fails), caplog.at_level(logging.WARNING):
+        pressed(served)
+    assert calls[0] >= begin + lasts
+    assert served.world.engine.counters.faults == {"offload": lasts}
+    warnings = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
+    assert len(warnings) == 1 and "host_ratio" in warnings[0] and "device tier" in warnings[0]
+    assert all(torch.equal(a, b) for a, b in zip(served.outputs, undisturbed, strict=True))
+    rules.assert_tiers(served.world)
+    assert served.world.tier is not None
+    directory = served.world.tier.directory
+    assert directory.ring_level == directory.ring_pages
 
 
 def test_while_nothing_can_be_stored_decode_goes_on_and_prefill_is_told_to_wait() -> None:
@@ -273,10 +289,10 @@ def test_while_nothing_can_be_stored_decode_goes_on_and_prefill_is_told_to_wait(
     engine, directory = served.world.engine, served.world.tier.directory
     served.world.may_fault = True
     with patch.object(HostRows, "store", side_effect=MemoryError("none left")):
-        served.decode(request, steps=40)
+        served.decode(request, steps=20)
         assert not engine.residency.refill()
     faults = engine.counters.faults["offload"]
-    assert faults > 1 and request.length == 940
+    assert faults > 1 and request.length == 920
     assert engine.residency.refill() and directory.ring_level == directory.ring_pages
     assert engine.counters.faults["offload"] == faults
     rules.assert_tiers(served.world)

@@ -18,6 +18,7 @@ from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.memory.device import Geometry, index_pages
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
+from sglang_clusterkv.memory.tier import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def compile_kernels(
     dtype: torch.dtype,
     context_tokens: int,
     query_dtype: torch.dtype | None = None,
+    host_dtype: str | None = None,
 ) -> None:
     """Run prefill, clustering, sparse and dense decode on a small pool of the same types, at every size that is compiled for.
 
@@ -51,6 +53,7 @@ def compile_kernels(
         dtype: of the KV pool.
         context_tokens: the longest request.
         query_dtype: of the model; None: the pool's.
+        host_dtype: of a host tier's rows, on a CPU; None: there is no tier.
     """
     begin = time.perf_counter()
     by_size = _compiles_by_size(device)
@@ -93,6 +96,14 @@ def compile_kernels(
     dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0)
     if device == "cpu":  # elsewhere SGLang's own backend prefills
         extend(q, keys, values, slots, 1.0)
+    if host_dtype is not None:
+        pool = [keys], [values]
+        tier = Tier(*pool, page_size=page_size, pages=pages, ring_pages=1, host_dtype=host_dtype)
+        torch.arange(pages, out=tier.directory.device_page)  # the code is the same wherever a page is
+        layer = tier.layer(0)
+        sparse_decode(q, keys, values, engine.index, 0, step.sparse, 1.0, layer)
+        dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1]), 1.0, tier=layer)
+        extend(q, keys, values, slots, 1.0, tier=layer)
     took_s = time.perf_counter() - begin
     if took_s > _SLOW_S:
         logger.info("clusterkv: compiled the kernels in %.0f s; they are kept for the next start", took_s)

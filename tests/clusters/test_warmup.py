@@ -17,7 +17,11 @@ import torch
 
 from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.attend.cpu import attend_kernel, dense_kernel
+from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
 from sglang_clusterkv.kernels.refine.cpu import value_kernel
+from sglang_clusterkv.kernels.row_cpu import INT4
+from sglang_clusterkv.kernels.score.cpu import score_kernel
 
 
 @pytest.mark.parametrize(
@@ -41,3 +45,12 @@ def test_triton_compiles_nothing_after_the_warm_up() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["late"] == [] and found["at_start"] > 15
+
+
+@pytest.mark.parametrize("host_dtype", ["auto", "int8"])
+def test_the_kernels_of_a_host_tier_are_compiled_before_they_are_needed(host_dtype: str) -> None:
+    sizes = {"page_size": 16, "kv_heads": 1, "group": 1, "head_dim": 32, "context_tokens": 4096}
+    compile_kernels(ClusterKVConfig(), "cpu", dtype=torch.float32, host_dtype=host_dtype, **sizes)
+    kernels = [score_kernel(32, 1, INT4, 32, False), attend_kernel(32, 1, False)]
+    for kernel in (*kernels, dense_kernel(32, 1, False), prefix_kernel(32, False)):
+        assert len(kernel.signatures) >= 2, "one without a tier and one with it"

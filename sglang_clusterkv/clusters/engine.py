@@ -4,8 +4,6 @@ Everything on the device runs on the forward stream, in launch order:
 
     head of forward N + 1:  invalidate what was handed out | plan from the snapshot of N | forget, build | snapshot
 
-With a host tier (residency.py): map what was handed out | the same | refill | snapshot.
-
 Host state is touched at launch and by the scheduler's callbacks (free, rewrite, clear), never by the device.
 """
 
@@ -27,7 +25,7 @@ from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.planning.plan import Make, Plan
 from sglang_clusterkv.clusters.planning.planner import Planner
 from sglang_clusterkv.clusters.planning.records import Records
-from sglang_clusterkv.clusters.residency import Residency, TieredResidency
+from sglang_clusterkv.clusters.residency import residency_of
 from sglang_clusterkv.clusters.rows import Extend, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.stream import ForwardStream
@@ -97,9 +95,7 @@ class ClusterEngine:
         # One layer of a step's sparse requests; the benchmarks put other policies here.
         self.sparse_decode: SparseDecode = sparse_decode
         self.tier = tier
-        self.residency = Residency()
-        if tier is not None:
-            self.residency = TieredResidency(tier, self.config, req_to_token, handed_out, self.stream, self.faults)
+        self.residency = residency_of(tier, self.config, req_to_token, handed_out, self.stream, self.faults)
         self.snapshots = Snapshots(index, req_to_token, self.stream)
         self.decoding = DecodeLists(index, self.tables, req_to_token, key_buffers[0].dtype, group)
         self._under_way: StepCounts | None = None  # of the decode step that was begun last, until it is counted

@@ -36,6 +36,10 @@ class Residency:
     def decode(self, rows: np.ndarray, seq_lens: np.ndarray) -> None:
         """A decode batch is launched: its new pages get device pages. Both int64 [B], on the host."""
 
+    def refill(self) -> bool:
+        """Fill the ring now, on the forward stream, at a head or between two; whether it is full."""
+        return True
+
     def fill(self) -> None:
         """The head's last device work but for the snapshot: the ring is filled for the next forward."""
 
@@ -227,3 +231,15 @@ class TieredResidency(Residency):
     def _pages(self, at: torch.Tensor) -> torch.Tensor:
         """Device work: the pages at places in req_to_token, int64 [n]."""
         return torch.div(self._req_to_token[at[0], at[1]].long(), self._page_size, rounding_mode="floor")
+
+
+def residency_of(
+    tier: Tier | None,
+    config: ClusterKVConfig,
+    req_to_token: torch.Tensor,
+    handed_out: HandedOut,
+    stream: ForwardStream,
+    faults: Faults,
+) -> Residency:
+    """A pool's, with or without a host tier; the arguments of `TieredResidency`."""
+    return Residency() if tier is None else TieredResidency(tier, config, req_to_token, handed_out, stream, faults)

@@ -53,7 +53,7 @@ def compile_kernels(
         dtype: of the KV pool.
         context_tokens: the longest request.
         query_dtype: of the model; None: the pool's.
-        host_dtype: of the pool's host tier; None: it has none.
+        host_dtype: of a host tier's rows, on a CPU; None: there is no tier.
     """
     begin = time.perf_counter()
     by_size = _compiles_by_size(device)

@@ -64,7 +64,13 @@ class Compiled:
 
 
 def build_segment(
-    index: ClusterIndex, segment_id: int, slots: torch.Tensor, keys: Any, values: Any, layers_per_call: int
+    index: ClusterIndex,
+    segment_id: int,
+    slots: torch.Tensor,
+    keys: Any,
+    values: Any,
+    layers_per_call: int,
+    tier: None = None,
 ) -> None:
     """What `build.build_segment` does on a GPU."""
     write_in_place(index, [slots], keys, values)

@@ -15,7 +15,6 @@ import msgspec
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from sglang_clusterkv.clusters.residency import TieredResidency
 from sglang_clusterkv.config import ClusterKVConfig
 from tests.support import rules
 from tests.support.scenes import PAGE, Tiers
@@ -147,8 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _may_prefill(self) -> bool:
         """Whether the ring is full: else prefills wait, as SGLang's do, and it is tried once more."""
-        residency = self.world.engine.residency
-        return not isinstance(residency, TieredResidency) or residency.refill()
+        return self.world.engine.residency.refill()
 
     def _of_a_chunk(self, chunks: list[Request]) -> list[Request | tuple[Request, int]]:
         """So many tokens of these requests as a prefill takes where the pool is in two tiers; others wait."""

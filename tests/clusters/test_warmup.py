@@ -20,6 +20,8 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.cpu import attend_kernel, dense_kernel
 from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
 from sglang_clusterkv.kernels.refine.cpu import value_kernel
+from sglang_clusterkv.kernels.row_cpu import INT4
+from sglang_clusterkv.kernels.score.cpu import score_kernel
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,7 @@ def test_what_reads_a_host_tier_is_compiled_for_it(host_dtype: str) -> None:
         host_dtype=host_dtype,
     )
     for kernel in (
+        score_kernel(64, 3, INT4, 32, False),
         attend_kernel(64, 3, False),
         dense_kernel(64, 3, False),
         prefix_kernel(64, False),

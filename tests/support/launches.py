@@ -144,8 +144,8 @@ if __name__ == "__main__":
     with (
         patch.object(build, "build_segment", build_segment),
         patch.object(warmup, "_compiles_by_size", lambda device: True),
-        patch.object(warmup, "sparse_decode", sparse_decode),
-        patch.object(warmup, "dense_decode", dense_decode),
+        patch.object(warmup, "sparse_decode", lambda *arguments, tier: sparse_decode(*arguments)),
+        patch.object(warmup, "dense_decode", lambda *arguments, tier: dense_decode(*arguments)),
         patch.object(warmup, "extend", lambda *_: None),
     ):
         main()

@@ -146,6 +146,6 @@ if __name__ == "__main__":
         patch.object(warmup, "_compiles_by_size", lambda device: True),
         patch.object(warmup, "sparse_decode", lambda *arguments, tier: sparse_decode(*arguments)),
         patch.object(warmup, "dense_decode", lambda *arguments, tier: dense_decode(*arguments)),
-        patch.object(warmup, "extend", lambda *_: None),
+        patch.object(warmup, "extend", lambda *_, tier: None),
     ):
         main()

@@ -347,8 +347,9 @@ def rows_of(found: dict[str, dict[str, Any]]) -> list[tuple[str, int, dict[str, 
 
 
 def groups_of(layers: Sequence[float]) -> list[float]:
-    """Means of `LAYER_GROUPS` groups of layers."""
-    return [float(np.mean(part)) for part in np.array_split(np.array(layers), LAYER_GROUPS)]
+    """Means of `LAYER_GROUPS` groups of layers, or of as many as there are layers."""
+    groups = np.array_split(np.array(layers), min(LAYER_GROUPS, len(layers)))
+    return [float(np.mean(group)) for group in groups]
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -364,10 +365,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         cells = " | ".join(f"{shares[name]['worst_tenth']:.2f}" for name in SHARES)
         out.append(f"| {title} | {budget} | {cells} |")
     layers = len(next(iter(found.values()))["shares"]["last"]["layers"])
-    parts = np.array_split(np.arange(layers), LAYER_GROUPS)
+    parts = np.array_split(np.arange(layers), min(LAYER_GROUPS, layers))
     names = " | ".join(f"layers {part[0]} to {part[-1]}" for part in parts)
     for name in ("newest_4", "lru_2"):
-        out += ["", f"{TITLES[name]}:", "", f"| decoding | budget | {names} |", "|" + "---|" * (LAYER_GROUPS + 2)]
+        out += ["", f"{TITLES[name]}:", "", f"| decoding | budget | {names} |", "|" + "---|" * (len(parts) + 2)]
         for title, budget, shares in rows_of(found):
             cells = " | ".join(f"{share:.2f}" for share in groups_of(shares[name]["layers"]))
             out.append(f"| {title} | {budget} | {cells} |")

@@ -59,6 +59,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.tools.demo_model import default_out
 
 PAGE = 16
+MOSTLY = 0.9  # of an answer's steps are sparse; a step is dense where its pages were just rewritten
 WARM = 8  # steps of an answer that only fill the caches
 RATIOS = (2, 4, 8)  # context pages over those that are kept
 USED_RATIO = 4
@@ -191,7 +192,7 @@ class Sums:
         self.recalled: Any = 0
         self.steps = 0
 
-    def add(self, found: Recalled, hits: dict[str, np.ndarray], steps: Sequence[int]) -> None:
+    def add(self, found: Recalled, hits: dict[str, np.ndarray], steps: Sequence[int] | np.ndarray) -> None:
         """Some steps of an answer."""
         real = found.places[steps] != NONE
         self.recalled = self.recalled + real.sum((0, 3))
@@ -222,12 +223,11 @@ def record(server: Server, reply: Reply, budget: int, file: Path) -> tuple[Recal
     use(server, "ours")  # which makes the recorder write
     with np.load(file) as values:
         places, lengths = values["places"], values["lengths"]
-    # Step i reads token i of the answer; with overlap scheduling one more may have run.
-    wanted = len(reply.prompt) + 1 + np.arange(len(reply.answer) - 1)
-    places, lengths = places[: len(wanted)], lengths[: len(wanted)]
-    assert np.array_equal(lengths, wanted), f"{len(lengths)} of {len(wanted)} steps were recorded: others were dense"
+    # With overlap scheduling a step more than the answer has may have run.
+    kept = lengths < len(reply.prompt) + len(reply.answer)
+    assert kept.sum() >= MOSTLY * (len(reply.answer) - 1), f"{kept.sum()} sparse steps for {len(reply.answer)} tokens"
     right = sum(int(rows[i].argmax() == reply.answer[i]) for i in reply.exact)
-    return Recalled(places, lengths, ClusterKVConfig().sink_tokens), right
+    return Recalled(places[kept], lengths[kept], ClusterKVConfig().sink_tokens), right
 
 
 def prefill(server: Server, prompt: list[int]) -> None:
@@ -312,7 +312,10 @@ class Group:
         """One answer."""
         hits = hits_of(found, self.budget)
         self._sums.add(found, hits, range(WARM, len(found.lengths)))
-        self._exact.add(found, hits, [i - 1 for i in reply.exact if i > WARM])  # step i predicts token i + 1
+        predicted = found.lengths[WARM:] - len(
+            reply.prompt
+        )  # the place in the answer of the token that a step predicts
+        self._exact.add(found, hits, WARM + np.flatnonzero(np.isin(predicted, reply.exact)))
         self._pages.append(touched(found))
         self.contexts.append(int(found.lengths[0]))
         self._right += right

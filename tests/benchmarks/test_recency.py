@@ -194,13 +194,13 @@ def test_warm_up_steps_are_not_counted_and_numbers_are_counted_for_themselves() 
     # Everything is old until the last two steps, which predict tokens `steps - 1` and `steps`.
     places = [[20]] * (steps - 2) + [[1000]] * 2
     group = Group("needles", 8)
-    reply = decoding_kinds.Reply([0] * 1023, [0] * (steps + 1), [1, steps - 1, steps])
-    group.add(reply, of_one_head(places, [1024] * steps), right=2)
+    reply = decoding_kinds.Reply([0] * 1011, [0] * (steps + 1), [1, steps - 1, steps])
+    group.add(reply, of_one_head(places, [1012 + i for i in range(steps)]), right=2)
     found = group.result()
     assert found["shares"]["newest_8"]["all"] == 0.5 and found["shares"]["steps"] == 4
     assert found["exact"]["newest_8"]["all"] == 1.0 and found["exact"]["steps"] == 2
     assert (found["exact"]["right"], found["exact"]["asked"]) == (2, 3)
-    assert found["pages"] == {"head": 1 / 64, "any": 1 / 64}
+    assert found["pages"] == pytest.approx({"head": 1 / 64, "any": 1 / 64}, rel=0.01)
     text = table({"needles, 8": found})
     assert "| needles | 8 | 4 | 0.50 | 0.50 | 0.50 |" in text and "| needles: numbers | 8 | 2 | 1.00 |" in text
 

@@ -51,6 +51,8 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     recluster_every: int = 256
     merge_segments: bool = True
     reproducible: bool = False
+    host_ratio: float = 1.0
+    host_kv_dtype: Literal["auto", "int8"] = "auto"
 
 
 FIELD_DOCS: dict[str, str] = {
@@ -79,6 +81,10 @@ FIELD_DOCS: dict[str, str] = {
     "reproducible": "Requests one after another get the same answer whatever was served before: segments are built again "
     "where another request's differ from those of an empty cache, and answers that were decoded sparsely are not kept in "
     "the prefix cache.",
+    "host_ratio": "Tokens that the KV cache holds for each that has room on the device; the others are in host memory. 1 is "
+    "off: everything is on the device. See [memory.md](memory.md).",
+    "host_kv_dtype": "Format of keys and values in host memory: auto is the KV cache's own, bit for bit; int8 rounds a page "
+    "once, when it is stored there.",
 }
 
 
@@ -111,6 +117,9 @@ LIMITS: dict[str, Limit] = {
     "dense_layers": Limit(0, 1024, "no model has so many layers"),
     "dense_below_tokens": Limit(0, 2**31 - 1, "positions have 32 bits"),
     "recluster_every": Limit(MIN_SEGMENT_PAGES, MAX_SEGMENT_TOKENS, _SEGMENT, pages=True),
+    "host_ratio": Limit(
+        1, 64, "the clusters of every token stay on the device, and beyond it are all that is left there"
+    ),
 }
 
 
@@ -209,6 +218,11 @@ def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = Non
         problems.append(
             f"dense_layers={config.dense_layers} leaves none of this model's {layers} layers to recall in: "
             f"use {layers - 1} or less"
+        )
+    if config.host_ratio > 1 and config.dense_layers > 0:
+        problems.append(
+            f"host_ratio={config.host_ratio:g} and dense_layers={config.dense_layers} would read all that is in host memory in "
+            "every step: set dense_layers to 0 or host_ratio to 1"
         )
     if problems:
         raise ConfigError("; ".join(problems))

@@ -30,6 +30,7 @@ REASONS = {
     "ALL": "sink_tokens",
     "PASSES": "kmeans_passes",
     "NORMAL": "choice_spread",
+    "CLUSTERS": "host_ratio",
 }
 DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -56,6 +57,8 @@ def test_the_defaults_are_those_of_the_design():
         "recluster_every": 256,
         "merge_segments": True,
         "reproducible": False,
+        "host_ratio": 1.0,
+        "host_kv_dtype": "auto",
     }
 
 
@@ -83,6 +86,8 @@ def test_the_flag_stands_before_the_environment_before_the_defaults():
         ('{"refine": 1}', "refine=1 is not allowed: use true or false"),
         ('{"code_bits": 3}', "code_bits=3 is not allowed: use 1 or 2"),
         ('{"centroid_dtype": "fp8"}', 'centroid_dtype="fp8" is not allowed: use "int4", "int8" or "bf16"'),
+        ('{"host_kv_dtype": "int4"}', 'host_kv_dtype="int4" is not allowed: use "auto" or "int8"'),
+        ('{"host_ratio": "4"}', 'host_ratio="4" is not allowed: use a number'),
         ('{"choice_spread": null}', "choice_spread=null is not allowed: use a number"),
     ],
 )
@@ -158,6 +163,14 @@ def test_an_error_names_where_the_configuration_came_from():
             16,
             "candidate_tokens=256 is less than budget_tokens=512: raise candidate_tokens or set refine to false",
         ),
+        ({"host_ratio": 0.5}, 16, "host_ratio=0.5 is less than 1: use 1 or more"),
+        ({"host_ratio": 100.0}, 16, "host_ratio=100.0 is more than 64 (CLUSTERS): use 64 or less"),
+        (
+            {"host_ratio": 4.0, "dense_layers": 1},
+            16,
+            "host_ratio=4 and dense_layers=1 would read all that is in host memory in every step: "
+            "set dense_layers to 0 or host_ratio to 1",
+        ),
         ({}, 1, "page_size=1 is too small: use --page-size 16"),
     ],
 )
@@ -176,7 +189,7 @@ NUMBERS = {name for name, kind in ClusterKVConfig.__annotations__.items() if kin
 def test_a_number_of_any_size_is_served_or_refused_with_one_that_is_served(name):
     """Whatever the value, doing what the sentence says is enough."""
     for value in (-(10**30), -1, 0, 3, 10**5, 2**31 - 1, 2**31, 10**30, float("inf"), float("nan")):
-        if name not in ("outlier_share", "choice_spread", "estimate_spread"):
+        if name not in ("outlier_share", "choice_spread", "estimate_spread", "host_ratio"):
             value = int(value) if value == value and abs(value) != float("inf") else 2**63
         config = ClusterKVConfig(**{name: value}, refine=False)
         for page_size in (16, 4096):

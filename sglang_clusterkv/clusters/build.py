@@ -12,6 +12,7 @@ import torch
 
 from sglang_clusterkv.kernels import encode, kmeans
 from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.tier import BUILD_HOST, Tier, TierLayer
 
 
 class SegmentTables(NamedTuple):
@@ -91,6 +92,7 @@ def build_segment(
     key_buffers: list[torch.Tensor],
     value_buffers: list[torch.Tensor],
     layers_per_call: int,
+    tier: Tier | None = None,
 ) -> None:
     """Cluster the tokens at `slots` in every layer, write the tables, and mark the pages.
 
@@ -101,16 +103,19 @@ def build_segment(
         key_buffers: the pool's keys, one [slots, H, D] per layer.
         value_buffers: likewise.
         layers_per_call: layers that are clustered together (fixed per device: shapes must not depend on the batch).
+        tier: where the keys and values of some slots are on the host.
     """
     pages = slots[:: index.geometry.page_size] // index.geometry.page_size
     if slots.device.type == "cuda":
+        assert tier is None, "Triton's kernels read the device alone"
         write_in_place(index, [slots], key_buffers, value_buffers)
         index.mark(segment_id, pages)
         return
     for first in range(0, len(key_buffers), layers_per_call):
         layers = range(first, min(first + layers_per_call, len(key_buffers)))
-        keys = _heads_first([key_buffers[layer] for layer in layers], slots)
-        values = _heads_first([value_buffers[layer] for layer in layers], slots)
+        hosts = [None if tier is None else tier.layer(layer) for layer in layers]
+        keys = _heads_first([key_buffers[layer] for layer in layers], slots, hosts, 0)
+        values = _heads_first([value_buffers[layer] for layer in layers], slots, hosts, 1)
         _write(index, layers, pages, slots, cluster_segment(index, keys, values))
     index.mark(segment_id, pages)
 
@@ -154,9 +159,19 @@ def write_in_place(
     )
 
 
-def _heads_first(buffers: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
-    """Rows `slots` of each [S, H, D] buffer, as float32 [layers * H, M, D]."""
-    rows = torch.stack([buffer.index_select(0, slots) for buffer in buffers])
+def _heads_first(
+    buffers: list[torch.Tensor], slots: torch.Tensor, hosts: list[TierLayer | None], part: int
+) -> torch.Tensor:
+    """Rows `slots` of each [S, H, D] buffer (keys: part 0, values: part 1), as float32 [layers * H, M, D]."""
+    found = []
+    for buffer, host in zip(buffers, hosts, strict=True):
+        if host is None:
+            found.append(buffer.index_select(0, slots))
+        else:
+            found.append(host.gather(buffer, part, slots))
+            if part:  # a row is a key and its value
+                host.count(BUILD_HOST, slots)
+    rows = torch.stack(found)
     return rows.float().transpose(1, 2).flatten(0, 1).contiguous()
 
 

@@ -4,6 +4,8 @@ Everything on the device runs on the forward stream, in launch order:
 
     head of forward N + 1:  invalidate what was handed out | plan from the snapshot of N | forget, build | snapshot
 
+With a host tier (residency.py): map what was handed out | the same | refill | snapshot.
+
 Host state is touched at launch and by the scheduler's callbacks (free, rewrite, clear), never by the device.
 """
 
@@ -12,7 +14,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,19 +27,19 @@ from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.planning.plan import Make, Plan
 from sglang_clusterkv.clusters.planning.planner import Planner
 from sglang_clusterkv.clusters.planning.records import Records
-from sglang_clusterkv.clusters.rows import Row, RowTables
+from sglang_clusterkv.clusters.residency import Residency, TieredResidency
+from sglang_clusterkv.clusters.rows import Extend, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ConfigError, validate
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.index import UNCLUSTERED, ClusterIndex
 from sglang_clusterkv.memory.mass import mean_by_group
-from sglang_clusterkv.memory.step import SparseStep
+from sglang_clusterkv.memory.tier import Tier
 
 logger = logging.getLogger(__name__)
 
-# The signature of kernels.decode.sparse_decode.
-SparseDecode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ClusterIndex, int, SparseStep, float], torch.Tensor]
+SparseDecode = Callable[..., torch.Tensor]  # with the arguments of kernels.decode.sparse_decode
 
 # What a decode step reads and nothing that is stored depends on: may change between two steps.
 STEP_OPTIONS = (
@@ -54,17 +55,6 @@ STEP_OPTIONS = (
 )
 
 
-class Extend(NamedTuple):
-    """One request of a prefill batch, as the scheduler launches it."""
-
-    row: int
-    rid: str
-    prefix_tokens: int  # tokens whose KV existed before this chunk
-    end_tokens: int  # tokens whose KV exists after it
-    prompt_len: int
-    last_chunk: bool
-
-
 class ClusterEngine:
     """Plans, builds and keeps the cluster index of one KV pool.
 
@@ -76,6 +66,7 @@ class ClusterEngine:
         handed_out: the allocator's notes.
         stream: takes the device's work; by default the device's own.
         group: query heads per kv head, so that memory for a step's layers is taken with its lists; None: by its first layer.
+        tier: of the pool, whose buffers then hold some of its pages; None: they hold all.
     """
 
     def __init__(
@@ -87,6 +78,7 @@ class ClusterEngine:
         handed_out: HandedOut,
         stream: ForwardStream | None = None,
         group: int | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self.index = index
         self.group = group
@@ -104,6 +96,10 @@ class ClusterEngine:
         self.stream = stream or ForwardStream(index.device)
         # One layer of a step's sparse requests; the benchmarks put other policies here.
         self.sparse_decode: SparseDecode = sparse_decode
+        self.tier = tier
+        self.residency = Residency()
+        if tier is not None:
+            self.residency = TieredResidency(tier, self.config, req_to_token, handed_out, self.stream, self.faults)
         self.snapshots = Snapshots(index, req_to_token, self.stream)
         self.decoding = DecodeLists(index, self.tables, req_to_token, key_buffers[0].dtype, group)
         self._under_way: StepCounts | None = None  # of the decode step that was begun last, until it is counted
@@ -135,6 +131,7 @@ class ClusterEngine:
             borders = [(segment.begin, segment.end) for segment in record.segments]
             logger.debug("clusterkv: request %s: %d tokens, segments %s", record.rid, record.length, borders)
         self.tables.drop(row)
+        self.residency.row_freed(row)
         try:
             self.records.free(row)
         except Exception as error:
@@ -145,6 +142,7 @@ class ClusterEngine:
         """All rows were freed."""
         self.records.clear()
         self.tables.clear()
+        self.residency.rows_cleared()
 
     def row_rewritten(self, row: int, begin: int, end: int) -> None:
         """The row's slots for positions [begin, end) were replaced by the tree's."""
@@ -162,7 +160,9 @@ class ClusterEngine:
 
     def begin_extend(self, extends: list[Extend]) -> None:
         """A prefill batch is launched. Call on the forward stream, before its kernels."""
+        self.residency.extend(extends)
         ready = self._begin()
+        self.residency.fill()
         look_at = [record for record in map(self._admit, extends) if record is not None]
         if ready:
             self._look(look_at)
@@ -196,7 +196,9 @@ class ClusterEngine:
         Returns:
             The lists that the layers attend to.
         """
+        self.residency.decode(rows, seq_lens)
         ready = self._begin()
+        self.residency.fill()
         tables = self.tables
         aged = seq_lens // self.page_size * self.page_size - self.config.window_tokens
         waits = aged - tables.waits_from[rows] >= self.config.recluster_every
@@ -235,11 +237,12 @@ class ClusterEngine:
         """
         assert step.sparse is not None
         try:
+            host = self.residency.layer(layer)
             if step.sparse_at is None:
-                return self.sparse_decode(q, keys, values, self.index, layer, step.sparse, scale)
+                return self.sparse_decode(q, keys, values, self.index, layer, step.sparse, scale, **host)
             output = torch.empty_like(q)
             output[step.sparse_at] = self.sparse_decode(
-                q[step.sparse_at], keys, values, self.index, layer, step.sparse, scale
+                q[step.sparse_at], keys, values, self.index, layer, step.sparse, scale, **host
             )
             return output
         except Exception as error:
@@ -329,7 +332,9 @@ class ClusterEngine:
             if self.index.device == "cpu" and not self._unclustered(slots, make):
                 self._lost(make.id)
                 return
-            build.build_segment(self.index, make.id, slots, self.key_buffers, self.value_buffers, self._layers_per_call)
+            build.build_segment(
+                self.index, make.id, slots, self.key_buffers, self.value_buffers, self._layers_per_call, self.tier
+            )
             if self.index.device == "cpu":
                 self.counters.build_s += time.perf_counter() - started
             self.counters.segments += 1
@@ -387,9 +392,13 @@ class ClusterEngine:
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""
         self.count_step()
-        return self.counters.server_info() | {
-            "clusters": self.index.clusters,
-            "recalled_mass": mean_by_group(self.index.mass.cpu().numpy()),
-            "bytes": self.index.bytes,
-            "running": len(self.records.rows),
-        }
+        return (
+            self.counters.server_info()
+            | self.residency.server_info()
+            | {
+                "clusters": self.index.clusters,
+                "recalled_mass": mean_by_group(self.index.mass.cpu().numpy()),
+                "bytes": self.index.bytes,
+                "running": len(self.records.rows),
+            }
+        )

@@ -30,6 +30,17 @@ class Segment(NamedTuple):
         return self.end - self.begin
 
 
+class Extend(NamedTuple):
+    """One request of a prefill batch, as the scheduler launches it."""
+
+    row: int
+    rid: str
+    prefix_tokens: int  # tokens whose KV existed before this chunk
+    end_tokens: int  # tokens whose KV exists after it
+    prompt_len: int
+    last_chunk: bool
+
+
 class DenseReason(enum.IntEnum):
     """Why a decode step of a request goes the dense way."""
 

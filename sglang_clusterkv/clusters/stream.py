@@ -40,7 +40,7 @@ class ForwardStream:
     def __init__(self, device: str) -> None:
         self._device = device
 
-    def run(self, work: Callable[..., None], *arguments: Any) -> None:
+    def run(self, work: Callable[..., object], *arguments: Any) -> None:
         """Queue `work(*arguments)` behind everything that was queued before."""
         work(*arguments)
 

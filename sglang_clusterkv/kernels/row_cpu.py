@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sglang_clusterkv.kernels.cpu_math import LANES, bits, float_of_bf16, njit, signed_nibble, unpack_nibbles
+from sglang_clusterkv.kernels.cpu_math import (
+    LANES,
+    bits,
+    float_of_bf16,
+    njit,
+    prefetch_row,
+    signed_nibble,
+    unpack_nibbles,
+)
 
 INT4, INT8, BF16 = 0, 1, 2
 ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}
@@ -55,11 +63,78 @@ def decode_row(
             out[i] = float_of_bf16(halves[row, head, i])
 
 
+KEYS, VALUES = 0, 1  # the parts of a host row
+
+
 @njit(inline="always")
-def load_row(buffer: Any, slot: int, head: int, is_bf16: bool, channels: int, out: Any) -> None:
-    """One key or value as float32 into out [channels]."""
-    for d in range(channels):
-        if is_bf16:
-            out[d] = float_of_bf16(buffer[slot, head, d])
+def load_row(
+    buffer: Any, host: Any, part: int, slot: int, head: int, is_bf16: bool, channels: int, out: Any
+) -> int:  # fmt: skip
+    """One key or value as float32 into out [channels]; returns 1 if it was on the host.
+
+    host: a layer's `TierArrays`; None where everything is on the device, and no code is compiled for it.
+    """
+    if host is None:
+        for d in range(channels):
+            if is_bf16:
+                out[d] = float_of_bf16(buffer[slot, head, d])
+            else:
+                out[d] = np.float32(buffer[slot, head, d])
+        away = 0
+    else:
+        page = slot // host.page_size
+        offset = slot - page * host.page_size
+        device = host.device_page[page]
+        away = 0
+        if device > 0:
+            at = device * host.page_size + offset
+            for d in range(channels):
+                if is_bf16:
+                    out[d] = float_of_bf16(buffer[at, head, d])
+                else:
+                    out[d] = np.float32(buffer[at, head, d])
         else:
-            out[d] = np.float32(buffer[slot, head, d])
+            away = 1
+            line = head * host.page_size + offset
+            if host.rounded:
+                scale = host.scales[page, line, channels // 2 + part]
+                for d in range(channels):
+                    out[d] = np.float32(host.rows[page, line, part * channels + d]) * scale
+            else:
+                for d in range(channels):
+                    if is_bf16:
+                        out[d] = float_of_bf16(host.rows[page, line, part * channels + d])
+                    else:
+                        out[d] = np.float32(host.rows[page, line, part * channels + d])
+    return away
+
+
+@njit(inline="always")
+def prefetch(buffer: Any, host: Any, slot: int, head: int, row_bytes: int) -> None:
+    """Start loading one key or value; of a row on the host both."""
+    if host is None:
+        prefetch_row(buffer, slot, head, row_bytes)
+    else:
+        page = slot // host.page_size
+        offset = slot - page * host.page_size
+        device = host.device_page[page]
+        if device > 0:
+            prefetch_row(buffer, device * host.page_size + offset, head, row_bytes)
+        else:
+            prefetch_row(host.rows, page, head * host.page_size + offset, host.row_bytes)
+
+
+@njit(inline="always")
+def prefetch_heads(buffer: Any, host: Any, slot: int, heads: int, row_bytes: int) -> None:
+    """The same for all kv heads of a token, which lie together on the device."""
+    if host is None:
+        prefetch_row(buffer, slot, 0, heads * row_bytes)
+    else:
+        page = slot // host.page_size
+        offset = slot - page * host.page_size
+        device = host.device_page[page]
+        if device > 0:
+            prefetch_row(buffer, device * host.page_size + offset, 0, heads * row_bytes)
+        else:
+            for head in range(heads):
+                prefetch_row(host.rows, page, head * host.page_size + offset, host.row_bytes)

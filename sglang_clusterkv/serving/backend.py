@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from sglang_clusterkv.memory.tier import TierLayer
+
 logger = logging.getLogger(__name__)
 
 _MANY_TOKENS = 64  # new tokens of a batch from which its products gain from more threads
@@ -51,6 +53,11 @@ def create_backend(runner: ModelRunner) -> AttentionBackend:
     if backend.engine is not None and (reasons := backend.reasons_of_all(runner.model)):
         raise ConfigError(
             f"every layer of this model decodes densely ({', '.join(sorted(reasons))}), so nothing would be recalled: {_OTHER}"
+        )
+    if backend.engine is not None and backend.engine.tier is not None and (layer := _capped(runner.model)):
+        raise ConfigError(
+            f"{layer} caps its attention logits and decodes densely, which a host tier would make it do from host memory in "
+            "every step: set host_ratio to 1"
         )
     return backend
 
@@ -152,6 +159,7 @@ class ClusterKVAttnBackend(AttentionBackend):
                 layer.scaling,
                 sliding_window=layer.sliding_window_size,
                 logit_cap=layer.logit_cap,
+                **self._host(layer),
             )
             begin += new
         return output.flatten(1)
@@ -192,9 +200,8 @@ class ClusterKVAttnBackend(AttentionBackend):
         assert step.dense is not None
         return self._dense(rows, keys, values, layer, step.dense).flatten(1)
 
-    @staticmethod
     def _dense(
-        rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: RadixAttention, step: DenseStep
+        self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: RadixAttention, step: DenseStep
     ) -> torch.Tensor:
         return dense_decode(
             rows,
@@ -205,7 +212,12 @@ class ClusterKVAttnBackend(AttentionBackend):
             layer.scaling,
             sliding_window=layer.sliding_window_size,
             logit_cap=layer.logit_cap,
+            **self._host(layer),
         )
+
+    def _host(self, layer: RadixAttention) -> dict[str, TierLayer]:
+        """What readers of the layer's keys and values take by name besides its buffers: with a host tier, the layer's."""
+        return {} if self.engine is None else self.engine.residency.layer(layer.layer_id - self.first_layer)
 
     def reasons_of_all(self, model: torch.nn.Module) -> set[str]:
         """Why all attention layers of a model go the dense way, in words; empty if one of them does not."""
@@ -258,6 +270,14 @@ def _unserved(model: torch.nn.Module | None) -> str | None:
             return f"cross-attention (layer {layer.layer_id})"
         if layer.xai_temperature_len > 0:
             return f"attention with a temperature by length (layer {layer.layer_id})"
+    return None
+
+
+def _capped(model: torch.nn.Module | None) -> str | None:
+    """An attention layer of a model that caps its logits, in words; None where none does."""
+    for layer in model.modules() if model is not None else ():
+        if isinstance(layer, RadixAttention) and layer.logit_cap > 0:
+            return f"layer {layer.layer_id} of this model"
     return None
 
 

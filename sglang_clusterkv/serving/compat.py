@@ -6,33 +6,12 @@ a predicate reads SGLang's resolved arguments (any object with their names) and 
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sglang_clusterkv.config import MAX_PAGE_SIZE
+from sglang_clusterkv.serving.model_facts import ModelFacts
 
 BACKEND = "clusterkv"
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the table needs to know about a model, read from SGLang's ModelConfig by the plugin."""
-
-    head_dim: int
-    v_head_dim: int
-    mla: bool = False
-    encoder_decoder: bool = False
-    attention_sinks: bool = False
-    hybrid_swa: bool = False  # two KV pools, one of them for sliding-window layers
-    hybrid_linear: bool = False  # Mamba, GDN, KDA, lightning: layers without KV
-    own_sparse: bool = False  # DSA, QSA, MiniMax sparse, DeepSeek V4: the model brings its selection
-    chunked_attention: bool = False  # Llama 4's local layers, dual chunk attention
-    generates: bool = True
-    logit_cap: float = 0.0  # of every layer
-    layers: int | None = None
-    own_backends: bool = (
-        False  # SGLang serves this model by backends that it names, and ends with an assertion on others
-    )
 
 
 class Refusal(NamedTuple):
@@ -309,11 +288,35 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
 
 REFUSALS = ARGUMENT_REFUSALS + MODEL_REFUSALS
 
+# Rows that hold with a host tier alone, asked with the model.
+HOST_TIER_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "host tier on a GPU",
+        lambda a, m: (a.device or "cpu") != "cpu",
+        "the kernels for a GPU read keys and values on the device only in this release: leave out host_ratio",
+    ),
+    Refusal(
+        "host tier without chunks",
+        lambda a, m: a.chunked_prefill_size is not None and a.chunked_prefill_size <= 0,
+        "a host tier takes prompts in chunks that fit the device: leave out --chunked-prefill-size or use 512 or more",
+    ),
+    Refusal(
+        "host tier and shared KV",
+        lambda a, m: m.shared_kv,
+        "layers of this model read another layer's KV densely, which a host tier would make them do from host memory in "
+        "every step: leave out host_ratio",
+    ),
+)
 
-def refusal(arguments: Any, model: ModelFacts | None = None) -> str | None:
-    """The sentence of the first row that applies, or None. Without a model only the arguments' rows are asked."""
+
+def refusal(arguments: Any, model: ModelFacts | None = None, *, host_tier: bool = False) -> str | None:
+    """The sentence of the first row that applies, or None. Without a model only the arguments' rows are asked.
+
+    host_tier: the configuration's `host_ratio` is above 1.
+    """
     facts = model or ModelFacts(head_dim=64, v_head_dim=64)
-    for row in REFUSALS if model else ARGUMENT_REFUSALS:
+    rows = REFUSALS if model else ARGUMENT_REFUSALS
+    for row in rows + HOST_TIER_REFUSALS if host_tier and model else rows:
         if row.applies(arguments, facts):
             return f"--attention-backend {BACKEND} cannot serve this: {row.sentence}"
     return None
@@ -322,6 +325,7 @@ def refusal(arguments: Any, model: ModelFacts | None = None) -> str | None:
 def compatibility_markdown() -> str:
     """The text of docs/compatibility.md, from the table."""
     rows = "\n".join(f"| {row.name} | {row.sentence} |" for row in REFUSALS)
+    host_tier = "\n".join(f"| {row.name} | {row.sentence} |" for row in HOST_TIER_REFUSALS)
     return f"""# Compatibility
 
 <!-- Written by `python -m sglang_clusterkv.serving.compat > docs/compatibility.md`: change compat.py, not this. -->
@@ -371,6 +375,13 @@ The start ends with `--attention-backend {BACKEND} cannot serve this:` and the s
 | what | sentence |
 |---|---|
 {rows}
+
+With a `host_ratio` above 1 ([memory.md](memory.md)) also these, `dense_layers` above 0, and a model whose layers cap their
+logits, which is found once it is loaded. HiCache and, on a CPU, `--enable-memory-saver` are refused in any case.
+
+| what | sentence |
+|---|---|
+{host_tier}
 """
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.memory.mass import mean_by_group
+from sglang_clusterkv.serving.tier_metrics import PREFIX, TierSeries
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
-_PREFIX = "sglang:clusterkv_"
 
 # Attribute of Counters -> name without prefix, meaning.
 _TOTALS = {
@@ -65,7 +65,7 @@ _GAUGES = {
     "running_reqs": "Requests that clusterkv follows.",
 }
 # Shown as 0 before the first one, so that an alert sees that one rise.
-OPERATIONS = ("admit", "build", "copy", "cut", "free", "invalidate", "layer", "lists", "plan", "rewrite")
+OPERATIONS = ("admit", "build", "copy", "cut", "free", "invalidate", "layer", "lists", "offload", "plan", "rewrite")
 
 
 class DeviceCounts:
@@ -116,13 +116,15 @@ class Exporter:
         self._behind = True  # a forward was launched since everything was published
         self._told: dict[tuple[str, ...], float] = {}  # (attribute, label's value) -> what the counter stands at
         self._mass = np.zeros(2)  # as last published
-        names, registry = list(self._labels), registry or REGISTRY
+        self._registry = registry or REGISTRY
+        self._tier: TierSeries | None = None  # made when a tier is first published
+        names, registry = list(self._labels), self._registry
 
         def counter(name: str, text: str, *more: str) -> Counter:
-            return Counter(_PREFIX + name, text, [*names, *more], registry=registry)
+            return Counter(PREFIX + name, text, [*names, *more], registry=registry)
 
         def gauge(name: str, text: str, *more: str) -> Gauge:
-            return Gauge(_PREFIX + name, text, [*names, *more], registry=registry, multiprocess_mode="mostrecent")
+            return Gauge(PREFIX + name, text, [*names, *more], registry=registry, multiprocess_mode="mostrecent")
 
         self._totals = {attribute: counter(*of) for attribute, of in _TOTALS.items()}
         self._totals_by = {attribute: counter(*of) for attribute, of in _TOTALS_BY.items()}
@@ -174,6 +176,10 @@ class Exporter:
         self._gauges["clusters"].labels(**self._labels).set(pages * engine.index.clusters_of_a_page)
         self._gauges["bytes"].labels(**self._labels).set(engine.index.bytes)
         self._gauges["running_reqs"].labels(**self._labels).set(len(engine.records.rows))
+        if engine.tier is not None:
+            if self._tier is None:
+                self._tier = TierSeries(self._labels, self._registry)
+            self._tier.publish(engine.tier.server_info())
         for layers, mean in mean_by_group(mass - self._mass, pool.start_layer).items():
             self._recalled_mass.labels(**self._labels, layers=layers).set(mean)
         self._mass = mass

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
 from sglang_clusterkv.serving import compat, sglang_differences, sglang_symbols
 from sglang_clusterkv.serving.active import config_of, keep_config
-from sglang_clusterkv.serving.compat import BACKEND, ModelFacts
+from sglang_clusterkv.serving.compat import BACKEND
+from sglang_clusterkv.serving.model_facts import ModelFacts
 from sglang_clusterkv.serving.platform import apply_thread_count, is_our_platform
 
 logger = logging.getLogger(__name__)
@@ -143,9 +144,9 @@ def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     if view is None:
         _refuse(server_args, "SGLang forces another attention backend for this model: leave out --attention-backend")
     facts = _model_facts(server_args)
-    if sentence := compat.refusal(view, facts):
-        _refuse(server_args, sentence)
     config = fit_defaults(_load(server_args), view.page_size)
+    if sentence := compat.refusal(view, facts, host_tier=config.host_ratio > 1):
+        _refuse(server_args, sentence)
     try:
         validate(config, view.page_size, facts.head_dim, facts.layers)
     except ConfigError as error:
@@ -188,6 +189,9 @@ def _model_facts(server_args: Any) -> ModelFacts:
             and getattr(model.hf_config, "sliding_window_pattern", None) is not None
         ),
         layers=model.num_hidden_layers,
+        shared_kv=bool(getattr(text, "num_kv_shared_layers", 0))
+        or bool(getattr(text, "use_cla", False))
+        and getattr(text, "cla_share_factor", 1) > 1,
     )
 
 

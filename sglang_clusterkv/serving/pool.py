@@ -1,7 +1,10 @@
-"""SGLang's KV pool and page allocator, with the cluster index beside the pages.
+"""SGLang's KV pool and page allocator, with the cluster index beside the pages, and a host tier below them.
 
-The pool owns the index; the allocator only notes which slots it handed out. Both notes and index are read on the forward
-stream by the engine, which the backend attaches to the pool.
+The pool owns the index and the tier; the allocator only notes which slots it handed out, and for a tier which pages it handed
+out and got back. Notes, index and tier are read on the forward stream by the engine, which the backend attaches to the pool.
+
+With a tier, pages and slots are logical wherever SGLang sees them; `ClusterKVPool.size` counts them. The buffers have room
+for fewer: what is written there is translated (translator.py), and what reads them goes through the tier.
 """
 
 from __future__ import annotations
@@ -11,28 +14,48 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
+from sglang_clusterkv.clusters.backoff import BackOff
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.memory.device import Geometry, index_pages
+from sglang_clusterkv.memory.host import host_row_bytes
 from sglang_clusterkv.memory.index import ClusterIndex
-from sglang_clusterkv.serving import active
+from sglang_clusterkv.memory.tier import Tier, ring_target
+from sglang_clusterkv.serving import active, host_tier
 
 
 class ClusterKVPool(MHATokenToKVPool):
-    """A multi-head KV pool that carries a cluster index."""
+    """A multi-head KV pool that carries a cluster index, and a host tier where the configuration asks for one."""
+
+    size: int  # tokens, logical
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The base constructor allocates, and the allocator's clears, before this one returns.
         self.cluster_index: ClusterIndex | None = None
         self.engine: ClusterEngine | None = None
+        self.tier: Tier | None = None
         self.handed_out = HandedOut()
-        super().__init__(*args, **kwargs)
-
-    def _create_buffers(self) -> None:
-        super()._create_buffers()
         config = active.active_config()
         assert config is not None, "the ClusterKV pool was built without a configuration"
+        self.config = config
+        super().__init__(*args, **kwargs)
+
+    @property
+    def tiered(self) -> bool:
+        """Whether the buffers have room for a part of the pages only."""
+        return host_tier.is_on(self.config)
+
+    def _create_buffers(self) -> None:
+        size, config = self.size, self.config
+        try:
+            if self.tiered:
+                # SGLang takes the buffers' length, and what it derives from it, from this attribute alone.
+                self.size = host_tier.device_pages(config, size // self.page_size) * self.page_size
+            super()._create_buffers()
+        finally:
+            self.size = size
         geometry = Geometry(
             layers=self.layer_num,
             kv_heads=self.head_num,
@@ -42,43 +65,133 @@ class ClusterKVPool(MHATokenToKVPool):
         )
         self.cluster_index = ClusterIndex(config, geometry, torch.device(self.device).type)
 
+    def make_tier(self, chunk_tokens: int, rows: int, ranks: int = 1) -> Tier:
+        """The host tier over the buffers; see `Tier`. Call once, before a forward.
+
+        Args:
+            chunk_tokens: most new tokens of a prefill batch.
+            rows: most running requests.
+            ranks: processes on this machine that make as large a one.
+
+        Raises:
+            ConfigError: the machine's memory is too small for it.
+        """
+        assert self.tiered and self.tier is None and self.cluster_index is not None
+        keys, values = super().get_kv_size_bytes()
+        host_tier.check_memory(
+            self.config,
+            tokens=self.size,
+            host=self.size * self.host_bytes_per_token,
+            others=keys + values + self.cluster_index.bytes,
+            ranks=ranks,
+        )
+        self.tier = Tier(
+            self.k_buffer,
+            self.v_buffer,
+            page_size=self.page_size,
+            pages=self.size // self.page_size + 1,
+            ring_pages=ring_target(chunk_tokens, rows, self.page_size),
+            host_dtype=self.config.host_kv_dtype,
+        )
+        return self.tier
+
+    @property
+    def host_bytes_per_token(self) -> int:
+        """Bytes of a token's host rows, over all layers and kv heads."""
+        row = host_row_bytes(self.head_dim, self.dtype, self.config.host_kv_dtype)
+        return self.layer_num * self.head_num * row
+
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes of keys and of values; half of the index counts with each."""
+        """Bytes of keys and of values on the device; half of the index counts with each."""
         keys, values = super().get_kv_size_bytes()
         index = self.cluster_index.bytes if self.cluster_index is not None else 0
         return keys + index // 2, values + index - index // 2
 
 
 class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
-    """A page allocator that tells the index which slots it handed out; it changes nothing about allocation."""
+    """A page allocator that tells the index and the tier what it handed out; it changes nothing about allocation."""
 
     def __init__(
         self, size: int, page_size: int, dtype: torch.dtype, device: str, kvcache: Any, need_sort: bool
     ) -> None:
         self._handed_out: HandedOut = kvcache.handed_out
+        self._tiered: bool = kvcache.tiered
+        self._refills = BackOff()
+        # Where SGLang sorts its free pages first, the first ones are not those that were handed out.
+        assert not (self._tiered and need_sort), (
+            "a host tier needs free pages in the order in which they are handed out"
+        )
         super().__init__(size, page_size, dtype, device, kvcache, need_sort)
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
         """Hand out whole pages."""
-        return self._note(super().alloc(need_size))
+        free = self.free_pages
+        return self._note(super().alloc(need_size), free)
 
     def alloc_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """Hand out slots for new prompt tokens."""
-        return self._note(super().alloc_extend(*args, **kwargs))
+        free = self.free_pages
+        return self._note(super().alloc_extend(*args, **kwargs), free)
 
     def alloc_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """Hand out one slot per request."""
-        return self._note(super().alloc_decode(*args, **kwargs))
+        free = self.free_pages
+        return self._note(super().alloc_decode(*args, **kwargs), free)
 
     def clear(self) -> None:
         """Free every page."""
         super().clear()
         self._handed_out.clear()
 
-    def _note(self, slots: torch.Tensor | None) -> torch.Tensor | None:
+    def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> PrefillBudget:
+        """What a prefill pass may take; nothing while the tier has no device pages for it, which is tried to change."""
+        if self._tiered and not self._has_pages_for_prefill():
+            return _WaitingBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+        return super().create_prefill_budget(tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+
+    def _has_pages_for_prefill(self) -> bool:
+        """Whether the ring is full, as it is but after a failed refill; one is tried here too.
+
+        With nothing running there is no forward, and no head that would try it. Passes are counted, not time: they are the
+        same ones on every rank. Only heads and this fill the ring, and nothing was allocated since the last head.
+        """
+        pool = self._kvcache
+        if pool.engine is None or pool.tier.directory.ring_level == pool.tier.directory.ring_pages:
+            return True
+        self._refills.launch += 1
+        if not self._refills.over:
+            return False
+        filled: bool = pool.engine.residency.refill()
+        self._refills.succeeded() if filled else self._refills.failed()
+        return filled
+
+    def _note(self, slots: torch.Tensor | None, free: torch.Tensor) -> torch.Tensor | None:
+        """Note slots; free: the free pages before they were handed out, of which the first were taken."""
         if slots is not None and slots.numel():
-            self._handed_out.add(slots)
+            if self._tiered:
+                self._handed_out.add(slots, free[: len(free) - len(self.free_pages)])
+            else:
+                self._handed_out.add(slots)
         return slots
+
+    def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
+        super()._release_page_ids(*page_ids)
+        if self._tiered:
+            for pages in page_ids:
+                self._handed_out.freed(pages.long())  # of rows of req_to_token they have 32 bits
+
+
+class _WaitingBudget(PrefillBudget):
+    """Admits nothing in this pass: requests stay in the queue, and a chunk under way is left as it is. Decode goes on."""
+
+    def check_prefill(self, **kwargs: Any) -> tuple[bool, int | None]:
+        return False, None
+
+    def can_allocate_prefill(self, **kwargs: Any) -> bool:
+        return False
+
+    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
+        return None
 
 
 def kv_pool_cls(default: type | None, kind: str) -> type | None:

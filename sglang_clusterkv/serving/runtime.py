@@ -13,7 +13,8 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_clusterkv.clusters.decoding import DecodeStep
-from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
+from sglang_clusterkv.clusters.engine import ClusterEngine
+from sglang_clusterkv.clusters.rows import Extend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +74,7 @@ def attach_engine(runner: ModelRunner) -> ClusterEngine | None:
             rows.req_to_token,
             pool.handed_out,
             group=runner.model_config.get_num_attention_heads(get_parallel().attn_tp_size) // index.geometry.kv_heads,
+            tier=pool.tier,
         )
         rows.attach_aux_cache(_RowEvents(pool.engine, runner.max_total_num_tokens))
         _engine = pool.engine
@@ -81,22 +83,36 @@ def attach_engine(runner: ModelRunner) -> ClusterEngine | None:
 
 
 def _announce(pool: Any) -> None:
-    """One line at start: the resolved configuration, and what the index costs beside the KV."""
+    """Lines at start: the resolved configuration, what the index costs beside the KV, and the sizes of a host tier."""
     index = pool.cluster_index
     geometry = index.geometry
-    keys_and_values = sum(pool.get_kv_size_bytes()) - index.bytes
+    device = sum(pool.get_kv_size_bytes()) - index.bytes
+    of_all = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * pool.dtype.itemsize  # bytes of a token's KV
     logger.info(
         "clusterkv: %s; the index takes %.1f MB, %.0f bytes per token, %.1f %% of the KV "
         "(%d layers, %d kv heads, head_dim %d, page size %d)",
         msgspec.json.encode(index.config).decode(),
         index.bytes / 1e6,
         index.bytes / geometry.slots,
-        100 * index.bytes / keys_and_values,
+        100 * index.bytes / geometry.slots / of_all,
         geometry.layers,
         geometry.kv_heads,
         geometry.head_dim,
         geometry.page_size,
     )
+    if pool.tier is not None:
+        directory = pool.tier.directory
+        logger.info(
+            "clusterkv: %d of %d tokens have room on the device (%.1f MB), all of them in the host tier (%.1f MB, %s, %.0f "
+            "bytes per token); %d tokens of the device are kept free for the next forward",
+            directory.device_pages * geometry.page_size,
+            pool.size,
+            device / 1e6,
+            pool.tier.bytes / 1e6,
+            index.config.host_kv_dtype,
+            pool.tier.bytes / pool.size,
+            directory.ring_pages * geometry.page_size,
+        )
 
 
 def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwargs: Any) -> None:

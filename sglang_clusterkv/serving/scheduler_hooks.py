@@ -33,6 +33,16 @@ def install(platform: Any) -> None:
             HookType.AFTER,
         ),
         (
+            _SRT + "mem_cache.kv_cache_configurator.KVCacheConfigurator.resolve_max_num_reqs",
+            _after_rows,
+            HookType.AFTER,
+        ),
+        (
+            _SRT + "model_executor.model_runner.ModelRunner.init_kv_index_translator",
+            _after_translator,
+            HookType.AFTER,
+        ),
+        (
             _SRT + "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
             _after_internal_state,
             HookType.AFTER,
@@ -123,15 +133,46 @@ def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) 
     from sglang.srt.runtime_context import get_parallel, get_schedule
 
     from sglang_clusterkv.memory.device import metadata_bytes_per_token
+    from sglang_clusterkv.serving import host_tier
 
     parallel = get_parallel()
-    return result + metadata_bytes_per_token(
+    kv_heads = kvc.model_config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size)
+    index = metadata_bytes_per_token(
         config,
         page_size=get_schedule().page_size,
         head_dim=kvc.model_config.head_dim,
-        kv_heads=kvc.model_config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size),
+        kv_heads=kv_heads,
         layers=num_layers,
     )
+    if not host_tier.is_on(config):
+        return result + index
+    return index + host_tier.bytes_per_token(
+        config,
+        device=result,
+        kv_heads=kv_heads,
+        layers=num_layers,
+        head_dim=kvc.model_config.head_dim,
+        dtype=kvc.kv_cache_dtype,
+    )
+
+
+def _after_rows(result: int, kvc: Any, token_capacity: int) -> int | None:
+    """Most running requests: as many as a host tier's device pages allow."""
+    config = active.active_config()
+    if config is None:
+        return None
+    from sglang_clusterkv.serving import host_tier
+
+    return host_tier.limit_rows(config, result, token_capacity) if host_tier.is_on(config) else None
+
+
+def _after_translator(result: None, runner: Any) -> None:
+    from sglang_clusterkv.serving import host_tier
+
+    if host_tier.is_on(active.active_config()):
+        from sglang_clusterkv.serving import translator
+
+        translator.install(runner)
 
 
 def _after_kv_pool_cls(result: type | None, platform: Any, *, kind: str) -> type | None:

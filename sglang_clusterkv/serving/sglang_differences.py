@@ -14,7 +14,8 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from sglang_clusterkv.serving.sglang_symbols import SYMBOLS, Symbol
+from sglang_clusterkv.serving.sglang_symbols import SYMBOLS
+from sglang_clusterkv.serving.symbol import Symbol
 
 _SRT = "sglang.srt."
 

@@ -3,23 +3,8 @@
 `sglang_differences.check` compares this table with the installed SGLang. Nothing of SGLang is imported here.
 """
 
-from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """A dotted path below `sglang.srt.` and what is expected of it.
-
-    parameters: exact parameter names of a callable, separated by spaces. attributes: names that a class has, as
-    fields, methods or `self.name = ...`. mentions: texts that its source contains (the calls that reach us).
-    """
-
-    path: str
-    why: str
-    parameters: str | None = None
-    attributes: str = ""
-    mentions: tuple[str, ...] = field(default=())
-
+from sglang_clusterkv.serving.sglang_tier_symbols import HOST_TIER
+from sglang_clusterkv.serving.symbol import Symbol
 
 # What register() itself needs; cheap to import, asked in every process.
 REGISTRATION = (
@@ -147,7 +132,15 @@ MEMORY = (
     Symbol(
         "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator",
         "pages",
-        attributes="free_pages num_pages page_size size staged_pages available_size",
+        attributes="free_pages num_pages page_size size staged_pages available_size need_sort create_prefill_budget",
+        # The pages that are handed out are the first free ones; with a host tier the rest tells how many.
+        mentions=(
+            "self.free_pages = self.free_pages[num_pages:]",
+            "self.free_pages = self.free_pages[num_new_pages:]",
+            "self._release_page_ids(torch.unique(free_index // self.page_size))",
+            "self._release_page_ids(page_ids)",
+            "self._release_page_ids(torch.cat(self.free_page_ids_group))",
+        ),
     ),
     Symbol(
         "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
@@ -351,4 +344,4 @@ BACKEND = (
     ),
 )
 
-SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + REQUESTS + SCHEDULER + METRICS + BACKEND
+SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + HOST_TIER + REQUESTS + SCHEDULER + METRICS + BACKEND

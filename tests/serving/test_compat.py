@@ -17,7 +17,8 @@ import pytest
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.serving import active, compat, plugin
-from sglang_clusterkv.serving.compat import REFUSALS, ModelFacts, compatibility_markdown
+from sglang_clusterkv.serving.compat import HOST_TIER_REFUSALS, REFUSALS, compatibility_markdown
+from sglang_clusterkv.serving.model_facts import ModelFacts
 
 SERVED = {
     "device": "cpu",
@@ -141,9 +142,29 @@ def test_each_row_refuses_its_case_and_no_other(monkeypatch, name, arguments, fa
     assert compat.refusal(changed, model) == f"--attention-backend clusterkv cannot serve this: {rows[0].sentence}"
 
 
+HOST_TIER_CASES = [
+    ("host tier on a GPU", {"device": "cuda"}, {}),
+    ("host tier on a GPU", {"device": "cuda:1"}, {}),
+    ("host tier without chunks", {"chunked_prefill_size": -1}, {}),
+    ("host tier and shared KV", {}, {"shared_kv": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "facts"), HOST_TIER_CASES)
+def test_a_host_tier_is_refused_where_all_on_the_device_is_served(name, arguments, facts):
+    changed, model = SimpleNamespace(**SERVED | arguments), replace(MODEL, **facts)
+    rows = [row for row in HOST_TIER_REFUSALS if row.applies(changed, model)]
+    assert [row.name for row in rows] == [name]
+    said = compat.refusal(changed, model, host_tier=True)
+    assert said == f"--attention-backend clusterkv cannot serve this: {rows[0].sentence}"
+    assert compat.refusal(changed, model) is None
+    assert compat.refusal(SimpleNamespace(**SERVED), MODEL, host_tier=True) is None
+
+
 def test_every_row_has_a_case_and_says_what_to_do():
     assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
-    for row in REFUSALS:
+    assert {name for name, *_ in HOST_TIER_CASES} == {row.name for row in HOST_TIER_REFUSALS}
+    for row in (*REFUSALS, *HOST_TIER_REFUSALS):
         assert any(word in row.sentence for word in ("leave", "use ", "unset", "pass ", "change ")), row.name
 
 
@@ -260,6 +281,10 @@ def test_without_the_backend_nothing_is_declared(resolve):
         (("--kv-canary", "log"), "--kv-canary knows SGLang's own KV pools only"),
         (("--clusterkv-config", '{"tokens_per_cluster": 12}'), "tokens_per_cluster=12: use 4, 8 or 16"),
         (("--clusterkv-config", '{"budget_token": 12}'), "did you mean budget_tokens?"),
+        (("--chunked-prefill-size", "-1", "--clusterkv-config", '{"host_ratio": 4}'), "takes prompts in chunks"),
+        (("--enable-memory-saver", "--clusterkv-config", '{"host_ratio": 4}'), "leave out --enable-memory-saver"),
+        (("--enable-hierarchical-cache", "--clusterkv-config", '{"host_ratio": 4}'), "--enable-hierarchical-cache"),
+        (("--clusterkv-config", '{"host_ratio": 4, "dense_layers": 1}'), "set dense_layers to 0 or host_ratio to 1"),
         (("--clusterkv-config", '{"dense_layers": 2}'), "none of this model's 2 layers to recall in: use 1 or less"),
     ],
 )
@@ -299,6 +324,23 @@ def test_a_model_that_is_not_served_is_refused(resolve, model_path, tmp_path, ch
     with pytest.raises(SystemExit) as end:
         resolve(*CLUSTERKV, model=tmp_path)
     assert sentence in str(end.value.code)
+
+
+SHARED_KV = [
+    {"num_kv_shared_layers": 1},
+    {"use_cla": True, "cla_share_factor": 2},
+]
+
+
+@pytest.mark.parametrize("changes", SHARED_KV)
+def test_layers_that_share_kv_are_refused_with_a_host_tier_alone(resolve, model_path, tmp_path, changes):
+    config = json.loads((model_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    resolve(*CLUSTERKV, model=tmp_path)
+    resolve(*CLUSTERKV, "--clusterkv-config", '{"host_ratio": 4}')
+    with pytest.raises(SystemExit) as end:
+        resolve(*CLUSTERKV, "--clusterkv-config", '{"host_ratio": 4}', model=tmp_path)
+    assert "read another layer's KV densely" in str(end.value.code)
 
 
 def test_models_with_sliding_layers_in_one_pool_are_served(resolve, model_path, tmp_path):

@@ -17,15 +17,18 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.servers import Server
 from sglang_clusterkv.clusters import engine as engine_module
+from sglang_clusterkv.clusters import residency
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.mass import mean_by_group
+from sglang_clusterkv.memory.tier import Tier
 from sglang_clusterkv.serving import metrics
 from sglang_clusterkv.serving.metrics import Exporter
 from tests.support.scenes import Scene
@@ -201,7 +204,7 @@ def test_the_mass_is_that_of_the_last_interval_by_the_models_layers(monkeypatch:
 
 
 def test_what_an_operation_may_be_counted_as_is_there_from_the_start(rank: Rank) -> None:
-    source = Path(engine_module.__file__).read_text()
+    source = Path(engine_module.__file__).read_text() + Path(residency.__file__).read_text()
     named = re.findall(r'(?:faults\.note|_start_over|_wait)\("(\w+)"|doing = "(\w+)"', source)
     assert {"".join(names) for names in named} == set(metrics.OPERATIONS)
     rank.exporter.refresh(rank.pool)
@@ -236,6 +239,11 @@ def test_a_pool_that_is_not_ours_has_no_series(monkeypatch: pytest.MonkeyPatch) 
 
 
 # ---- the table and the board
+
+
+def without_tier(series: dict[str, Any]) -> dict[str, Any]:
+    """The series that a server without a host tier has."""
+    return {name: value for name, value in series.items() if "_host_" not in name}
 
 
 def documented() -> dict[str, tuple[str, set[str]]]:
@@ -280,7 +288,39 @@ def test_the_table_lists_every_series(rank: Rank) -> None:
     rank.engine.counters.dense_steps["dirty"] += 1
     rank.engine.counters.dense_layer_calls["sliding"] += 1
     rank.exporter.refresh(rank.pool)
+    assert without_tier(documented()) == types_and_labels(rank.registry.collect())
+    rank.engine.tier = small_tier()
+    rank.exporter.refresh(rank.pool)
     assert documented() == types_and_labels(rank.registry.collect())
+
+
+def test_a_host_tiers_counts_are_counted_once(rank: Rank) -> None:
+    tier = rank.engine.tier = small_tier()
+    tier.reads[:] = range(1, 1 + len(tier.reads))
+    tier.refills, tier.stored_pages = 7, 3
+    tier.directory.map(torch.tensor([4, 9]))
+    for _ in range(2):
+        rank.exporter.refresh(rank.pool)
+        info, samples = tier.server_info(), rank.samples()
+        assert samples["host_traffic_bytes_total", "write"] == info["written_bytes"] > 0
+        assert samples["host_traffic_bytes_total", "read"] == info["read_bytes_decode"] > 0
+        assert samples["host_traffic_bytes_total", "prefill"] == info["read_bytes_prefill"] > 0
+        assert samples["host_traffic_bytes_total", "build"] == info["read_bytes_build"] > 0
+        assert samples["host_recalled_rows_total", "device"] == info["recalled_rows_device"] == 1
+        assert samples["host_recalled_rows_total", "host"] == info["recalled_rows_host"] == 2
+        assert samples["host_dense_rows_total", ""] == info["dense_rows_host"] > 0
+        assert samples["host_refills_total", ""] == 7
+        assert samples["host_pages", "device"] == 2 and samples["host_pages", "host"] == 0
+        assert samples["host_ring_level", ""] == 0.5 and samples["host_tier_bytes", ""] == tier.bytes
+    tier.refills += 1
+    rank.exporter.refresh(rank.pool)
+    assert rank.samples()["host_refills_total", ""] == 8
+
+
+def small_tier() -> Tier:
+    """20 pages, of which 8 have room on the device and 4 are kept free."""
+    buffers = [torch.zeros((9 * 16, 2, 32)) for _ in range(4)]
+    return Tier(buffers[:2], buffers[2:], page_size=16, pages=21, ring_pages=4)
 
 
 def test_the_board_can_be_imported_and_read() -> None:
@@ -365,8 +405,9 @@ def test_a_live_server_has_what_the_table_and_the_board_name(demo_server: Server
     assert list(mass) == list(counts["recalled_mass"]) == ["0-7", "8-15", "16-23", "24-29"]
     assert all(0 < value <= 1 for value in [*mass.values(), *counts["recalled_mass"].values()])
 
-    assert types_and_labels(families) == documented()
+    assert types_and_labels(families) == without_tier(documented())
     labels_of = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    tiers = {name: labels | set(LABELS) for name, (_, labels) in documented().items() if "_host_" in name}
     for where, expression, _ in queries():
-        check_against(labels_of, where, series_of(expression))
+        check_against(tiers | labels_of, where, series_of(expression))
     assert "Traceback" not in log and "stand still" not in log

@@ -6,7 +6,8 @@ Red when SGLang changed one of them, or when the comparison stops noticing a cha
 import pytest
 
 from sglang_clusterkv.serving import sglang_differences
-from sglang_clusterkv.serving.sglang_symbols import SYMBOLS, Symbol
+from sglang_clusterkv.serving.sglang_symbols import SYMBOLS
+from sglang_clusterkv.serving.symbol import Symbol
 
 
 def _first(symbol: Symbol) -> sglang_differences.Difference:

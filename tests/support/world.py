@@ -130,10 +130,10 @@ class LaggingStream(ForwardStream):
 
     def __init__(self) -> None:
         super().__init__("cpu")
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[Callable[[], object]] = []
         self.done = 0
 
-    def run(self, work: Callable[..., None], *arguments: Any) -> None:
+    def run(self, work: Callable[..., object], *arguments: Any) -> None:
         """Queue work."""
         self._waiting.append(functools.partial(work, *arguments))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sglang_clusterkv.kernels.attend import reference
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.memory.tier import TierLayer
 
 
 def dense_decode(
@@ -17,16 +22,22 @@ def dense_decode(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
-    """One query per request over all its tokens; see `reference.dense_decode`."""
+    """One query per request over all its tokens; see `reference.dense_decode`. On a GPU tier is None."""
+    if q.device.type == "cuda":
+        from sglang_clusterkv.kernels.attend import triton
+
+        assert tier is None, "Triton's kernels read the device alone"
+        return triton.dense_decode(
+            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap
+        )
     if q.device.type == "cpu":
         from sglang_clusterkv.kernels.attend import cpu
 
         chosen = cpu.dense_decode
-    elif q.device.type == "cuda":
-        from sglang_clusterkv.kernels.attend import triton
-
-        chosen = triton.dense_decode
     else:
         chosen = reference.dense_decode
-    return chosen(q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap)
+    return chosen(
+        q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
+    )

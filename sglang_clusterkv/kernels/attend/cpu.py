@@ -20,9 +20,9 @@ from sglang_clusterkv.kernels.cpu_math import (
     dot_group,
     fast_exp,
     njit,
-    prefetch_row,
 )
-from sglang_clusterkv.kernels.row_cpu import load_row
+from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, load_row, prefetch, prefetch_heads
+from sglang_clusterkv.memory.tier import DENSE_HOST, RECALLED_DEVICE, RECALLED_HOST, TierLayer
 
 TOKENS_AHEAD = 4  # tokens whose keys or values of all heads are being loaded while one is computed
 
@@ -54,7 +54,7 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
-        q: Any, keys: Any, values: Any, base_slots: Any, base_count: Any, base_logit: Any, recalled: Any,
+        q: Any, keys: Any, values: Any, host: Any, base_slots: Any, base_count: Any, base_logit: Any, recalled: Any,
         recalled_count: Any, scale: Any, output: Any, lse: Any,
     ) -> None:  # fmt: skip
         row = np.empty(channels, np.float32)
@@ -73,12 +73,16 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
                 for g in range(group):
                     for t in range(base):
                         logits[g, t] = base_logit[b, h, g, t]
+                away = 0
                 for t in range(base, count):
-                    prefetch_row(keys, slots[min(t + ROWS_AHEAD, count - 1)], h, row_bytes)
-                    load_row(keys, slots[t], h, is_bf16, channels, row)
+                    prefetch(keys, host, slots[min(t + ROWS_AHEAD, count - 1)], h, row_bytes)
+                    away += load_row(keys, host, KEYS, slots[t], h, is_bf16, channels, row)
                     dot_group(q[b, h], row, group, channels, dots)
                     for g in range(group):
                         logits[g, t] = dots[g] * scale
+                if host is not None:
+                    host.reads[RECALLED_HOST] += away
+                    host.reads[RECALLED_DEVICE] += count - base - away
                 for g in range(group):
                     lse[b, h, g] = softmax_in_place(logits[g], 0, count)
                     for t in range(count, count + ROWS_AT_ONCE):
@@ -87,8 +91,8 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
                         output[b, h, g, d] = 0.0
                 for t in range(0, count, ROWS_AT_ONCE):
                     for k in range(ROWS_AT_ONCE):
-                        prefetch_row(values, slots[min(t + k + ROWS_AHEAD, count - 1)], h, row_bytes)
-                        load_row(values, slots[min(t + k, count - 1)], h, is_bf16, channels, rows[k])
+                        prefetch(values, host, slots[min(t + k + ROWS_AHEAD, count - 1)], h, row_bytes)
+                        load_row(values, host, VALUES, slots[min(t + k, count - 1)], h, is_bf16, channels, rows[k])
                     add_rows(logits, t, rows, group, channels, output[b, h])
 
     return kernel
@@ -104,7 +108,7 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
-        q: Any, keys: Any, values: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any
+        q: Any, keys: Any, values: Any, host: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any
     ) -> None:
         heads = q.shape[1]
         row = np.empty(channels, np.float32)
@@ -113,13 +117,16 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
         logits = np.zeros((heads, group, slots.shape[1] + ROWS_AT_ONCE), np.float32)
         for b in range(q.shape[0]):
             begin, end = begins[b], ends[b]
+            away = 0
             for t in range(begin, end):
-                prefetch_row(keys, slots[b, min(t + TOKENS_AHEAD, end - 1)], 0, heads * row_bytes)
+                prefetch_heads(keys, host, slots[b, min(t + TOKENS_AHEAD, end - 1)], heads, row_bytes)
                 for h in range(heads):
-                    load_row(keys, slots[b, t], h, is_bf16, channels, row)
+                    away += load_row(keys, host, KEYS, slots[b, t], h, is_bf16, channels, row)
                     dot_group(q[b, h], row, group, channels, dots)
                     for g in range(group):
                         logits[h, g, t] = dots[g] * scale
+            if host is not None:
+                host.reads[DENSE_HOST] += away
             for h in range(heads):
                 for g in range(group):
                     if cap > 0:
@@ -132,10 +139,10 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
                         out[b, h, g, d] = 0.0
             for t in range(begin, end, ROWS_AT_ONCE):
                 for k in range(ROWS_AT_ONCE):
-                    prefetch_row(values, slots[b, min(t + k + TOKENS_AHEAD, end - 1)], 0, heads * row_bytes)
+                    prefetch_heads(values, host, slots[b, min(t + k + TOKENS_AHEAD, end - 1)], heads, row_bytes)
                 for h in range(heads):
                     for k in range(ROWS_AT_ONCE):
-                        load_row(values, slots[b, min(t + k, end - 1)], h, is_bf16, channels, rows[k])
+                        load_row(values, host, VALUES, slots[b, min(t + k, end - 1)], h, is_bf16, channels, rows[k])
                     add_rows(logits[h], t, rows, group, channels, out[b, h])
 
     return kernel
@@ -151,19 +158,21 @@ def dense_decode(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """See `reference.dense_decode`."""
     if keys.dtype not in (torch.bfloat16, torch.float32):
         return reference.dense_decode(
-            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap
+            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
         )
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
     begins = torch.zeros_like(seq_lens) if sliding_window < 0 else (seq_lens - 1 - sliding_window).clamp(min=0)
     out = torch.empty_like(grouped)
+    host = None if tier is None else tier.arrays
     kernel = dense_kernel(channels, grouped.shape[2], keys.dtype is torch.bfloat16)
     kernel(
-        grouped.numpy(), bits(keys), bits(values), slots.numpy(), begins.numpy(), seq_lens.numpy(),
+        grouped.numpy(), bits(keys), bits(values), host, slots.numpy(), begins.numpy(), seq_lens.numpy(),
         np.float32(scale), np.float32(logit_cap), out.numpy(),
     )  # fmt: skip
     return out.flatten(1, 2).to(q.dtype)

@@ -11,6 +11,7 @@ from sglang_clusterkv.kernels.score.reference import exact_logits, gather_heads
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.tier import TierLayer
 
 
 def attend(
@@ -21,6 +22,7 @@ def attend(
     recalled: torch.Tensor,
     recalled_count: torch.Tensor,
     scale: float,
+    tier: TierLayer | None = None,
 ) -> Partial:
     """Attend to sinks, window and recalled tokens.
 
@@ -32,11 +34,12 @@ def attend(
         recalled: int64 [B, H, K], slots.
         recalled_count: int64 [B, H].
         scale: of the logits.
+        tier: where some slots' keys and values are on the host.
     """
-    base = exact_logits(q, keys, step.base_slots, step.base_count, scale)
-    chosen = exact_logits(q, keys, recalled, recalled_count, scale)
+    base = exact_logits(q, keys, step.base_slots, step.base_count, scale, tier)
+    chosen = exact_logits(q, keys, recalled, recalled_count, scale, tier)
     logits = torch.cat((base, chosen), -1)
-    rows = torch.cat((gather_heads(values, step.base_slots), gather_heads(values, recalled)), 2)
+    rows = torch.cat((gather_heads(values, step.base_slots, tier, 1), gather_heads(values, recalled, tier, 1)), 2)
     return Partial(torch.einsum("bhgw,bhwd->bhgd", logits.softmax(-1), rows), logits.logsumexp(-1))
 
 
@@ -50,6 +53,7 @@ def dense_decode(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """One query per request over all its tokens, or the last `sliding_window` + 1 of them.
 
@@ -62,12 +66,13 @@ def dense_decode(
         scale: of the logits.
         sliding_window: tokens before the query's own that it sees; negative: all.
         logit_cap: logits become cap * tanh(logit / cap); 0: unchanged.
+        tier: where some slots' keys and values are on the host.
 
     Returns:
         [B, heads, D] in q's dtype.
     """
     grouped = q.float().unflatten(1, (keys.shape[1], -1))
-    logits = exact_logits(grouped, keys, slots, seq_lens, scale)
+    logits = exact_logits(grouped, keys, slots, seq_lens, scale, tier)
     if logit_cap > 0:
         logits = logit_cap * torch.tanh(logits / logit_cap)
         hidden = torch.arange(slots.shape[1], device=q.device) >= seq_lens.unsqueeze(1)
@@ -75,5 +80,5 @@ def dense_decode(
     if sliding_window >= 0:
         early = torch.arange(slots.shape[1], device=q.device) < (seq_lens - 1 - sliding_window).unsqueeze(1)
         logits = logits.masked_fill(early[:, None, None], -torch.inf)
-    output = torch.einsum("bhgt,bhtd->bhgd", logits.softmax(-1), gather_heads(values, slots))
+    output = torch.einsum("bhgt,bhtd->bhgd", logits.softmax(-1), gather_heads(values, slots, tier, 1))
     return output.flatten(1, 2).to(q.dtype)

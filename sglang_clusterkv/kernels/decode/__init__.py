@@ -11,6 +11,7 @@ from sglang_clusterkv.kernels.decode import reference
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.tier import TierLayer
 
 
 def prepare(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseStep) -> None:
@@ -43,6 +44,7 @@ def sparse_decode(
     layer: int,
     step: SparseStep,
     scale: float,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """Attention of one layer over sinks, window, recalled tokens and the estimate of the rest.
 
@@ -54,6 +56,7 @@ def sparse_decode(
         layer: counted from this rank's first.
         step: the lists of this step.
         scale: of the logits.
+        tier: where some slots' keys and values are on the host; on a GPU None.
 
     Returns:
         [B, heads, D] in q's dtype.
@@ -61,9 +64,10 @@ def sparse_decode(
     if q.device.type == "cpu":
         from sglang_clusterkv.kernels.decode import cpu
 
-        return cpu.sparse_decode(q, keys, values, index, layer, step, scale)
+        return cpu.sparse_decode(q, keys, values, index, layer, step, scale, tier)
     if q.device.type == "cuda":
         from sglang_clusterkv.kernels.decode import triton
 
+        assert tier is None, "Triton's kernels read the device alone"
         return triton.sparse_decode(q, keys, values, index, layer, step, scale)
-    return reference.sparse_decode(q, keys, values, index, layer, step, scale)
+    return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier)

@@ -23,6 +23,7 @@ from sglang_clusterkv.memory.rotation import rotation_matrix
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.tier import TierArrays, TierLayer
 
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)  # of pools that the kernels read; others go by the reference
@@ -156,11 +157,11 @@ class CpuDecoder:
         self.base_count = step.base_count.numpy()
         self._step = step
 
-    def score(self, q: np.ndarray, keys: np.ndarray, layer: int, scale: float) -> None:
+    def score(self, q: np.ndarray, keys: np.ndarray, layer: int, scale: float, host: TierArrays | None = None) -> None:
         """Clusters' masses and totals, always-attended tokens' logits."""
         a, u = self.layers[layer], self.buffers
         self._score(
-            q, keys, *a.key_rows, a.spread, a.cluster_end, a.vectors, self.pages, self.segment_begin,
+            q, keys, host, *a.key_rows, a.spread, a.cluster_end, a.vectors, self.pages, self.segment_begin,
             self.segment_count, self.page_count, self.base_slots, self.base_count, np.float32(scale),
             np.float32(self.config.choice_spread), np.float32(self.config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page,
@@ -200,11 +201,19 @@ class CpuDecoder:
             u.recalled_count,
         )  # fmt: skip
 
-    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, output: np.ndarray) -> None:
+    def attend(
+        self,
+        q: np.ndarray,
+        keys: np.ndarray,
+        values: np.ndarray,
+        scale: float,
+        output: np.ndarray,
+        host: TierArrays | None = None,
+    ) -> None:
         """Exact attention over always-attended and recalled tokens."""
         u = self.buffers
         self._attend(
-            q, keys, values, self.base_slots, self.base_count, u.base_logit, u.recalled, u.recalled_count,
+            q, keys, values, host, self.base_slots, self.base_count, u.base_logit, u.recalled, u.recalled_count,
             np.float32(scale), output, u.lse,
         )  # fmt: skip
 
@@ -255,24 +264,26 @@ def sparse_decode(
     layer: int,
     step: SparseStep,
     scale: float,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
     if keys.dtype not in KERNEL_DTYPES:
-        return reference.sparse_decode(q, keys, values, index, layer, step, scale)
+        return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier)
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
     decoder = decoder_of(index, grouped.shape[2], keys.dtype is torch.bfloat16)
     decoder.prepare(step, kv_heads, grouped.shape[2], channels)
     output = torch.empty_like(grouped)
     q_rows, key_rows, out = grouped.numpy(), bits(keys), output.numpy()
-    decoder.score(q_rows, key_rows, layer, scale)
+    host = None if tier is None else tier.arrays
+    decoder.score(q_rows, key_rows, layer, scale, host)
     decoder.select()
     if index.config.refine:
         decoder.refine((grouped @ rotation_matrix(channels).T).numpy(), layer, scale)
         decoder.recall()
     else:
         decoder.recall_all(layer)
-    decoder.attend(q_rows, key_rows, bits(values), scale, out)
+    decoder.attend(q_rows, key_rows, bits(values), scale, out, host)
     if index.config.estimate:
         decoder.estimate(layer)
         decoder.merge(out)

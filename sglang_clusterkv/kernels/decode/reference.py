@@ -16,6 +16,7 @@ from sglang_clusterkv.kernels.select.reference import select
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.tier import TierLayer
 
 
 def sparse_decode(
@@ -26,18 +27,19 @@ def sparse_decode(
     layer: int,
     step: SparseStep,
     scale: float,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
     config = index.config
     grouped = q.float().unflatten(1, (keys.shape[1], -1))  # [B, H, G, D]
-    scores = score(grouped, keys, index, layer, step, scale)
+    scores = score(grouped, keys, index, layer, step, scale, tier)
     limit = config.candidate_tokens if config.refine else config.budget_tokens
     candidates = select(scores, index, layer, step, limit)
     if config.refine:
         recalled = refine(grouped, scores, candidates, index, layer, step, scale)
     else:
         recalled = recall_all(scores, candidates)
-    exact = attend(grouped, keys, values, step, recalled.slots, recalled.count, scale)
+    exact = attend(grouped, keys, values, step, recalled.slots, recalled.count, scale, tier)
     if config.estimate:
         whole = merge(exact, estimate(scores, recalled.left, index, layer, step))
     else:

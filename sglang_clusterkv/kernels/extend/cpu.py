@@ -24,10 +24,10 @@ from sglang_clusterkv.kernels.cpu_math import (
     dot_group,
     fast_exp,
     njit,
-    prefetch_row,
 )
 from sglang_clusterkv.kernels.extend import reference
-from sglang_clusterkv.kernels.row_cpu import load_row
+from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, load_row, prefetch
+from sglang_clusterkv.memory.tier import PREFILL_HOST, TierLayer
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FEW_ROWS = 64  # query rows per kv head up to which the pool is read in place
@@ -44,13 +44,14 @@ def prefix_kernel(channels: int, is_bf16: bool) -> Callable[..., None]:
     row_bytes = channels * (2 if is_bf16 else 4)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
-    def kernel(q: Any, keys: Any, values: Any, slots: Any, scale: Any, output: Any, lse: Any) -> None:
+    def kernel(q: Any, keys: Any, values: Any, host: Any, slots: Any, scale: Any, output: Any, lse: Any) -> None:
         heads, group = q.shape[0], q.shape[1]
         row = np.empty(channels, np.float32)
         rows = np.empty((ROWS_AT_ONCE, channels), np.float32)
         dots = np.empty(group, np.float32)
         logits = np.zeros((group, _BLOCK + ROWS_AT_ONCE), np.float32)
         total = slots.shape[0]
+        away = 0
         for h in range(heads):
             sums = np.zeros(group, np.float32)
             output[h] = 0.0
@@ -58,8 +59,8 @@ def prefix_kernel(channels: int, is_bf16: bool) -> Callable[..., None]:
             for first in range(0, total, _BLOCK):
                 count = min(_BLOCK, total - first)
                 for t in range(count):
-                    prefetch_row(keys, slots[min(first + t + ROWS_AHEAD, total - 1)], h, row_bytes)
-                    load_row(keys, slots[first + t], h, is_bf16, channels, row)
+                    prefetch(keys, host, slots[min(first + t + ROWS_AHEAD, total - 1)], h, row_bytes)
+                    away += load_row(keys, host, KEYS, slots[first + t], h, is_bf16, channels, row)
                     dot_group(q[h], row, group, channels, dots)
                     for g in range(group):
                         logits[g, t] = dots[g] * scale
@@ -82,29 +83,49 @@ def prefix_kernel(channels: int, is_bf16: bool) -> Callable[..., None]:
                 for t in range(0, count, ROWS_AT_ONCE):
                     for k in range(ROWS_AT_ONCE):
                         at = first + min(t + k, count - 1)
-                        prefetch_row(values, slots[min(at + ROWS_AHEAD, total - 1)], h, row_bytes)
-                        load_row(values, slots[at], h, is_bf16, channels, rows[k])
+                        prefetch(values, host, slots[min(at + ROWS_AHEAD, total - 1)], h, row_bytes)
+                        load_row(values, host, VALUES, slots[at], h, is_bf16, channels, rows[k])
                     add_rows(logits, t, rows, group, channels, output[h])
             for g in range(group):
                 lse[h, g] += np.log(sums[g])
                 inverse = np.float32(1.0) / sums[g]
                 for d in range(channels):
                     output[h, g, d] *= inverse
+        if host is not None:
+            host.reads[PREFILL_HOST] += away
 
     return kernel
 
 
+def _gather(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype, tier: TierLayer | None
+) -> list[torch.Tensor]:
+    """Keys and values at slots [T], [H, 1, T, D] each."""
+    if tier is None:
+        found = [buffer.index_select(0, slots) for buffer in (keys, values)]
+    else:
+        found = [tier.gather(buffer, part, slots) for part, buffer in enumerate((keys, values))]
+        tier.count(PREFILL_HOST, slots)
+    return [rows.to(dtype).transpose(0, 1).unsqueeze(1) for rows in found]
+
+
 def _attend_prefix(
-    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, scale: float
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    tier: TierLayer | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of query rows [H, R, D] over the prefix at `slots`: (output [H, R, D] float32, lse [H, R])."""
     if rows.shape[1] <= _FEW_ROWS and keys.dtype in (torch.bfloat16, torch.float32):
         q = rows.float().contiguous()
         output, lse = torch.empty_like(q), torch.empty(q.shape[:2])
         kernel = prefix_kernel(q.shape[2], keys.dtype is torch.bfloat16)
-        kernel(q.numpy(), bits(keys), bits(values), slots.numpy(), np.float32(scale), output.numpy(), lse.numpy())
+        host = None if tier is None else tier.arrays
+        kernel(q.numpy(), bits(keys), bits(values), host, slots.numpy(), np.float32(scale), output.numpy(), lse.numpy())
         return output, lse
-    k, v = (buffer.index_select(0, slots).to(rows.dtype).transpose(0, 1).unsqueeze(1) for buffer in (keys, values))
+    k, v = _gather(keys, values, slots, rows.dtype, tier)
     output, lse = _flash(rows.unsqueeze(1), k, v, 0.0, False, scale=scale)
     return output.squeeze(1).float(), lse.squeeze(1)
 
@@ -118,24 +139,24 @@ def extend(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """See `reference.extend`."""
     if sliding_window >= 0 or logit_cap > 0:
-        return reference.extend(q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap)
+        return reference.extend(
+            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
+        )
     new, heads, channels = q.shape
     kv_heads = keys.shape[1]
     prefix = slots.numel() - new
     grouped = q.view(new, kv_heads, -1, channels).permute(1, 2, 0, 3)  # [H, G, new, D]
     group = grouped.shape[1]
     # The new tokens' keys and values, the same for every query head of the group.
-    k, v = (
-        buffer.index_select(0, slots[prefix:]).to(q.dtype).transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-        for buffer in (keys, values)
-    )
+    k, v = (rows.expand(-1, group, -1, -1) for rows in _gather(keys, values, slots[prefix:], q.dtype, tier))
     output, lse = _flash(grouped, k, v, 0.0, True, scale=scale)
     if prefix:
         stacked = grouped.reshape(kv_heads, group * new, channels)
-        earlier, earlier_lse = _attend_prefix(stacked, keys, values, slots[:prefix], scale)
+        earlier, earlier_lse = _attend_prefix(stacked, keys, values, slots[:prefix], scale, tier)
         weight = torch.sigmoid(earlier_lse.view_as(lse) - lse).unsqueeze(-1)
         output = torch.lerp(output.float(), earlier.view(grouped.shape), weight).to(q.dtype)
     return output.permute(2, 0, 1, 3).reshape(new, heads, channels)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.memory.tier import TierLayer
 
 _QUERIES_PER_BLOCK = 128
 
@@ -16,6 +21,7 @@ def extend(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """One request's new tokens, whose keys and values are already in the pool.
 
@@ -27,12 +33,16 @@ def extend(
         scale: of the logits.
         sliding_window: tokens before its own that a query sees; negative: all.
         logit_cap: logits become cap * tanh(logit / cap); 0: unchanged.
+        tier: where some slots' keys and values are on the host.
 
     Returns:
         [new, heads, D] in q's dtype.
     """
     new, total = q.shape[0], slots.numel()
-    rows = keys.index_select(0, slots).float().transpose(0, 1), values.index_select(0, slots).float().transpose(0, 1)
+    rows = [
+        (buffer.index_select(0, slots) if tier is None else tier.gather(buffer, part, slots)).float().transpose(0, 1)
+        for part, buffer in enumerate((keys, values))
+    ]
     grouped = q.float().unflatten(1, (keys.shape[1], -1)).permute(1, 2, 0, 3)  # [H, G, new, D]
     token = torch.arange(total, device=q.device)
     blocks = []

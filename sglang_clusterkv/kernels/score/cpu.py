@@ -22,8 +22,9 @@ from sglang_clusterkv.kernels.cpu_math import (
     float_of_bf16,
     njit,
 )
-from sglang_clusterkv.kernels.row_cpu import decode_row, load_row
+from sglang_clusterkv.kernels.row_cpu import KEYS, decode_row, load_row
 from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
+from sglang_clusterkv.memory.tier import BASE_HOST
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
-        q: Any, keys: Any, words: Any, halves: Any, octets: Any, row_scales: Any, spread: Any, cluster_end: Any,
+        q: Any, keys: Any, host: Any, words: Any, halves: Any, octets: Any, row_scales: Any, spread: Any, cluster_end: Any,
         vectors: Any, pages: Any, segment_begin: Any, segment_count: Any, page_count: Any, base_slots: Any, base_count: Any,
         scale: Any, choice_spread: Any, estimate_spread: Any, page_size: Any, per_page: Any,
         size: Any, begin: Any, dot: Any, weight: Any, log_mass: Any, base_logit: Any, peak: Any, total: Any,
@@ -94,11 +95,14 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
                             for g in range(group):
                                 dot[b, h, g, c] = scale * (dots[g] + peak[b, h, g])
                                 bonus[g, c] = wide * total[b, h, g]
+                away = 0
                 for t in range(tokens):
-                    load_row(keys, base_slots[b, t], h, is_bf16, channels, row)
+                    away += load_row(keys, host, KEYS, base_slots[b, t], h, is_bf16, channels, row)
                     dot_group(q[b, h], row, group, channels, dots)
                     for g in range(group):
                         base_logit[b, h, g, t] = scale * dots[g]
+                if host is not None:
+                    host.reads[BASE_HOST] += away
                 for g in range(group):
                     # Two peaks: where clusters are wide, the choice's is so much higher that the estimate would vanish.
                     # Neither knows of the other's weight, for either may be the larger.

@@ -13,6 +13,7 @@ from sglang_clusterkv.memory.masses import SPREAD_CAP
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.tier import TierLayer
 
 
 class Scores(NamedTuple):
@@ -31,7 +32,12 @@ class Scores(NamedTuple):
 
 
 def exact_logits(
-    q: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor, count: torch.Tensor, scale: float
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    slots: torch.Tensor,
+    count: torch.Tensor,
+    scale: float,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """Logits of listed tokens.
 
@@ -41,22 +47,30 @@ def exact_logits(
         slots: int64 [B, W], shared by the kv heads, or [B, H, W].
         count: int64 [B] or [B, H], entries of each list.
         scale: of the logits.
+        tier: where some slots' keys are on the host.
 
     Returns:
         float32 [B, H, G, W], -inf beyond `count`.
     """
-    logits = scale * torch.einsum("bhgd,bhwd->bhgw", q, gather_heads(keys, slots))
+    logits = scale * torch.einsum("bhgd,bhwd->bhgw", q, gather_heads(keys, slots, tier, 0))
     listed = torch.arange(slots.shape[-1], device=q.device) < count.unsqueeze(-1)
     listed = listed.unsqueeze(1) if slots.dim() == 2 else listed
     return logits.masked_fill(~listed.unsqueeze(2), -torch.inf)
 
 
-def gather_heads(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Rows of a pool: [slots, H, D] at int64 [B, W] or [B, H, W] -> float32 [B, H, W, D]."""
-    if slots.dim() == 2:
-        return buffer[slots].transpose(1, 2).float()
-    heads = torch.arange(buffer.shape[1], device=slots.device).view(1, -1, 1)
-    return buffer[slots, heads].float()
+def gather_heads(
+    buffer: torch.Tensor, slots: torch.Tensor, tier: TierLayer | None = None, part: int = 0
+) -> torch.Tensor:
+    """Rows of a pool: [slots, H, D] at int64 [B, W] or [B, H, W] -> float32 [B, H, W, D].
+
+    tier: where some of them are on the host; the buffer then holds keys (part 0) or values (part 1).
+    """
+    heads = None if slots.dim() == 2 else torch.arange(buffer.shape[1], device=slots.device).view(1, -1, 1)
+    if tier is not None:
+        rows = tier.gather(buffer, part, slots, heads)
+    else:
+        rows = buffer[slots] if heads is None else buffer[slots, heads]
+    return (rows.transpose(1, 2) if heads is None else rows).float()
 
 
 def segment_vectors(index: ClusterIndex, layer: int, step: SparseStep) -> torch.Tensor:
@@ -70,7 +84,13 @@ def segment_vectors(index: ClusterIndex, layer: int, step: SparseStep) -> torch.
 
 
 def score(
-    q: torch.Tensor, keys: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep, scale: float
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    index: ClusterIndex,
+    layer: int,
+    step: SparseStep,
+    scale: float,
+    tier: TierLayer | None = None,
 ) -> Scores:
     """Score all clusters.
 
@@ -81,6 +101,7 @@ def score(
         layer: counted from this rank's first.
         step: the lists of this step.
         scale: of the logits.
+        tier: where some slots' keys are on the host.
     """
     config, view, per_page = index.config, index.layer(layer), index.clusters_per_page
     page_size = index.geometry.page_size
@@ -111,7 +132,7 @@ def score(
     bonus = 0.5 * scale * scale * spread * q_variance
     log_size = size.float().log().unsqueeze(2)  # -inf where a cluster is empty
 
-    base = exact_logits(q, keys, step.base_slots, step.base_count, scale).logsumexp(-1)
+    base = exact_logits(q, keys, step.base_slots, step.base_count, scale, tier).logsumexp(-1)
     choice = dot + config.choice_spread * bonus  # of one token: times the size and by the size again would break ties
     normaliser = torch.logaddexp((log_size + choice).logsumexp(-1), base)
     # Its log: where heads are sharp, most masses are too small for a float, and the best of them are candidates still.

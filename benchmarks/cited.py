@@ -29,7 +29,8 @@ CITES = "Figures: "
 SINCE = "Since then:"
 SHORT_COMMIT = 7
 README, PERFORMANCE, QUALITY = "README.md", "docs/performance.md", "docs/quality.md"
-MEASURED = (README, PERFORMANCE, QUALITY)  # in which every table says whether it is measured
+MEMORY = "docs/memory-measured.md"
+MEASURED = (README, PERFORMANCE, QUALITY, MEMORY)  # in which every table says whether it is measured
 
 Rows = list[list[str | None]]  # None: a cell that is no figure
 
@@ -738,6 +739,60 @@ def _(found: Any) -> Rows:
         figures_of_arm = [np.mean(error), *error, np.mean(mass), mass[0], mass[-1]]
         rows.append([arm["policy"], str(arm["budget"]), *(small(float(value), 3) for value in figures_of_arm)])
     return rows
+
+
+# -- docs/memory-measured.md ------------------------------------------------------------------------------------------
+
+RECENCY = "quality-recency-TODO"
+NEAR = (
+    "newest_2",
+    "newest_4",
+    "newest_8",
+    "used_4",
+    "last",
+    "lru_1",
+    "lru_2",
+    "newest_4_or_lru_2",
+    "newest_8_or_lru_2",
+)
+
+
+def _recency_lines(found: Any) -> list[tuple[str, int, Any]]:
+    """(kind, budget, shares): of each kind, and of the steps of needles that predict a number, the small budget first."""
+    lines = []
+    for entry in found.values():
+        lines.append((entry["kind"], entry["budget"], entry["shares"]))
+        if entry["kind"] == "needles":
+            lines.append(("needles: numbers", entry["budget"], entry["exact"]))
+    return sorted(lines, key=lambda line: line[1])
+
+
+@figures("recency", MEMORY, RECENCY)
+def _(found: Any) -> Rows:
+    return [
+        [kind, str(budget), *(small(shares[name]["all"], 2) for name in NEAR)]
+        for kind, budget, shares in _recency_lines(found)
+    ]
+
+
+@figures("recency-layers", MEMORY, RECENCY)
+def _(found: Any) -> Rows:
+    rows: Rows = []
+    for kind, budget, shares in _recency_lines(found):
+        for name in ("newest_4", "lru_2"):
+            parts = np.array_split(np.array(shares[name]["layers"]), 5)
+            means = [small(float(part.mean()), 2) for part in parts]
+            rows.append([kind, str(budget), None, *means, small(shares[name]["worst_tenth"], 2)])
+    return rows
+
+
+@figures("tier-model", MEMORY, RECENCY)
+def _(found: Any) -> Rows:
+    from benchmarks.tier_model import Model, hits_in, tier_table
+    from sglang_clusterkv.config import ClusterKVConfig
+
+    config = ClusterKVConfig()
+    return [list(row) for row in tier_table(hits_in(found, config.budget_tokens), Model(), config)]
 
 
 # -- the check --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +45,10 @@ class PlaceRecorder:
         layer: int,
         step: SparseStep,
         scale: float,
+        **host: Any,
     ) -> torch.Tensor:
-        """See `kernels.decode.sparse_decode`."""
-        output = self._inner(q, keys, values, index, layer, step, scale)
+        """See `kernels.decode.sparse_decode`; `host` is a host tier's, for the engine's own function."""
+        output = self._inner(q, keys, values, index, layer, step, scale, **host)
         assert step.batch == 1, f"{step.batch} requests decode: one at a time is recorded"
         if layer == 0:
             self._begin(step)

@@ -16,6 +16,8 @@ of all recalled tokens:
 - newest 1/4 or LRU 2 (and 1/8): in these pages, or in such a cache of what is not in them.
 - pages: not of the tokens; how many of the clustered pages a step recalls from, by one head and by any head of any layer.
 
+`--places FOLDER...` counts the positions again that runs have kept, which each says at its start; it starts no server.
+
 "numbers" and "worst tenth" are the same shares over the steps that predict tokens which only the old text tells, and over the
 tenth of (layer, kv head) with the least. Writes JSON and Markdown to benchmarks/results/.
 """
@@ -23,6 +25,7 @@ tenth of (layer, kv head) with the least. Writes JSON and Markdown to benchmarks
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import requests
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -53,12 +57,13 @@ from benchmarks.quality.decoding_kinds import (
 from benchmarks.quality.documents import read_text
 from benchmarks.quality.model_level import options_of
 from benchmarks.quality.prompts import Prompts
-from benchmarks.results_file import command_of, write_results
+from benchmarks.results_file import MEASURED, command_of, commit_text, write_results
 from benchmarks.servers import Server, model_folder, serve
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.tools.demo_model import default_out
 
 PAGE = 16
+SETTING = "setting.txt"  # in a folder of positions: what run they are of
 MOSTLY = 0.9  # of an answer's steps are sparse; a step is dense where its pages were just rewritten
 WARM = 8  # steps of an answer that only fill the caches
 RATIOS = (2, 4, 8)  # context pages over those that are kept
@@ -277,9 +282,10 @@ def replies_of(
 
 
 def run(server: Server, tokenizer: Any, prompts: Prompts, args: argparse.Namespace) -> dict[str, Any]:
-    """Every kind of every document; by kind and budget its shares. Interrupted (Ctrl-C, SIGTERM), of what is done."""
+    """Every kind of every document; by kind and budget its shares. Of what is done, where it or the server is ended."""
     folder = Path(tempfile.mkdtemp(prefix="recency-places-"))
     print(f"the positions: {folder}", flush=True)
+    (folder / SETTING).write_text(f"{setting_of(args)}, {commit_text(MEASURED)}")
     groups: dict[str, Group] = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -289,12 +295,30 @@ def run(server: Server, tokenizer: Any, prompts: Prompts, args: argparse.Namespa
                 for budget, reply in tqdm(work, desc=f"document {number + 1}, {kind}", unit="answer"):
                     group = groups.setdefault(f"{kind}, {budget}", Group(kind, budget))
                     file = folder / f"{number}-{kind}-{budget}-{len(group.contexts)}.npz"
-                    group.add(reply, *record(server, reply, budget, file))
-    except KeyboardInterrupt:
+                    found, right = record(server, reply, budget, file)
+                    about = {"kind": kind, "budget": budget, "right": right, "exact": reply.exact}
+                    file.with_suffix(".json").write_text(
+                        json.dumps(about | {"prompt": len(reply.prompt), "answer": len(reply.answer)})
+                    )
+                    group.add(found, len(reply.prompt), reply.exact, right)
+    except (KeyboardInterrupt, requests.ConnectionError):
         if not groups:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the server's stop, and the results
         print("\ninterrupted: the results are of what is done", flush=True)
+    return {name: group.result() for name, group in groups.items()}
+
+
+def counted_again(folders: Sequence[Path]) -> dict[str, Any]:
+    """By kind and budget the shares of the positions that earlier runs kept, as `run` gives them."""
+    groups: dict[str, Group] = {}
+    for file in tqdm(sorted(file for folder in folders for file in folder.glob("*.npz")), unit="answer"):
+        about = json.loads(file.with_suffix(".json").read_text())
+        with np.load(file) as values:
+            kept = values["lengths"] < about["prompt"] + about["answer"]
+            found = Recalled(values["places"][kept], values["lengths"][kept], ClusterKVConfig().sink_tokens)
+        group = groups.setdefault(f"{about['kind']}, {about['budget']}", Group(about["kind"], about["budget"]))
+        group.add(found, about["prompt"], about["exact"], about["right"])
     return {name: group.result() for name, group in groups.items()}
 
 
@@ -308,18 +332,16 @@ class Group:
         self._pages: list[tuple[float, float]] = []
         self._right = self._asked = 0
 
-    def add(self, reply: Reply, found: Recalled, right: int) -> None:
-        """One answer."""
+    def add(self, found: Recalled, prompt: int, exact: Sequence[int], right: int) -> None:
+        """One answer behind so many tokens; see `Reply.exact`, of which so many were the first choice."""
         hits = hits_of(found, self.budget)
         self._sums.add(found, hits, range(WARM, len(found.lengths)))
-        predicted = found.lengths[WARM:] - len(
-            reply.prompt
-        )  # the place in the answer of the token that a step predicts
-        self._exact.add(found, hits, WARM + np.flatnonzero(np.isin(predicted, reply.exact)))
+        predicted = found.lengths[WARM:] - prompt  # the place in the answer of the token that a step predicts
+        self._exact.add(found, hits, WARM + np.flatnonzero(np.isin(predicted, exact)))
         self._pages.append(touched(found))
         self.contexts.append(int(found.lengths[0]))
         self._right += right
-        self._asked += len(reply.exact)
+        self._asked += len(exact)
 
     def result(self) -> dict[str, Any]:
         """For the JSON and the tables."""
@@ -403,6 +425,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=8, help="of the chat")
     parser.add_argument("--steps", type=int, default=96, help="of an agent's answer, at most")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--places", type=Path, nargs="+", help="folders of positions that runs have kept")
     parser.add_argument("--text", help="another text, a file")
     parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     args = parser.parse_args(argv)
@@ -411,24 +434,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Parse the command line, run, print and write."""
-    args = parse_args()
+def setting_of(args: argparse.Namespace) -> str:
+    """Of a run with a server."""
+    source = read_text(args.text)[0]
+    kinds = ", ".join(args.kinds)
+    return f"{args.model.name}, float32, {source}, {args.documents} document(s) of {args.tokens} tokens for {kinds}"
+
+
+def serve_and_run(args: argparse.Namespace) -> dict[str, Any]:
+    """`run` with a server."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    source, text = read_text(args.text)
-    prompts = Prompts(tokenizer, text, args.seed)
+    prompts = Prompts(tokenizer, read_text(args.text)[1], args.seed)
     log = Path(tempfile.mkdtemp(prefix="recency-")) / "server.log"
     print(f"starting a server; its log: {log}", flush=True)
     flags = [*FLAGS, "--max-total-tokens", str(args.tokens + POOL_SLACK), "--page-size", str(PAGE)]
     flags += ["--sleep-on-idle", "--watchdog-timeout", "3600"]
     with serve(args.model, log, *flags, config={}) as server:
-        found = run(server, tokenizer, prompts, args)
+        return run(server, tokenizer, prompts, args)
+
+
+def main() -> None:
+    """Parse the command line, run, print and write."""
+    args = parse_args()
+    if args.places:
+        found = counted_again(args.places)
+        setting = "positions that were kept by: " + "; ".join((folder / SETTING).read_text() for folder in args.places)
+    else:
+        found, setting = serve_and_run(args), setting_of(args)
     body = table(found)
     print(f"\n{body}\n")
     write_results(
         "quality-recency",
         title="Where recalled tokens lie",
-        setting=f"{args.model.name}, float32, {source}, {args.documents} document(s) of {args.tokens} tokens of each kind",
+        setting=setting,
         command=command_of("benchmarks.quality.recency"),
         body=body,
         data=found,

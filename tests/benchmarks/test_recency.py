@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from benchmarks.policies.control import switch
 from benchmarks.policies.places import NONE, PlaceRecorder
-from benchmarks.quality import decoding_kinds
 from benchmarks.quality.decoding_kinds import (
     agent_replies,
     chat_opening,
@@ -34,6 +33,7 @@ from benchmarks.quality.recency import (
     Recalled,
     Sums,
     by_head,
+    counted_again,
     groups_of,
     hits_of,
     in_cache,
@@ -194,8 +194,8 @@ def test_warm_up_steps_are_not_counted_and_numbers_are_counted_for_themselves() 
     # Everything is old until the last two steps, which predict tokens `steps - 1` and `steps`.
     places = [[20]] * (steps - 2) + [[1000]] * 2
     group = Group("needles", 8)
-    reply = decoding_kinds.Reply([0] * 1011, [0] * (steps + 1), [1, steps - 1, steps])
-    group.add(reply, of_one_head(places, [1012 + i for i in range(steps)]), right=2)
+    recalled = of_one_head(places, [1012 + i for i in range(steps)])
+    group.add(recalled, prompt=1011, exact=[1, steps - 1, steps], right=2)
     found = group.result()
     assert found["shares"]["newest_8"]["all"] == 0.5 and found["shares"]["steps"] == 4
     assert found["exact"]["newest_8"]["all"] == 1.0 and found["exact"]["steps"] == 2
@@ -203,6 +203,19 @@ def test_warm_up_steps_are_not_counted_and_numbers_are_counted_for_themselves() 
     assert found["pages"] == pytest.approx({"head": 1 / 64, "any": 1 / 64}, rel=0.01)
     text = table({"needles, 8": found})
     assert "| needles | 8 | 4 | 0.50 | 0.50 | 0.50 |" in text and "| needles: numbers | 8 | 2 | 1.00 |" in text
+
+
+def test_positions_that_were_kept_are_counted_again(tmp_path: Path) -> None:
+    steps = WARM + 4
+    places, lengths = [[20]] * (steps - 1) + [[1000]] * 2, [1012 + i for i in range(steps + 1)]
+    recalled = of_one_head(places, lengths)
+    np.savez(tmp_path / "a.npz", places=recalled.places, lengths=recalled.lengths)
+    about = {"kind": "needles", "budget": 8, "right": 1, "exact": [steps], "prompt": 1011, "answer": steps + 1}
+    (tmp_path / "a.json").write_text(json.dumps(about))
+    found = counted_again([tmp_path])["needles, 8"]
+    # The step behind the answer's last is left out.
+    assert found["shares"]["steps"] == 4 and found["shares"]["newest_8"]["all"] == 0.25
+    assert found["exact"]["newest_8"]["all"] == 1.0
 
 
 def test_touched_pages_are_of_the_clustered_ones() -> None:

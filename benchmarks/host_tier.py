@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import requests
 import torch
 from tqdm import tqdm
@@ -144,7 +144,7 @@ class Reply(NamedTuple):
 
 def stream(server: Server, prompt: list[int], tokens: int) -> Reply:
     """Greedy answer, token by token."""
-    body = {
+    body: dict[str, Any] = {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
         "stream": True,

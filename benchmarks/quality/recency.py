@@ -330,17 +330,18 @@ class Group:
         self.contexts: list[int] = []
         self._sums, self._exact = Sums(), Sums()
         self._pages: list[tuple[float, float]] = []
-        self._right = self._asked = 0
+        self._right: int | None = 0
+        self._asked = 0
 
-    def add(self, found: Recalled, prompt: int, exact: Sequence[int], right: int) -> None:
-        """One answer behind so many tokens; see `Reply.exact`, of which so many were the first choice."""
+    def add(self, found: Recalled, prompt: int, exact: Sequence[int], right: int | None) -> None:
+        """One answer behind so many tokens; see `Reply.exact`, of which so many were the first choice (None: nobody looked)."""
         hits = hits_of(found, self.budget)
         self._sums.add(found, hits, range(WARM, len(found.lengths)))
         predicted = found.lengths[WARM:] - prompt  # the place in the answer of the token that a step predicts
         self._exact.add(found, hits, WARM + np.flatnonzero(np.isin(predicted, exact)))
         self._pages.append(touched(found))
         self.contexts.append(int(found.lengths[0]))
-        self._right += right
+        self._right = None if right is None or self._right is None else self._right + right
         self._asked += len(exact)
 
     def result(self) -> dict[str, Any]:
@@ -405,7 +406,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     out += ["| decoding | budget | contexts | by one head | by any | right |", "|---|---|---|---|---|---|"]
     for entry in sorted(found.values(), key=lambda entry: entry["budget"]):
         pages, exact = entry["pages"], entry.get("exact")
-        right = f"{exact['right']} of {exact['asked']}" if exact else "-"
+        right = f"{exact['right']} of {exact['asked']}" if exact and exact["right"] is not None else "-"
         context = f"{min(entry['context']):,} to {max(entry['context']):,}"
         out.append(
             f"| {entry['kind']} | {entry['budget']} | {context} | {pages['head']:.2f} | {pages['any']:.2f} | {right} |"

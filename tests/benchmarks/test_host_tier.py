@@ -99,7 +99,7 @@ def shared(one: list[int], other: list[int]) -> int:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = MadeUp()
     monkeypatch.setattr(host_tier.requests, "post", lambda *args, **fields: made.post(*args, **fields))
     return made
@@ -140,13 +140,13 @@ def test_a_session_has_room_for_its_turns() -> None:
 # -- sessions ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_reply_is_what_was_streamed(server: MadeUp) -> None:
+def test_a_reply_is_what_was_streamed(server: Any) -> None:
     reply = stream(server, list(range(40)), 3)
     assert (reply.prompt, reply.cached, reply.answer) == (40, 0, [1001] * 3)
     assert reply.first_s >= 0 and len(reply.gaps_s) == 2
 
 
-def test_the_next_prompt_has_what_was_said(server: MadeUp) -> None:
+def test_the_next_prompt_has_what_was_said(server: Any) -> None:
     session = Session(list(range(50)), [[7, 7], [8], [9]], answer=4)
     for _ in range(TURNS):
         session.turn(server)
@@ -155,7 +155,7 @@ def test_the_next_prompt_has_what_was_said(server: MadeUp) -> None:
     assert session.new == [52, 2, 2]
 
 
-def test_what_a_cache_kept_is_not_prefilled_again(server: MadeUp) -> None:
+def test_what_a_cache_kept_is_not_prefilled_again(server: Any) -> None:
     document = list(range(10 * PAGE))
     for forgets, expected in ((False, 0), (True, 10 * PAGE)):
         server.forgets, server.prompts = forgets, []
@@ -169,7 +169,7 @@ def test_what_a_cache_kept_is_not_prefilled_again(server: MadeUp) -> None:
     assert again(Reply(0.0, [], prompt=40, cached=32, answer=[]), new=20) == 0
 
 
-def test_every_session_takes_every_turn_in_an_order_of_its_own(server: MadeUp) -> None:
+def test_every_session_takes_every_turn_in_an_order_of_its_own(server: Any) -> None:
     sessions = [Session([number] * 20, [[100], [101], [102]], answer=2) for number in range(6)]
     seconds = run_turns(server, sessions, concurrency=1, seed=7)
     assert len(seconds) == TURNS and all(len(session.replies) == TURNS for session in sessions)

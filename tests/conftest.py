@@ -31,6 +31,7 @@ SHARED_SERVERS = {
 LONGEST_FIRST = (
     "demo",
     "tiny",
+    "tests/serving/test_host_tier_server.py",
     "tests/clusters/test_faults.py",
     "tests/clusters/test_machine.py",
     "tests/clusters/test_merging.py",

@@ -18,6 +18,7 @@ from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.memory.device import Geometry, index_pages
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
+from sglang_clusterkv.memory.tier import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def compile_kernels(
     dtype: torch.dtype,
     context_tokens: int,
     query_dtype: torch.dtype | None = None,
+    host_dtype: str | None = None,
 ) -> None:
     """Run prefill, clustering, sparse and dense decode on a small pool of the same types, at every size that is compiled for.
 
@@ -51,6 +53,7 @@ def compile_kernels(
         dtype: of the KV pool.
         context_tokens: the longest request.
         query_dtype: of the model; None: the pool's.
+        host_dtype: of the pool's host tier; None: it has none.
     """
     begin = time.perf_counter()
     by_size = _compiles_by_size(device)
@@ -70,16 +73,19 @@ def compile_kernels(
     tokens = config.sink_tokens + config.budget_tokens + 2 * config.segment_tokens + config.window_tokens
     pages = index_pages(-(-tokens // page_size) + 2)
     shape = (pages * page_size, kv_heads, head_dim)
+    keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    tier = None if host_dtype is None else _all_on_the_host(keys, values, page_size, host_dtype)
     engine = ClusterEngine(
         ClusterIndex(config, Geometry(1, kv_heads, head_dim, page_size, pages), device),
-        [torch.randn(shape, device=device).to(dtype)],
-        [torch.randn(shape, device=device).to(dtype)],
+        [keys],
+        [values],
         torch.arange(page_size, pages * page_size, dtype=torch.int32, device=device).repeat(2, 1),
         HandedOut(),
+        tier=tier,
     )
     engine.begin_extend([Extend(1, "warm-up", 0, tokens, tokens, last_chunk=True)])
     step = engine.begin_decode(np.array([1]), np.array([tokens + 1]))
-    keys, values = engine.key_buffers[0], engine.value_buffers[0]
+    host = engine.residency.layer(0)
     q = torch.randn(1, kv_heads * group, head_dim, device=device).to(query_dtype or dtype)
     assert step.sparse is not None, f"the warm-up's {tokens} tokens were decoded densely"
     steps = [step.sparse]
@@ -88,14 +94,23 @@ def compile_kernels(
         counts = _segment_counts(per_segment, context_tokens // config.tokens_per_cluster)
         steps += [_repeated(step.sparse, count) for count in counts]
     for sparse in steps:
-        sparse_decode(q, keys, values, engine.index, 0, sparse, 1.0)
+        sparse_decode(q, keys, values, engine.index, 0, sparse, 1.0, **host)
     slots = engine.req_to_token[1, : tokens + 1].long()
-    dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0)
+    dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0, **host)
     if device == "cpu":  # elsewhere SGLang's own backend prefills
-        extend(q, keys, values, slots, 1.0)
+        extend(q, keys, values, slots, 1.0, **host)
     took_s = time.perf_counter() - begin
     if took_s > _SLOW_S:
         logger.info("clusterkv: compiled the kernels in %.0f s; they are kept for the next start", took_s)
+
+
+def _all_on_the_host(keys: torch.Tensor, values: torch.Tensor, page_size: int, host_dtype: str) -> Tier:
+    """A tier over one layer's buffers, of which every page is read from the host."""
+    pages = len(keys) // page_size
+    tier = Tier([keys], [values], page_size=page_size, pages=pages, ring_pages=1, host_dtype=host_dtype)
+    by_page = (buffer.unflatten(0, (pages, page_size)) for buffer in (keys, values))
+    tier.host.store(0, torch.arange(pages), *by_page)
+    return tier
 
 
 def _compiles_by_size(device: str) -> bool:

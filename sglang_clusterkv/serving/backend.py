@@ -308,6 +308,7 @@ def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:
         dtype=engine.key_buffers[0].dtype,
         context_tokens=min(runner.model_config.context_len, geometry.slots),
         query_dtype=runner.model_config.dtype,
+        host_dtype=None if engine.tier is None else engine.tier.host.host_dtype,
     )
 
 

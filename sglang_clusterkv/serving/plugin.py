@@ -149,9 +149,24 @@ def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
         _refuse(server_args, sentence)
     try:
         validate(config, view.page_size, facts.head_dim, facts.layers)
+        _check_host_tier(config, view)
     except ConfigError as error:
         _refuse(server_args, str(error))
     keep_config(server_args, config)
+
+
+def _check_host_tier(config: ClusterKVConfig, view: Any) -> None:
+    """Raise ConfigError where the tokens that were asked for leave too few of them on the device.
+
+    A KV cache that SGLang sizes by itself is checked in the scheduler, once it is.
+    """
+    if config.host_ratio > 1 and view.max_total_tokens and view.chunked_prefill_size:
+        from sglang_clusterkv.serving import host_tier
+
+        tokens = view.max_total_tokens // view.page_size * view.page_size
+        host_tier.rows_that_fit(
+            config, tokens=tokens, chunk_tokens=view.chunked_prefill_size, page_size=view.page_size, rows=1
+        )
 
 
 def _load(server_args: Any) -> ClusterKVConfig:

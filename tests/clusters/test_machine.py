@@ -20,9 +20,12 @@ from tests.support.machine import COUNTS, FaultyMachine, SchedulerMachine
 
 STEPS = int(os.environ.get("CLUSTERKV_STEPS", "2000"))
 STEPS_OF_A_WORLD = 50
-EVENTS = "admit branch turn duplicate chunk decode finish retract abort evict flush rewrite merge splits reused sparse lagging"
+EVENTS = (
+    "admit branch turn duplicate chunk decode finish retract abort evict flush rewrite merge splits reused sparse lagging "
+    "rest press stored"
+)
 
-FAULTS = " lists_fault layer_fault"
+FAULTS = " lists_fault layer_fault offload_fault"
 
 
 @pytest.mark.parametrize(

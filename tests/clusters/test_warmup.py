@@ -17,6 +17,8 @@ import torch
 
 from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.attend.cpu import attend_kernel, dense_kernel
+from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
 from sglang_clusterkv.kernels.refine.cpu import value_kernel
 
 
@@ -30,6 +32,30 @@ def test_any_configuration_is_warmed_up(fields: dict[str, object]) -> None:
         config, "cpu", page_size=16, kv_heads=2, group=3, head_dim=64, dtype=torch.float32, context_tokens=8192
     )
     assert value_kernel(64, 3, 2).signatures or not config.refine
+
+
+@pytest.mark.parametrize("host_dtype", ["auto", "int8"])
+def test_what_reads_a_host_tier_is_compiled_for_it(host_dtype: str) -> None:
+    """Each format has types of its own, which numba compiles for."""
+    of_bits = {"auto": "float32", "int8": "int8"}[host_dtype]
+    compile_kernels(
+        ClusterKVConfig(),
+        "cpu",
+        page_size=16,
+        kv_heads=2,
+        group=3,
+        head_dim=64,
+        dtype=torch.float32,
+        context_tokens=8192,
+        host_dtype=host_dtype,
+    )
+    for kernel in (
+        attend_kernel(64, 3, False),
+        dense_kernel(64, 3, False),
+        prefix_kernel(64, False),
+    ):
+        seen = [str(argument) for signature in kernel.signatures for argument in signature]
+        assert any(f"TierArrays(array(int64, 1d, C), array({of_bits}," in argument for argument in seen), seen
 
 
 def test_triton_compiles_nothing_after_the_warm_up() -> None:

@@ -12,21 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_clusterkv.memory.directory import FREE, IN_RING, PADDING, Directory, stamp
-
-
-def assert_sound(directory: Directory) -> None:
-    """Tables are inverse; every device page is padding, in the ring once, mapped or free."""
-    mapped = (directory.device_page > 0).nonzero().flatten()
-    assert torch.equal(directory.page_of[directory.device_page[mapped]], mapped)
-    assert directory.page_of[0] == PADDING and directory.device_page[0] == 0
-    states = directory.page_of[1:]
-    places = (directory.head + torch.arange(directory.ring_level)) % directory.ring_pages
-    ring = directory.ring[places].sort().values
-    assert torch.equal(ring, (states == IN_RING).nonzero().flatten() + 1)
-    counted = int((states == IN_RING).sum() + (states == FREE).sum()) + len(mapped)
-    assert counted == directory.device_pages
-    assert not directory.stored[0]
+from sglang_clusterkv.memory.directory import Directory, stamp
+from tests.support.rules import assert_directory
 
 
 def refill(directory: Directory, count: int, pinned: list[int] = ()) -> list[int]:
@@ -57,7 +44,7 @@ def test_pages_leave_by_their_touch_after_free_ones_and_never_pinned() -> None:
     directory.unmap(torch.tensor([9]))
     directory.map(torch.tensor([16, 17]), stamp(9))
     assert refill(directory, 2) == [3], "one that is free, then the least touched"
-    assert_sound(directory)
+    assert_directory(directory)
     assert directory.stored.nonzero().flatten().tolist() == [3, 4, 5, 6, 7, 8]
 
 
@@ -75,10 +62,10 @@ def test_a_page_that_is_handed_out_again_is_new() -> None:
     directory.stored[5] = True
     directory.map(torch.tensor([5]))
     assert not directory.stored[5]
-    assert_sound(directory)
+    assert_directory(directory)
     assert (directory.page_of == 5).sum() == 1
     directory.unmap(torch.tensor([5, 6, 7]))
-    assert_sound(directory)
+    assert_directory(directory)
     assert not directory.device_page.any()
 
 
@@ -87,7 +74,7 @@ def test_a_ring_that_is_short_says_so_and_stays_as_it_was() -> None:
     directory.map(torch.tensor([1, 2, 3]))
     with pytest.raises(RuntimeError, match="2 device pages are needed and 1 are free"):
         directory.map(torch.tensor([4, 5]))
-    assert_sound(directory)
+    assert_directory(directory)
     directory.map(torch.tensor([4]))
     assert directory.device_page[1:5].all()
 
@@ -101,7 +88,7 @@ def test_a_page_that_was_dropped_gets_a_device_page_before_it_is_written() -> No
     at = directory.missing(torch.tensor([1, 3]), directory.take(2))
     assert at[0] == directory.device_page[1] > 0 and at[1] == 0
     assert not directory.stored[1]
-    assert_sound(directory)
+    assert_directory(directory)
 
 
 @given(data=st.data())
@@ -127,6 +114,6 @@ def test_no_order_of_events_loses_a_device_page(data: st.DataObject) -> None:
             directory.clear()
             allocated = []
             assert directory.ring_level == directory.ring_pages
-        assert_sound(directory)
+        assert_directory(directory)
         for page in allocated:
             assert directory.device_page[page] > 0 or directory.stored[page], "the page is in neither tier"

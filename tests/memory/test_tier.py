@@ -16,7 +16,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.directory import stamp
 from sglang_clusterkv.memory.host import HostRows, host_row_bytes
 from sglang_clusterkv.memory.tier import Tier, base_pages, least_device_pages, ring_target
-from tests.memory.test_directory import assert_sound
+from tests.support.rules import assert_directory
 
 PAGE, HEADS, D, LAYERS, PAGES = 16, 3, 32, 2, 41
 
@@ -51,7 +51,7 @@ def refill(tier: Tier, **options: bool) -> int:
 @pytest.mark.parametrize("host_dtype", ["auto", "int8"])
 def test_every_row_is_read_from_either_tier_as_it_was_written(dtype: torch.dtype, host_dtype: str) -> None:
     tier, written = filled(dtype, host_dtype)
-    assert_sound(tier.directory)
+    assert_directory(tier.directory)
     resident = int((tier.directory.device_page > 0).sum())
     assert 0 < resident <= 12 - 4
     slots = torch.randperm((PAGES - 1) * PAGE)[:300] + PAGE
@@ -85,7 +85,7 @@ def test_a_page_that_is_brought_back_is_on_the_device_as_it_was(host_dtype: str)
     here = next(page for page in range(1, PAGES) if directory.device_page[page])
     before = tier.layer(1).gather(tier.values[1], 1, torch.arange(away * PAGE, (away + 1) * PAGE))
     tier.bring(torch.tensor([here, away]), directory.take(2))
-    assert_sound(directory)
+    assert_directory(directory)
     at = directory.translate(torch.arange(away * PAGE, (away + 1) * PAGE))
     assert (at > 0).all() and not directory.stored[away]
     assert torch.equal(tier.values[1][at], before)
@@ -105,14 +105,14 @@ def test_a_refill_that_fails_changes_nothing_that_anybody_reads(where: str) -> N
     owner = tier.host if where == "store" else directory
     with patch.object(owner, where, side_effect=MemoryError), pytest.raises(MemoryError):
         refill(tier)
-    assert_sound(directory)
+    assert_directory(directory)
     assert torch.equal(tier.layer(1).gather(tier.keys[1], 0, slots), rows)
     others = torch.arange(5 * PAGE, PAGES * PAGE)
     assert torch.equal(tier.layer(0).gather(tier.keys[0], 0, others), written[0][others])
     level = directory.ring_level
     refill(tier)
     assert directory.ring_level == directory.ring_pages > level
-    assert_sound(directory)
+    assert_directory(directory)
     assert torch.equal(tier.layer(1).gather(tier.keys[1], 0, slots), rows)
 
 
@@ -122,7 +122,7 @@ def test_a_refill_of_clean_pages_stores_none() -> None:
     tier.directory.unmap(torch.tensor([2]))
     with patch.object(HostRows, "store", side_effect=MemoryError):
         assert refill(tier, clean_only=True) == 1, "the one that is free"
-    assert_sound(tier.directory)
+    assert_directory(tier.directory)
 
 
 def test_zeros_and_extremes_keep_their_values_in_8_bits() -> None:

@@ -284,6 +284,10 @@ def test_without_the_backend_nothing_is_declared(resolve):
         (("--chunked-prefill-size", "-1", "--clusterkv-config", '{"host_ratio": 4}'), "takes prompts in chunks"),
         (("--enable-memory-saver", "--clusterkv-config", '{"host_ratio": 4}'), "leave out --enable-memory-saver"),
         (("--enable-hierarchical-cache", "--clusterkv-config", '{"host_ratio": 4}'), "--enable-hierarchical-cache"),
+        (
+            ("--max-total-tokens", "4096", "--chunked-prefill-size", "512", "--clusterkv-config", '{"host_ratio": 8}'),
+            "raise --max-total-tokens to 13456",
+        ),
         (("--clusterkv-config", '{"host_ratio": 4, "dense_layers": 1}'), "set dense_layers to 0 or host_ratio to 1"),
         (("--clusterkv-config", '{"dense_layers": 2}'), "none of this model's 2 layers to recall in: use 1 or less"),
     ],
@@ -397,6 +401,29 @@ def test_a_layer_that_asks_for_more_is_refused_once_the_model_is_loaded(kind, na
         pool = SimpleNamespace(dtype=torch.bfloat16)
         with pytest.raises(ConfigError, match="use another --attention-backend"):
             backend.create_backend(SimpleNamespace(token_to_kv_pool=pool, model=layers))
+
+
+def test_a_layer_that_caps_its_logits_is_refused_with_a_host_tier_alone(monkeypatch):
+    import torch
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from sglang_clusterkv.config import ConfigError
+    from sglang_clusterkv.serving import backend
+
+    kinds: list[dict[str, float]] = [{}, {"logit_cap": 30.0}]
+    made = [RadixAttention(2, 64, 0.1, num_kv_heads=1, layer_id=i, **kind) for i, kind in enumerate(kinds)]
+    runner = SimpleNamespace(
+        token_to_kv_pool=SimpleNamespace(dtype=torch.bfloat16), model=torch.nn.ModuleList(made), tier=None
+    )
+
+    def of(runner):
+        return SimpleNamespace(engine=SimpleNamespace(tier=runner.tier), reasons_of_all=lambda model: set())
+
+    monkeypatch.setattr(backend, "ClusterKVAttnBackend", of)
+    assert backend.create_backend(runner).engine.tier is None
+    runner.tier = object()
+    with pytest.raises(ConfigError, match="layer 1 of this model caps its attention logits .*: set host_ratio to 1"):
+        backend.create_backend(runner)
 
 
 @pytest.mark.parametrize("phase", ["forward_extend", "forward_decode"])

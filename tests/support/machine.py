@@ -15,9 +15,10 @@ import msgspec
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from sglang_clusterkv.clusters.residency import TieredResidency
 from sglang_clusterkv.config import ClusterKVConfig
 from tests.support import rules
-from tests.support.scenes import PAGE
+from tests.support.scenes import PAGE, Tiers
 from tests.support.world import SMALL, Request, World, stream
 
 COUNTS: Counter[str] = Counter()
@@ -45,10 +46,13 @@ WEIGHTS = {
     "make_room": 1,
     "settle": 1,
     "chat": 1,
+    "rest": 1,
+    "press": 1,
 }
 EVENTS = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
 MOST_TOKENS = 1000
 MOST_RUNNING = 6
+CHUNK_TOKENS = 256  # most that a prefill takes where the pool is in two tiers: its pages come from the ring
 ENDS = st.sampled_from([1, 5, 20, 70, 150, 300])
 PICK = st.integers(0, 1 << 10)
 
@@ -66,6 +70,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world = World()
         self.texts: list[list[int]] = []
         self.waiting: list[Request] = []
+        self.idle: list[Request] = []  # that hold a row and have nothing to do for a while
+        self.midway = False  # in an event, or a rule broke in one
         self._fresh = 10**6
         self._latest = stream(9, 300)
 
@@ -74,18 +80,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         pages=st.sampled_from([250, 330, 500]),
         overlap=st.booleans(),
         lags=st.booleans(),
+        ratio=st.sampled_from([None, None, 1, 2, 4]),
     )
-    def begin(self, config: ClusterKVConfig, pages: int, overlap: bool, lags: bool) -> None:
+    def begin(self, config: ClusterKVConfig, pages: int, overlap: bool, lags: bool, ratio: int | None) -> None:
         """A world of its own."""
         COUNTS["worlds"] += 1
-        self.world = World(config, pages=pages, overlap=overlap, lags=lags)
+        tiers = None if ratio is None else Tiers.of(pages, ratio, CHUNK_TOKENS, MOST_RUNNING)
+        self.world = World(config, pages=pages, overlap=overlap, lags=lags, tiers=tiers)
         self.texts = [stream(0, 900), stream(1, 900), stream(2, 150)]
 
     @rule(event=st.sampled_from(EVENTS), data=st.data())
     def event(self, event: str, data: st.DataObject) -> None:
         """Something happens."""
         COUNTS["steps"] += 1
+        self.midway = True
         getattr(self, event)(data.draw)
+        self.midway = False
 
     # -- users
 
@@ -118,7 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(2):
             request = self.world.submit(tokens)
             room = self.world.index.geometry.pages - 1 - sum(map(most_pages, self.world.running))
-            if len(self.world.running) >= MOST_RUNNING or most_pages(request) > room:
+            if len(self.world.running) >= MOST_RUNNING or most_pages(request) > room or not self._may_prefill():
                 return
             COUNTS["chat"] += 1
             self.world.catches_up = draw(st.booleans())
@@ -135,11 +145,34 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _decoding(self) -> list[Request]:
         return [request for request in self.world.running if not request.prefilling]
 
+    def _may_prefill(self) -> bool:
+        """Whether the ring is full: else prefills wait, as SGLang's do, and it is tried once more."""
+        residency = self.world.engine.residency
+        return not isinstance(residency, TieredResidency) or residency.refill()
+
+    def _of_a_chunk(self, chunks: list[Request]) -> list[Request | tuple[Request, int]]:
+        """So many tokens of these requests as a prefill takes where the pool is in two tiers; others wait."""
+        if self.world.tier is None:
+            return list(chunks)
+        taken: list[Request | tuple[Request, int]] = []
+        room = CHUNK_TOKENS
+        for request in chunks:
+            tokens = request.left if request.running else len(request.tokens) - self.world.found(request)
+            new = tokens if tokens <= room else room // PAGE * PAGE
+            if new:
+                taken.append((request, new))
+                room -= new
+            elif not request.running:
+                self.waiting.insert(0, request)
+        return taken
+
     def _paused(self) -> list[Request]:
         return [request for request in self.world.running if request.prefilling]
 
     def chunk(self, draw) -> None:
         """Launch a prefill: paused requests go on, waiting ones begin, the last with so many tokens if it has more."""
+        if not self._may_prefill():
+            return
         chunks = self._paused() if draw(st.booleans()) else []
         most, size = draw(st.integers(1, 4)), draw(st.sampled_from([None, None, 64, 128, 256, 272]))
         room = self.world.index.geometry.pages - 1 - sum(map(most_pages, self.world.running))
@@ -150,18 +183,44 @@ class SchedulerMachine(RuleBasedStateMachine):
             chunks.append(self.waiting.pop(0))
         if chunks:
             self.world.catches_up = draw(st.booleans())
-            self.world.extend(*chunks[:-1], (chunks[-1], size) if size is not None else chunks[-1])
+            *others, last = self._of_a_chunk(chunks)
+            request, new = last if isinstance(last, tuple) else (last, None)
+            sizes = [tokens for tokens in (new, size) if tokens is not None]
+            self.world.extend(*others, (request, min(sizes)) if sizes else request)
             self._launched("chunk")
 
     def decode(self, draw) -> None:
         """Launch decode steps of all that decode."""
         steps, self.world.catches_up = draw(st.sampled_from([1, 1, 2, 5, 20])), draw(st.booleans())
         for _ in range(steps):
-            batch = [request for request in self._decoding() if len(request.tokens) < MOST_TOKENS]
+            batch = [
+                request
+                for request in self._decoding()
+                if len(request.tokens) < MOST_TOKENS and request not in self.idle
+            ]
             if not batch:
                 return
             self.world.decode(*batch)
             self._launched("decode")
+
+    def rest(self, draw) -> None:
+        """Requests have nothing to do for a while, or go on: one that rests holds its row, as a session between its turns."""
+        decoding = self._decoding()
+        self.idle = [request for request in decoding if draw(st.booleans())]
+        COUNTS["rest"] += len(self.idle)
+
+    def press(self, draw) -> None:
+        """A text that nobody asks for again passes through, so that others' pages leave the device."""
+        request = self.world.submit(self._new(draw(st.sampled_from([250, 500]))))
+        room = self.world.index.geometry.pages - 1 - sum(map(most_pages, self.world.running))
+        if len(self.world.running) >= MOST_RUNNING or most_pages(request) > room:
+            return
+        while request.left and self._may_prefill():
+            COUNTS["press"] += 1
+            self.world.extend((request, min(CHUNK_TOKENS - PAGE, request.left)))
+            self._launched("chunk")
+        if request.running:
+            self.world.abort(request)
 
     def _launched(self, name: str) -> None:
         rules.assert_partition(self.world)
@@ -216,6 +275,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         records, tables = self.world.engine.records, self.world.engine.tables
         assert not records.rows and not tables.known.any(), "records of rows that ended"
         assert not records._seen_by, f"segments that nobody sees any more: {records._seen_by}"
+        if self.world.tier is not None and not self.midway:
+            COUNTS["stored"] += self.world.tier.stored_pages
+            rules.assert_tiers(self.world)
+            rules.assert_plans_do_not_depend_on_the_tier(self.world)
         counters = self.world.engine.counters
         COUNTS.update(splits=counters.splits, reused=counters.tokens_reused, sparse=counters.sparse_steps)
         assert counters.faults == self.world.injected, f"rule 7: {counters.faults} for {self.world.injected}"
@@ -225,11 +288,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 class FaultyMachine(SchedulerMachine):
     """The same, with faults of our own code in decode steps."""
 
-    @rule(event=st.sampled_from([*EVENTS, "lists_fault", "layer_fault"]), data=st.data())
+    @rule(event=st.sampled_from([*EVENTS, "lists_fault", "layer_fault", "offload_fault"]), data=st.data())
     def event(self, event: str, data: st.DataObject) -> None:
         """Something happens."""
         COUNTS["steps"] += 1
+        self.midway = True
         getattr(self, event)(data.draw)
+        self.midway = False
 
     def lists_fault(self, draw) -> None:
         """The next decode step's lists fail."""
@@ -238,3 +303,7 @@ class FaultyMachine(SchedulerMachine):
     def layer_fault(self, draw) -> None:
         """A layer of the next sparse step fails."""
         self.world.raises = "layer"
+
+    def offload_fault(self, draw) -> None:
+        """The refill of the ring at the next head fails, where there is one."""
+        self.world.raises = "offload"

@@ -22,14 +22,18 @@ from sglang_clusterkv.clusters.backoff import BackOff
 from sglang_clusterkv.clusters.counters import Counters
 from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
-from sglang_clusterkv.clusters.handed_out import HandedOut
+from sglang_clusterkv.clusters.handed_out import HandedOut, PageEvent, PageEvents
 from sglang_clusterkv.clusters.planning import found, reproducible
 from sglang_clusterkv.clusters.planning.borders import Borders
 from sglang_clusterkv.clusters.planning.plan import Make
 from sglang_clusterkv.clusters.planning.planner import Planner
 from sglang_clusterkv.clusters.planning.records import Records
 from sglang_clusterkv.clusters.planning.view import Run
+from sglang_clusterkv.clusters.residency import TieredResidency
 from sglang_clusterkv.clusters.rows import RowTables
+from sglang_clusterkv.clusters.stream import ForwardStream
+from sglang_clusterkv.memory.directory import FREE, PADDING, Directory
+from sglang_clusterkv.memory.host import HostRows
 from sglang_clusterkv.memory.index import ClusterIndex
 from tests.support.scenes import PAGE, Scene
 
@@ -56,7 +60,7 @@ def _invalidated_on_the_schedulers_stream() -> Iterator[None]:
 
     with (
         patch.object(Scene, "__init__", with_index),
-        patch.object(HandedOut, "add", lambda self, slots: self.index.invalidate(slots // PAGE)),
+        patch.object(HandedOut, "add", lambda self, slots, new_pages=None: self.index.invalidate(slots // PAGE)),
         patch.object(HandedOut, "clear", lambda self: self.index.invalidate_all()),
     ):
         yield
@@ -147,6 +151,106 @@ def _counted_with_its_lists() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _tier_on_the_schedulers_stream() -> Iterator[None]:
+    init = TieredResidency.__init__
+
+    def at_once(self: TieredResidency, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self._stream = ForwardStream("cpu")
+
+    with patch.object(TieredResidency, "__init__", at_once):
+        yield
+
+
+def _handed_out_before_freed() -> AbstractContextManager[Any]:
+    take = HandedOut.take_pages
+
+    def sorted_by_kind(self: HandedOut) -> list[PageEvents]:
+        return sorted(take(self), key=lambda events: events.event is PageEvent.FREED)
+
+    return patch.object(HandedOut, "take_pages", sorted_by_kind)
+
+
+def _release_without(name: str) -> AbstractContextManager[Any]:
+    def release(self: Directory, pages: torch.Tensor) -> None:
+        if name != "page_of":
+            self.page_of.index_fill_(0, self.device_page[pages], FREE)
+            self.page_of[0] = PADDING
+        if name != "stored":
+            self.stored.index_fill_(0, pages, False)
+
+    return patch.object(Directory, "_release", release)
+
+
+def _pins_forgotten() -> AbstractContextManager[Any]:
+    victims = Directory.victims
+    return patch.object(
+        Directory, "victims", lambda self, count, pinned, *rest: victims(self, count, pinned[:0], *rest)
+    )
+
+
+def _only_running_rows_are_pinned() -> AbstractContextManager[Any]:
+    decode = TieredResidency.decode
+
+    def forget_others(self: TieredResidency, rows: Any, seq_lens: Any) -> None:
+        self._lengths[:] = 0
+        decode(self, rows, seq_lens)
+
+    return patch.object(TieredResidency, "decode", forget_others)
+
+
+def _refill_faults_go_up() -> AbstractContextManager[Any]:
+    def refill(self: TieredResidency) -> bool:
+        directory, count = self._directory, self._wanted()
+        if count:
+            last = self._at(self._lengths.nonzero()[0], self._lengths[self._lengths > 0] - 1)
+            self._stream.run(self._fill, count, directory.tail, last, list(self._new))
+            directory.filled(count)
+        return True
+
+    return patch.object(TieredResidency, "refill", refill)
+
+
+def _half_a_refill() -> AbstractContextManager[Any]:
+    """A refill that failed is taken for done."""
+    filled = Directory.filled
+    refill = TieredResidency.refill
+
+    def counted_whatever_happens(self: TieredResidency) -> bool:
+        count, level = self._wanted(), self._directory.ring_level
+        refill(self)
+        if count and self._directory.ring_level == level:
+            filled(self._directory, count)
+        return True
+
+    return patch.object(TieredResidency, "refill", counted_whatever_happens)
+
+
+def _built_without_the_host() -> AbstractContextManager[Any]:
+    heads_first = build._heads_first
+
+    def of_the_device(buffers: Any, slots: Any, hosts: Any, part: int) -> torch.Tensor:
+        return heads_first(buffers, slots % len(buffers[0]), [None] * len(hosts), part)
+
+    return patch.object(build, "_heads_first", of_the_device)
+
+
+def _only_resident_segments_are_made() -> AbstractContextManager[Any]:
+    make = ClusterEngine._make
+
+    def if_resident(self: ClusterEngine, operation: Make, merges: bool) -> None:
+        if self.tier is not None:
+            begin = operation.first_page * PAGE
+            slots = self.req_to_token[operation.row, begin : begin + operation.pages * PAGE : PAGE].long()
+            if not self.tier.directory.device_page[slots // PAGE].all():
+                self._lost(operation.id)
+                return
+        make(self, operation, merges)
+
+    return patch.object(ClusterEngine, "_make", if_resident)
+
+
 MUTANTS = {
     "handed-out pages keep their clusters": Mutant(
         "1", _replaced(ClusterIndex, "invalidate", lambda self, pages: None)
@@ -182,6 +286,18 @@ MUTANTS = {
     "what failed is tried again at once": Mutant("7", _replaced(BackOff, "failed", lambda self: None), faults=True),
     "steps are counted before their layers": Mutant("8", _counted_before_its_layers, faults=True),
     "steps are counted with their lists": Mutant("8", _counted_with_its_lists, faults=True),
+    "refills' faults reach the scheduler": Mutant("7", _refill_faults_go_up, faults=True),
+    "a refill that failed counts": Mutant("9", _half_a_refill, faults=True),
+    "a page keeps its device page when freed": Mutant("9", lambda: _release_without("page_of")),
+    "pages stay mapped that left": Mutant("9, 10", _replaced(Directory, "drop", lambda self, device_pages: None)),
+    "freed pages are unmapped too late": Mutant("10", _handed_out_before_freed),
+    "nothing is pinned": Mutant("10", _pins_forgotten),
+    "only rows of the batch are pinned": Mutant("10", _only_running_rows_are_pinned),
+    "pages leave without a store": Mutant("11", _replaced(HostRows, "store", lambda self, *arguments: None)),
+    "a page that is handed out stays stored": Mutant("11", lambda: _release_without("stored")),
+    "tiers change on the scheduler's stream": Mutant("10, 11", _tier_on_the_schedulers_stream),
+    "built from the device alone": Mutant("4, 5", _built_without_the_host),
+    "only resident segments are made": Mutant("12", _only_resident_segments_are_made),
 }
 
 

@@ -1,4 +1,4 @@
-"""docs/design.md's rules 1 to 8 as assertions over a world (world.py), called after every launch.
+"""docs/design.md's rules 1 to 12 as assertions over a world (world.py), called after every launch.
 
 They trust the device's page states, the pool and the world's rows; what the engine's records say is checked against those.
 """
@@ -15,6 +15,7 @@ from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
+from sglang_clusterkv.memory.directory import FREE, IN_RING, PADDING, Directory
 from sglang_clusterkv.memory.index import ClusterIndex
 from tests.support.scenes import PAGE
 
@@ -67,7 +68,9 @@ def assert_segment_may_be_made(world: World, made: Made) -> None:
         for request in world.running:
             if request.row != maker.row and not world.is_dirty(request):
                 ours = world.pages_of(maker.row, begin, end)
-                shared = int(torch.isin(world.pages(request), ours).sum())  # so few are no segment of the other
+                # What its window held when it was walked it sees no segment of, and so few pages are none either.
+                seen = world.pages(request, 0, max(0, request.prompt_len - world.config.window_tokens))
+                shared = int(torch.isin(seen, ours).sum())
                 assert shared < SEGMENT_VECTOR_PAGES, (
                     f"rule 2: {maker.rid} merged [{begin}, {end}), of which {request.rid} has pages"
                 )
@@ -186,8 +189,9 @@ def assert_seen(world: World, seen: Sighting) -> None:
         return
     world.checked.add((seen.launch, expected_id, seen.path[-1]))
     keys, _ = world.contents.of(seen.path)
-    for layer, buffer in enumerate(world.scene.keys):
-        assert torch.equal(buffer[seen.slots], keys[layer]), f"the pool does not hold what {said}"
+    for layer in range(len(world.scene.keys)):
+        held = world.scene.rows_of(layer, 0, seen.slots)
+        assert torch.equal(held, keys[layer]), f"the pool does not hold what {said}"
     stored = stored_tables(world.index, at, seen.slots)
     for name, expected in world.contents.tables(seen.path).items():
         assert torch.equal(stored[name], expected), f"rules 4, 5: {said}, its {name} are not those of its keys"
@@ -307,3 +311,67 @@ def assert_tail_is_short(world: World, request: Request) -> None:
     # Up to three pages are a gap beside the border of an aligned segment.
     most = world.config.recluster_every + world.config.window_tokens + SEGMENT_VECTOR_PAGES * PAGE
     assert request.length - begin <= most, f"{request.rid}: tokens wait since {begin}, {most} may: {record}"
+
+
+def assert_directory(directory: Directory) -> None:
+    """Rule 9: the tables are inverse, and every device page is padding, in the ring once, mapped or free."""
+    mapped = (directory.device_page > 0).nonzero().flatten()
+    said = f"rule 9: {directory.device_page.tolist()} and {directory.page_of.tolist()}"
+    assert torch.equal(directory.page_of[directory.device_page[mapped]], mapped), f"{said} are not inverse"
+    assert directory.page_of[0] == PADDING and directory.device_page[0] == 0 and not directory.stored[0], said
+    states = directory.page_of[1:]
+    places = (directory.head + torch.arange(directory.ring_level)) % directory.ring_pages
+    ring = directory.ring[places].sort().values
+    assert torch.equal(ring, (states == IN_RING).nonzero().flatten() + 1), f"{said}, the ring holds {ring.tolist()}"
+    counts = [len(ring), int((states == FREE).sum()), len(mapped)]
+    assert sum(counts) == directory.device_pages, (
+        f"rule 9: ring, free and mapped {counts} are not {directory.device_pages} device pages"
+    )
+
+
+def assert_new_pages_are_on_the_device(world: World, pages: torch.Tensor) -> None:
+    """Rules 10 and 11, for pages handed out before a launch, after the head of its forward."""
+    assert world.tier is not None
+    directory = world.tier.directory
+    nowhere = pages[directory.device_page[pages] == 0]
+    assert not len(nowhere), f"rule 10: pages {nowhere.tolist()} were handed out and have no device page"
+    stale = pages[directory.stored[pages]]
+    assert not len(stale), f"rule 11: pages {stale.tolist()} were handed out and count as stored"
+
+
+def assert_tiers(world: World) -> None:
+    """Rules 9 to 11, once the device has caught up with a launch and its writes."""
+    assert world.tier is not None
+    directory, host = world.tier.directory, world.tier.host
+    assert_directory(directory)
+    full = {node.page for node in world.tree.values()}
+    for request in world.running:
+        full |= set(world.pages(request).tolist())
+        last = int(world.scene.req_to_token[request.row, request.length - 1]) // PAGE
+        assert request.length % PAGE == 0 or directory.device_page[last] > 0, (
+            f"rule 10: page {last}, the last one of {request.rid} with {request.length} tokens, left the device"
+        )
+    pages = torch.tensor(sorted(full), dtype=torch.int64)
+    here, stored = directory.device_page[pages] > 0, directory.stored[pages]
+    nowhere = pages[~here & ~stored]
+    assert not len(nowhere), f"rule 10: pages {nowhere.tolist()} are allocated and in neither tier"
+    slots = (pages.unsqueeze(1) * PAGE + torch.arange(PAGE)).flatten()
+    told = torch.from_numpy(world.written)[slots]
+    for layer in range(len(world.scene.keys)):
+        keys, values = (all_rows[layer, told].unflatten(0, (-1, PAGE)) for all_rows in world.contents.rows())
+        rows = host.encode(keys[stored], values[stored])
+        wrong = pages[stored][(host.rows[layer][pages[stored]] != rows).flatten(1).any(1)]
+        assert not len(wrong), f"rule 11: the host rows of pages {wrong.tolist()} are not what was written"
+        for part, expected in enumerate((keys, values)):
+            held = world.scene.rows_of(layer, part, slots).unflatten(0, (-1, PAGE))
+            exact = here if host.host_dtype == "int8" else slice(None)
+            assert torch.equal(held[exact], expected[exact]), "rule 11: a page is not what was written"
+
+
+def assert_plans_do_not_depend_on_the_tier(world: World) -> None:
+    """Rule 12: the same events, with everything on the device, give the same segments and the same lists."""
+    other = world.replayed(None)
+    plans = [[(made.make, made.merged, made.rebuilt) for made in w.history] for w in (world, other)]
+    assert plans[0] == plans[1], f"rule 12: planned {plans[0]}, with everything on the device {plans[1]}"
+    assert world.listed == other.listed, "rule 12: the lists of a step depend on the tier"
+    assert world.free_pages == other.free_pages, "rule 12: what is allocated depends on the tier"

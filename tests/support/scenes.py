@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -12,8 +14,30 @@ from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.tier import Tier, ring_target
 
 PAGE = 16
+
+
+class Tiers(NamedTuple):
+    """A pool in two tiers."""
+
+    device_pages: int
+    ring_pages: int
+    host_dtype: str = "auto"
+
+    @classmethod
+    def of(cls, pages: int, ratio: int, chunk_tokens: int, running: int) -> Tiers:
+        """With `ratio` times as many logical pages as device pages, or as few of these as the rules need, bases left out.
+
+        Args:
+            pages: of the pool, page 0 included.
+            ratio: 1: everything fits the device.
+            chunk_tokens: most tokens of a prefill.
+            running: most requests with a row.
+        """
+        ring = ring_target(chunk_tokens, running, PAGE)
+        return cls(min(pages - 1, max(-(-(pages - 1) // ratio), 2 * ring + running)), ring)
 
 
 class Scene:
@@ -29,6 +53,7 @@ class Scene:
         seed: of everything random.
         stream: that the engine's device work goes to.
         page_size: tokens per page.
+        tiers: of the pool, which then is empty, with poison in all but page 0; None: everything is on the device.
     """
 
     def __init__(
@@ -45,17 +70,32 @@ class Scene:
         seed: int = 0,
         stream: ForwardStream | None = None,
         page_size: int = PAGE,
+        tiers: Tiers | None = None,
     ) -> None:
         self.page_size = page_size
         self.generator = torch.Generator().manual_seed(seed)
         geometry = Geometry(layers, kv_heads, head_dim, page_size, pages)
-        self.keys = [self.clustered(geometry).to(dtype) for _ in range(layers)]
-        self.values = [self.clustered(geometry).to(dtype) for _ in range(layers)]
+        self.tier: Tier | None = None
+        if tiers is None:
+            self.keys = [self.clustered(geometry).to(dtype) for _ in range(layers)]
+            self.values = [self.clustered(geometry).to(dtype) for _ in range(layers)]
+        else:
+            shape = ((tiers.device_pages + 1) * page_size, kv_heads, head_dim)
+            self.keys, self.values = ([torch.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in range(2))
+            self.tier = Tier(
+                self.keys,
+                self.values,
+                page_size=page_size,
+                pages=pages,
+                ring_pages=tiers.ring_pages,
+                host_dtype=tiers.host_dtype,
+            )
+            self.poison_what_nobody_holds()
         self.req_to_token = torch.zeros((rows, context), dtype=torch.int32)
         self.handed_out = HandedOut()
         self.index = ClusterIndex(config, geometry, "cpu")
         self.engine = ClusterEngine(
-            self.index, self.keys, self.values, self.req_to_token, self.handed_out, stream, group=2
+            self.index, self.keys, self.values, self.req_to_token, self.handed_out, stream, group=2, tier=self.tier
         )
         self.free_pages = list(torch.randperm(pages - 1, generator=self.generator).add(1).numpy())
 
@@ -66,6 +106,34 @@ class Scene:
         which = torch.randint(40, (geometry.slots,), generator=self.generator)
         noise = torch.randn(geometry.slots, *shape, generator=self.generator)
         return centres[which] + 0.7 * noise + torch.randn(shape, generator=self.generator)
+
+    def poison_what_nobody_holds(self) -> None:
+        """NaN in the device pages that no page has, and in the host rows that hold no page."""
+        assert self.tier is not None
+        directory = self.tier.directory
+        void = directory.page_of < 0
+        void[0] = False
+        for buffer in (*self.keys, *self.values):
+            buffer.unflatten(0, (-1, self.page_size))[void] = torch.nan
+        unstored = ~directory.stored
+        unstored[0] = False
+        for rows in self.tier.host.rows:
+            rows[unstored] = 0xFF  # as float32, bf16 and scales of int8 rows
+
+    def poison(self, page: int) -> None:
+        """NaN in both copies of a page."""
+        assert self.tier is not None
+        device = int(self.tier.directory.device_page[page])
+        if device:
+            for buffer in (*self.keys, *self.values):
+                buffer[device * self.page_size : (device + 1) * self.page_size] = torch.nan
+        for rows in self.tier.host.rows:
+            rows[page] = 0xFF
+
+    def rows_of(self, layer: int, part: int, slots: torch.Tensor) -> torch.Tensor:
+        """Keys (part 0) or values of logical slots [n], from where they are, [n, H, D]."""
+        buffer = (self.values if part else self.keys)[layer]
+        return buffer[slots] if self.tier is None else self.tier.layer(layer).gather(buffer, part, slots)
 
     def write(self, row: int, begin: int, end: int) -> None:
         """Give a row fresh pages for positions [begin, end); a page that it already has is continued."""

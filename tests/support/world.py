@@ -38,7 +38,7 @@ from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from tests.support import rules
-from tests.support.scenes import PAGE, Scene
+from tests.support.scenes import PAGE, Scene, Tiers
 
 SMALL = ClusterKVConfig(
     budget_tokens=32,
@@ -175,6 +175,7 @@ class World:
         overlap: whether last chunks are checkpointed after the next launch.
         lags: whether the forward's stream works behind the scheduler's.
         checks: whether every launch passes the rules' assertions.
+        tiers: of the pool; None: everything is on the device.
         sizes: layers, kv_heads, head_dim, rows, context of the scene.
     """
 
@@ -186,12 +187,20 @@ class World:
         overlap: bool = True,
         lags: bool = False,
         checks: bool = True,
+        tiers: Tiers | None = None,
         **sizes: int,
     ) -> None:
         sizes = {"layers": 1, "kv_heads": 1, "head_dim": 16, "rows": 12, "context": 2048} | sizes
         self.config, self.overlap, self._checks = config, overlap, checks
         self.stream = LaggingStream() if lags else ForwardStream("cpu")
-        self.scene = Scene(config, pages=pages, stream=self.stream, **sizes)
+        self.scene = Scene(config, pages=pages, stream=self.stream, tiers=tiers, **sizes)
+        self.tier = self.scene.tier
+        # How to make this world again, and what happened in it (`replayed`).
+        self._made_with: dict[str, Any] = {"config": config, "pages": pages, "overlap": overlap, "lags": lags, **sizes}
+        self._events: list[tuple[str, tuple[Any, ...]]] = []
+        self._requests: list[Request] = []
+        self.listed: list[int] = []  # of every decode step, what tells its lists
+        self.written = np.zeros(pages * PAGE, np.int64)  # by slot: what tells the token that was written there last
         self.engine, self.index = self.scene.engine, self.scene.index
         self.contents = contents_of(config, sizes["layers"], sizes["kv_heads"], sizes["head_dim"])
         self.free_pages = list(range(pages - 1, 0, -1))  # the page freed last is handed out next
@@ -200,7 +209,7 @@ class World:
         self.running: list[Request] = []
         self.launches = 0
         self.may_fault = False  # whether the engine may go the dense way longer than it should
-        self.raises: str | None = None  # "lists" or "layer": where the next decode step has a fault
+        self.raises: str | None = None  # "lists", "layer" or "offload": where the next launch has a fault
         self.injected: Counter[str] = Counter()  # such faults
         self.counted: Counter[str] = Counter()  # requests of decode steps, sparse and dense; tokens to choose from
         self.faulted_at = 0  # launch whose lists failed
@@ -210,6 +219,7 @@ class World:
         self.handed_out: list[torch.Tensor] = []  # slots, since the last launch
         self.made: list[Made] = []  # of the last launch's plan
         self.splits = 0  # likewise
+        self.new_pages: list[torch.Tensor] = []  # since the last launch
         self.history: list[Made] = []  # of all plans
         self.walked: list[Request] = []  # rows that were dirty before the last launch and are not any more
         self.checked: set[tuple[int, int, int]] = set()  # launch, segment id, what tells its tokens
@@ -217,17 +227,44 @@ class World:
         self._last: list[Request] = []  # to checkpoint after the next launch
         self.engine.planner.plan = self._watch_plan  # type: ignore[method-assign]
         self._rids = 0
-        self._poison(slice(PAGE, None))
+        if tiers is None:
+            self._poison(slice(PAGE, None))
 
     # -- what users and the scheduler do --------------------------------------------------------------------------
 
     def submit(self, tokens: Sequence[int]) -> Request:
         """A request arrives; it runs from its first extend on."""
         self._rids += 1
-        return Request(f"r{self._rids}", list(tokens))
+        request = Request(f"r{self._rids}", list(tokens))
+        self._requests.append(request)
+        self._event("submit", list(tokens))
+        return request
+
+    def _event(self, name: str, *arguments: Any) -> None:
+        """Note what users or the scheduler did."""
+        self._events.append((name, (*arguments, self.catches_up, self.raises)))
+
+    def replayed(self, tiers: Tiers | None) -> World:
+        """Another world in which the same happened, with a pool in other tiers."""
+        world = World(**self._made_with, tiers=tiers, checks=False)
+        for name, (*arguments, world.catches_up, raises) in self._events:
+            world.raises = None if raises == "offload" else raises
+            known = {request.rid: request for request in world._requests}
+            if name == "extend":
+                world.extend(*((known[rid], new) if new is not None else known[rid] for rid, new in arguments))
+            elif name == "decode":
+                world.decode(*(known[rid] for rid in arguments))
+            elif name in ("finish", "retract"):
+                rid, *rest = arguments
+                getattr(world, name)(known[rid], **({"in_flight": rest[0]} if rest else {}))
+            else:
+                getattr(world, name)(*arguments)
+        return world
 
     def extend(self, *chunks: Request | tuple[Request, int]) -> None:
         """Launch a prefill batch: each request with what is left of its tokens, or with so many new ones."""
+        pairs = [chunk if isinstance(chunk, tuple) else (chunk, None) for chunk in chunks]
+        self._event("extend", *((request.rid, new) for request, new in pairs))
         self._stash()
         extends = []
         for chunk in chunks:
@@ -244,6 +281,7 @@ class World:
         requests = [chunk[0] if isinstance(chunk, tuple) else chunk for chunk in chunks]
         for request, extend in zip(requests, extends, strict=True):
             self._write_kv(request, extend.prefix_tokens)
+        self._assert_tiers()
         self._middle = [request for request in requests if request.prefilling]
         self._results([request for request in requests if not request.prefilling])
 
@@ -251,6 +289,7 @@ class World:
         """Launch decode steps of a batch; equal texts go on equally. Returns the last one."""
         step = None
         for _ in range(steps):
+            self._event("decode", *(request.rid for request in requests))
             self._stash()
             for request in requests:
                 assert request.running and not request.prefilling
@@ -262,11 +301,13 @@ class World:
             with self._lists_that_raise():
                 step = self._begin(functools.partial(self.engine.begin_decode, rows, lengths))
             assert step is not None
+            self._note_lists(step)
             rules.assert_lists(self, requests, step)
             self._layers(step)
             rules.assert_counts(self)
             for request in requests:
                 self._write_kv(request, request.length - 1)
+            self._assert_tiers()
             self._results([])
         assert step is not None, "no step was asked for"
         return step
@@ -299,7 +340,7 @@ class World:
             self.dense_until = self.launches + 2**self._failures
             sparse = 0
 
-            def raises(*_: Any) -> torch.Tensor:
+            def raises(*_: Any, **__: Any) -> torch.Tensor:
                 raise RuntimeError("a fault of the test")
 
             q = torch.zeros(len(step.rows), 1, self.index.geometry.head_dim)
@@ -317,12 +358,14 @@ class World:
 
     def finish(self, request: Request, *, in_flight: int = 1) -> None:
         """A request ends; the tree keeps its whole pages. The last `in_flight` tokens are of a launch that was in vain."""
+        self._event("finish", request.rid, in_flight)
         self._forget_results(request)
         self._checkpoint(request, self.engine.tokens_to_keep(request.row, request.length - in_flight))
         self._release(request)
 
     def retract(self, request: Request) -> None:
         """A request gives its row and pages back, but the tree's. Extended again, what it decoded is of its prompt."""
+        self._event("retract", request.rid)
         self._forget_results(request)
         self._release(request)
 
@@ -330,6 +373,10 @@ class World:
 
     def evict(self, pages: int) -> None:
         """Free up to so many pages of the tree, leaves that no request holds, the oldest first."""
+        self._event("evict", pages)
+        self._evict(pages)
+
+    def _evict(self, pages: int) -> None:
         while pages > 0:
             leaves = [key for key, node in self.tree.items() if not node.children and not node.locks][:pages]
             if not leaves:
@@ -343,15 +390,17 @@ class World:
 
     def flush(self) -> None:
         """Empty the cache; no request may run."""
+        self._event("flush")
         assert not self.running
         self._middle, self._last = [], []
         self.tree.clear()
         self.engine.rows_cleared()
         self.scene.handed_out.clear()
-        self.handed_out = []
+        self.handed_out, self.new_pages = [], []
         pages = self.index.geometry.pages
         self.free_pages = list(range(pages - 1, 0, -1))
-        self.stream.run(self._poison, slice(PAGE, None))
+        if self.tier is None:
+            self.stream.run(self._poison, slice(PAGE, None))
 
     # -- what tests ask -------------------------------------------------------------------------------------------
 
@@ -399,7 +448,11 @@ class World:
             buffer[slots] = torch.nan
 
     def _free(self, page: int) -> None:
-        self.stream.run(self._poison, slice(page * PAGE, (page + 1) * PAGE))
+        if self.tier is None:
+            self.stream.run(self._poison, slice(page * PAGE, (page + 1) * PAGE))
+        else:
+            self.stream.run(self.scene.poison, page)
+            self.scene.handed_out.freed(torch.tensor([page]))
         self.free_pages.append(page)
 
     def _allocate(self, request: Request, begin: int, end: int) -> None:
@@ -407,15 +460,16 @@ class World:
         table = self.scene.req_to_token[request.row]
         new = len(range(-(-begin // PAGE) * PAGE, end, PAGE))
         if new > len(self.free_pages):
-            self.evict(new - len(self.free_pages))
+            self._evict(new - len(self.free_pages))
         assert new <= len(self.free_pages), "the pool is too small for this test"
         fresh = [self.free_pages.pop() for _ in range(new)]
         slots = [slot for page in fresh for slot in range(page * PAGE, (page + 1) * PAGE)]
         if begin % PAGE:
             slots = list(range(int(table[begin - 1]) + 1, int(table[begin - 1]) + 1 + -begin % PAGE)) + slots
         given = torch.tensor(slots[: end - begin], dtype=torch.int64)
-        self.scene.handed_out.add(given)
+        self.scene.handed_out.add(given, torch.tensor(fresh, dtype=torch.int64) if self.tier is not None else None)
         self.handed_out.append(given)
+        self.new_pages.append(torch.tensor(fresh, dtype=torch.int64))
         self.settle()
         table[begin:end] = given.int()
 
@@ -490,7 +544,16 @@ class World:
         self.launches += 1
         self.made, self.walked, self.splits = [], [], 0
         self.checked.clear()
-        result = begin()
+        with self._refill_that_raises():
+            try:
+                result = begin()
+            except RuntimeError as error:
+                raise AssertionError(f"rule 7: an error reached the scheduler: {error}") from error
+        if self.tier is not None:
+            self.stream.run(self.scene.poison_what_nobody_holds)
+            if self._checks:
+                self.stream.run(rules.assert_new_pages_are_on_the_device, self, torch.cat(self.new_pages))
+        self.new_pages = []
         if self.catches_up:
             self.settle()
         handed_out, self.handed_out = torch.cat(self.handed_out), []
@@ -501,6 +564,44 @@ class World:
         if self.settled:
             rules.assert_rules(self)
         return result
+
+    @contextlib.contextmanager
+    def _refill_that_raises(self) -> Iterator[None]:
+        """If it is to: where it is queued, on a stream that lags, else after its stores."""
+        if self.raises != "offload" or self.tier is None:
+            yield
+            return
+        self.raises = None
+        calls = Counter[str]()
+
+        def raises(*_: Any, **__: Any) -> None:
+            calls["offload"] += 1
+            raise RuntimeError("a fault of the test")
+
+        lags = isinstance(self.stream, LaggingStream)
+        with (
+            patch.object(self.engine.residency, "_fill", raises)
+            if lags
+            else patch.object(self.tier.directory, "drop", raises)
+        ):
+            if lags:
+                run = self.stream.run
+                at_once = lambda work, *rest: work(*rest) if work is raises else run(work, *rest)  # noqa: E731
+                with patch.object(self.stream, "run", at_once):
+                    yield
+            else:
+                yield
+        self.injected.update(calls)
+
+    def _note_lists(self, step: DecodeStep) -> None:
+        """What tells which pages a step's requests may recall and which slots they always attend to."""
+        lists = () if step.sparse is None else (step.sparse.pages, step.sparse.base_slots, step.sparse.base_count)
+        dense = () if step.dense is None else (step.dense.slots, step.dense.seq_lens)
+        self.listed.append(hash(tuple(tensor.numpy().tobytes() for tensor in (*lists, *dense))))
+
+    def _assert_tiers(self) -> None:
+        if self.tier is not None and self._checks and self.settled:
+            rules.assert_tiers(self)
 
     def _note_who_shares(self) -> None:
         pages = [set(self.pages(request, self.config.sink_tokens).tolist()) for request in self.running]
@@ -543,10 +644,14 @@ class World:
 
     def _write_kv(self, request: Request, begin: int) -> None:
         slots = self.scene.req_to_token[request.row, begin : request.length].long()
+        self.written[slots.numpy()] = [token % CONTENTS for token in request.path[begin : request.length]]
         self.stream.run(self._put, slots, request.path[begin : request.length])
 
     def _put(self, slots: torch.Tensor, path: Sequence[int]) -> None:
         keys, values = self.contents.of(path)
+        if self.tier is not None:
+            slots = self.tier.directory.translate(slots)
+            assert (slots >= PAGE).all(), "rule 10: keys and values were written to a page without a device page"
         for layer, (key_buffer, value_buffer) in enumerate(zip(self.scene.keys, self.scene.values, strict=True)):
             key_buffer[slots], value_buffer[slots] = keys[layer], values[layer]
 
@@ -568,6 +673,10 @@ class Contents:
         """Keys and values of tokens, [layers, n, kv_heads, head_dim]."""
         which = torch.tensor([token % CONTENTS for token in path], dtype=torch.int64)
         return self.keys[:, which], self.values[:, which]
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens, [layers, CONTENTS, kv_heads, head_dim]."""
+        return self.keys, self.values
 
     def tables(self, path: Sequence[int]) -> dict[str, torch.Tensor]:
         """The tables of one segment of these tokens, built alone in a pool of its own."""

@@ -744,7 +744,17 @@ def _(found: Any) -> Rows:
 # -- docs/memory-measured.md ------------------------------------------------------------------------------------------
 
 RECENCY = ("quality-recency-20261129-140009", "quality-recency-20261129-140322")
-NEAR = ("newest_2", "newest_4", "newest_8", "used_4", "last", "lru_1", "lru_2", "newest_4_or_lru_2", "newest_8_or_lru_2")
+NEAR = (
+    "newest_2",
+    "newest_4",
+    "newest_8",
+    "used_4",
+    "last",
+    "lru_1",
+    "lru_2",
+    "newest_4_or_lru_2",
+    "newest_8_or_lru_2",
+)
 
 
 def _recency_lines(*found: Any) -> list[tuple[str, int, Any]]:

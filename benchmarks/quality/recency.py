@@ -312,11 +312,12 @@ def run(server: Server, tokenizer: Any, prompts: Prompts, args: argparse.Namespa
 def counted_again(folders: Sequence[Path]) -> dict[str, Any]:
     """By kind and budget the shares of the positions that earlier runs kept, as `run` gives them."""
     groups: dict[str, Group] = {}
-    for file in tqdm(sorted(file for folder in folders for file in folder.glob("*.npz")), unit="answer"):
-        about = json.loads(file.with_suffix(".json").read_text())
+    files = sorted(file for folder in folders for file in folder.glob("*.npz"))
+    kept = [(file, json.loads(file.with_suffix(".json").read_text())) for file in files]
+    for file, about in tqdm(sorted(kept, key=lambda pair: KINDS.index(pair[1]["kind"])), unit="answer"):
         with np.load(file) as values:
-            kept = values["lengths"] < about["prompt"] + about["answer"]
-            found = Recalled(values["places"][kept], values["lengths"][kept], ClusterKVConfig().sink_tokens)
+            own = values["lengths"] < about["prompt"] + about["answer"]
+            found = Recalled(values["places"][own], values["lengths"][own], ClusterKVConfig().sink_tokens)
         group = groups.setdefault(f"{about['kind']}, {about['budget']}", Group(about["kind"], about["budget"]))
         group.add(found, about["prompt"], about["exact"], about["right"])
     return {name: group.result() for name, group in groups.items()}

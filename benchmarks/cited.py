@@ -743,7 +743,7 @@ def _(found: Any) -> Rows:
 
 # -- docs/memory-measured.md ------------------------------------------------------------------------------------------
 
-RECENCY = ("quality-recency-20261129-140009", "quality-recency-20261129-140322")
+RECENCY = "quality-recency-20261129-140928"
 NEAR = (
     "newest_2",
     "newest_4",
@@ -757,28 +757,28 @@ NEAR = (
 )
 
 
-def _recency_lines(*found: Any) -> list[tuple[str, int, Any]]:
+def _recency_lines(found: Any) -> list[tuple[str, int, Any]]:
     """(kind, budget, shares): of each kind, and of the steps of needles that predict a number, the small budget first."""
     lines = []
-    for entry in (entry for kinds in found for entry in kinds.values()):
+    for entry in found.values():
         lines.append((entry["kind"], entry["budget"], entry["shares"]))
         if entry["kind"] == "needles":
             lines.append(("needles: numbers", entry["budget"], entry["exact"]))
     return sorted(lines, key=lambda line: line[1])
 
 
-@figures("recency", MEMORY, *RECENCY)
-def _(*found: Any) -> Rows:
+@figures("recency", MEMORY, RECENCY)
+def _(found: Any) -> Rows:
     return [
         [kind, str(budget), str(shares["steps"]), *(small(shares[name]["all"], 2) for name in NEAR)]
-        for kind, budget, shares in _recency_lines(*found)
+        for kind, budget, shares in _recency_lines(found)
     ]
 
 
-@figures("recency-layers", MEMORY, *RECENCY)
-def _(*found: Any) -> Rows:
+@figures("recency-layers", MEMORY, RECENCY)
+def _(found: Any) -> Rows:
     rows: Rows = []
-    for kind, budget, shares in _recency_lines(*found):
+    for kind, budget, shares in _recency_lines(found):
         for name, title in (("newest_4", "newest 1/4"), ("lru_2", "LRU 2"), ("newest_4_or_lru_2", "either")):
             parts = np.array_split(np.array(shares[name]["layers"]), 5)
             means = [small(float(part.mean()), 2) for part in parts]
@@ -787,14 +787,13 @@ def _(*found: Any) -> Rows:
     return rows
 
 
-@figures("tier-model", MEMORY, *RECENCY)
-def _(*found: Any) -> Rows:
+@figures("tier-model", MEMORY, RECENCY)
+def _(found: Any) -> Rows:
     from benchmarks.tier_model import Model, hits_in, tier_table
     from sglang_clusterkv.config import ClusterKVConfig
 
     config = ClusterKVConfig()
-    hits = [of_kind for kinds in found for of_kind in hits_in(kinds, config.budget_tokens)]
-    return [list(row) for row in tier_table(hits, Model(), config)]
+    return [list(row) for row in tier_table(hits_in(found, config.budget_tokens), Model(), config)]
 
 
 # -- the check --------------------------------------------------------------------------------------------------------

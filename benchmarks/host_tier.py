@@ -15,7 +15,7 @@ prefilled although an earlier turn had done so, milliseconds per token, bytes re
 prompts' documents and questions; the answers are their own.
 
 `--check-kl` decodes a document's continuation and questions (as benchmarks.quality.model_level does) on one server with
-everything on the device and on two whose device tier holds a quarter of it, `auto` and `int8` host rows, and compares
+everything on the device and on one for each of `--formats` whose device tier holds a quarter of it, and compares
 log-probabilities. Writes JSON and Markdown to benchmarks/results/.
 """
 
@@ -356,7 +356,7 @@ def compare_arms(args: argparse.Namespace) -> None:
 
 # -- what rounding costs ----------------------------------------------------------------------------------------------
 
-DEVICE, AUTO, INT8 = ROWS = ("device", "auto", "int8")  # where most rows are, and in which format
+DEVICE = "device"  # where every row is; the other servers are named by the format of their host rows
 
 
 def log_probabilities(name: str, document: Document, args: argparse.Namespace) -> dict[str, Any]:
@@ -383,7 +383,8 @@ def kl_of(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Each pair's mean and largest KL, and how often the first choice is the same."""
     dense, device = found[DEVICE]["rows"]["dense"], found[DEVICE]["rows"]["ours"]
     pairs = {"dense, device": (dense, device)}
-    for name in (AUTO, INT8):
+    formats = [name for name in found if name != DEVICE]
+    for name in formats:
         pairs |= {f"dense, {name}": (dense, found[name]["rows"]["ours"])}
         pairs |= {f"device, {name}": (device, found[name]["rows"]["ours"])}
     results = {}
@@ -391,7 +392,7 @@ def kl_of(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         kl = kl_divergence(p, q)
         same = float((p.argmax(1) == q.argmax(1)).mean())
         results[name] = {"kl": float(kl.mean()), "most": float(kl.max()), "same": same, "steps": len(kl)}
-    return {"pairs": results, "recalled_host": {name: found[name]["recalled_host"] for name in (AUTO, INT8)}}
+    return {"pairs": results, "recalled_host": {name: found[name]["recalled_host"] for name in formats}}
 
 
 def kl_table(found: dict[str, Any]) -> str:
@@ -408,7 +409,7 @@ def check_kl(args: argparse.Namespace) -> None:
     """Decode on three servers, print and write."""
     source, text = read_text(args.text)
     document = make_documents(AutoTokenizer.from_pretrained(args.model), text, 1, args.tokens, args.natural)[0]
-    found = kl_of({name: log_probabilities(name, document, args) for name in ROWS})
+    found = kl_of({name: log_probabilities(name, document, args) for name in (DEVICE, *args.formats)})
     body = kl_table(found)
     print(f"\n{body}\n")
     write_results(
@@ -437,6 +438,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host-kv-dtype", choices=HOST_DTYPES, default="int8")
     parser.add_argument("--chunk", type=int, default=512, help="--chunked-prefill-size of both servers")
     parser.add_argument("--check-kl", action="store_true", help="compare log-probabilities instead")
+    parser.add_argument("--formats", nargs="+", choices=HOST_DTYPES, default=list(HOST_DTYPES), help="for --check-kl")
     parser.add_argument("--natural", type=int, default=128, help="tokens of the continuation, for --check-kl")
     parser.add_argument("--text", help="another text for --check-kl, a file")
     parser.add_argument("--seed", type=int, default=7)

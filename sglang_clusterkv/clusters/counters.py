@@ -14,6 +14,13 @@ logger = logging.getLogger(__name__)
 
 _SAY_EVERY_S = 60.0
 _FAULT = DenseReason.FAULT.name.lower()
+_OTHERS = "others"
+_ADVICE = {
+    _OTHERS: "the requests concerned decode densely and are looked at again later. Lower --mem-fraction-static where memory "
+    "is short",
+    "offload": "pages stay on the device, it is tried again at the next forward, and prefills wait meanwhile if need be. "
+    "Lower host_ratio, which leaves the device tier more pages, or give the host more memory",
+}
 
 
 class StepCounts(NamedTuple):
@@ -87,8 +94,8 @@ class Faults:
         if first or now - self._said_at[operation] >= _SAY_EVERY_S:
             self._said_at[operation] = now
             logger.warning(
-                "clusterkv: %s failed (%s: %s), %d times so far: the requests concerned decode densely and are looked at "
-                "again later. Lower --mem-fraction-static where memory is short; otherwise please report this, and serve "
+                "clusterkv: %s failed (%s: %s), %d times so far: %s; otherwise please report this, and serve "
                 "with another --attention-backend if it goes on.",
-                operation, type(error).__name__, error, self._counts[operation], exc_info=error if first else None,
+                operation, type(error).__name__, error, self._counts[operation], _ADVICE.get(operation, _ADVICE[_OTHERS]),
+                exc_info=error if first else None,
             )  # fmt: skip

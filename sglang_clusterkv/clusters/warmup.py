@@ -85,7 +85,7 @@ def compile_kernels(
     )
     engine.begin_extend([Extend(1, "warm-up", 0, tokens, tokens, last_chunk=True)])
     step = engine.begin_decode(np.array([1]), np.array([tokens + 1]))
-    host = engine.residency.layer(0)
+    host = None if tier is None else tier.layer(0)
     q = torch.randn(1, kv_heads * group, head_dim, device=device).to(query_dtype or dtype)
     assert step.sparse is not None, f"the warm-up's {tokens} tokens were decoded densely"
     steps = [step.sparse]
@@ -94,11 +94,11 @@ def compile_kernels(
         counts = _segment_counts(per_segment, context_tokens // config.tokens_per_cluster)
         steps += [_repeated(step.sparse, count) for count in counts]
     for sparse in steps:
-        sparse_decode(q, keys, values, engine.index, 0, sparse, 1.0, **host)
+        sparse_decode(q, keys, values, engine.index, 0, sparse, 1.0, tier=host)
     slots = engine.req_to_token[1, : tokens + 1].long()
-    dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0, **host)
+    dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0, tier=host)
     if device == "cpu":  # elsewhere SGLang's own backend prefills
-        extend(q, keys, values, slots, 1.0, **host)
+        extend(q, keys, values, slots, 1.0, tier=host)
     took_s = time.perf_counter() - begin
     if took_s > _SLOW_S:
         logger.info("clusterkv: compiled the kernels in %.0f s; they are kept for the next start", took_s)

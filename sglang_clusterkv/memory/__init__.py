@@ -1,1 +1,1 @@
-"""Where the cluster index lives: the device tier (the host tier is a later layer of the same protocol)."""
+"""What lies where: the cluster index and its lists, keys and values on the device and on the host."""

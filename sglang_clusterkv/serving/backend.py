@@ -159,7 +159,7 @@ class ClusterKVAttnBackend(AttentionBackend):
                 layer.scaling,
                 sliding_window=layer.sliding_window_size,
                 logit_cap=layer.logit_cap,
-                **self._host(layer),
+                tier=self._tier(layer),
             )
             begin += new
         return output.flatten(1)
@@ -212,12 +212,14 @@ class ClusterKVAttnBackend(AttentionBackend):
             layer.scaling,
             sliding_window=layer.sliding_window_size,
             logit_cap=layer.logit_cap,
-            **self._host(layer),
+            tier=self._tier(layer),
         )
 
-    def _host(self, layer: RadixAttention) -> dict[str, TierLayer]:
-        """What readers of the layer's keys and values take by name besides its buffers: with a host tier, the layer's."""
-        return {} if self.engine is None else self.engine.residency.layer(layer.layer_id - self.first_layer)
+    def _tier(self, layer: RadixAttention) -> TierLayer | None:
+        """Where keys and values of the layer are that have no room in its buffers; None: all have."""
+        if self.engine is None or self.engine.tier is None:
+            return None
+        return self.engine.tier.layer(layer.layer_id - self.first_layer)
 
     def reasons_of_all(self, model: torch.nn.Module) -> set[str]:
         """Why all attention layers of a model go the dense way, in words; empty if one of them does not."""

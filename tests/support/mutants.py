@@ -31,7 +31,6 @@ from sglang_clusterkv.clusters.planning.records import Records
 from sglang_clusterkv.clusters.planning.view import Run
 from sglang_clusterkv.clusters.residency import TieredResidency
 from sglang_clusterkv.clusters.rows import RowTables
-from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.memory.directory import FREE, PADDING, Directory
 from sglang_clusterkv.memory.host import HostRows
 from sglang_clusterkv.memory.index import ClusterIndex
@@ -152,14 +151,17 @@ def _counted_with_its_lists() -> Iterator[None]:
 
 
 @contextmanager
-def _tier_on_the_schedulers_stream() -> Iterator[None]:
-    init = TieredResidency.__init__
+def _unmapped_on_the_schedulers_stream() -> Iterator[None]:
+    init = Scene.__init__
 
-    def at_once(self: TieredResidency, *args: Any, **kwargs: Any) -> None:
+    def with_tier(self: Scene, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        self._stream = ForwardStream("cpu")
+        self.handed_out.tier = self.tier
 
-    with patch.object(TieredResidency, "__init__", at_once):
+    with (
+        patch.object(Scene, "__init__", with_tier),
+        patch.object(HandedOut, "freed", lambda self, pages: self.tier.directory.unmap(pages)),
+    ):
         yield
 
 
@@ -190,14 +192,20 @@ def _pins_forgotten() -> AbstractContextManager[Any]:
     )
 
 
-def _only_running_rows_are_pinned() -> AbstractContextManager[Any]:
-    decode = TieredResidency.decode
+@contextmanager
+def _only_running_rows_are_pinned() -> Iterator[None]:
+    def forgetting(launched: Callable[..., None]) -> Callable[..., None]:
+        def forget_others(self: TieredResidency, *arguments: Any) -> None:
+            self._lengths[:] = 0
+            launched(self, *arguments)
 
-    def forget_others(self: TieredResidency, rows: Any, seq_lens: Any) -> None:
-        self._lengths[:] = 0
-        decode(self, rows, seq_lens)
+        return forget_others
 
-    return patch.object(TieredResidency, "decode", forget_others)
+    with (
+        patch.object(TieredResidency, "decode", forgetting(TieredResidency.decode)),
+        patch.object(TieredResidency, "extend", forgetting(TieredResidency.extend)),
+    ):
+        yield
 
 
 def _refill_faults_go_up() -> AbstractContextManager[Any]:
@@ -295,7 +303,7 @@ MUTANTS = {
     "only rows of the batch are pinned": Mutant("10", _only_running_rows_are_pinned),
     "pages leave without a store": Mutant("11", _replaced(HostRows, "store", lambda self, *arguments: None)),
     "a page that is handed out stays stored": Mutant("11", lambda: _release_without("stored")),
-    "tiers change on the scheduler's stream": Mutant("10, 11", _tier_on_the_schedulers_stream),
+    "unmapped on the scheduler's stream": Mutant("10", _unmapped_on_the_schedulers_stream),
     "built from the device alone": Mutant("4, 5", _built_without_the_host),
     "only resident segments are made": Mutant("12", _only_resident_segments_are_made),
 }

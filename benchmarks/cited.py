@@ -796,6 +796,29 @@ def _(found: Any) -> Rows:
     return [list(row) for row in tier_table(hits_in(found, config.budget_tokens), Model(), config)]
 
 
+@figures("host-tier", MEMORY, "host-tier-20261129-141630")
+def _(found: Any) -> Rows:
+    rows: Rows = []
+    for pair in zip(found["without"]["cells"], found["tier"]["cells"], strict=True):
+        for arm, cell in zip(("without", "tier"), pair, strict=True):
+            recalled = cell["recalled_host"] + cell["recalled_device"]
+            read = (f"{cell[key] / 1e6:,.0f}" for key in ("host_read_decode", "host_read_prefill"))
+            rows.append(
+                [
+                    str(cell["sessions"]),
+                    arm,
+                    f"{cell['later_first_s']:.2f}",
+                    f"{cell['requests_per_s']:.3f}",
+                    f"{cell['again']:,}",
+                    percent(cell["again_share"]),
+                    milliseconds(cell["token_ms"]),
+                    ", ".join(read) if arm == "tier" else "-",
+                    percent(cell["recalled_host"] / recalled) if recalled else "-",
+                ]
+            )
+    return rows
+
+
 # -- the check --------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ Sparse and dense steps are counted from the shapes alone, launch by launch, with
 are what a launch must read and write: pool and index rows once per kv head, a request's lists once, and what launches hand to
 each other in full, although much of that stays in the L2 cache. The predicted time of a launch is its bytes over the memory
 bandwidth plus a constant; latency and arithmetic are not in it, so a measured time far above it shows where those matter.
+With a tier of host memory: benchmarks/tier_model.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 SMS = 132  # of an H100 or H200
 BANDWIDTHS_TBS = (3.35, 4.8)  # H100 SXM, H200
+BUSES_GBS = (
+    50.0,
+    10.0,
+)  # rows from pinned memory over PCIe 5: as long copies, and a fifth of it, as scattered rows may be
 LAUNCH_US = 2.5  # inside a captured graph
 REFINE_CANDIDATES = 64  # candidates per program of refine's values
 _INT, _LONG, _FLOAT, _HALF = 4, 8, 4, 2  # bytes
@@ -68,15 +73,16 @@ class Launch(NamedTuple):
     name: str
     programs: int
     bytes: int
+    bus_bytes: int = 0  # of host memory
 
     @property
     def waves(self) -> float:
         """Programs per SM, one after the other if an SM held one at a time."""
         return self.programs / SMS
 
-    def microseconds(self, tbs: float) -> float:
-        """Least time at a memory bandwidth in TB/s."""
-        return self.bytes / tbs / 1e6 + LAUNCH_US
+    def microseconds(self, tbs: float, bus_gbs: float = BUSES_GBS[0]) -> float:
+        """Least time at a memory bandwidth in TB/s and one of the bus in GB/s, one after the other."""
+        return self.bytes / tbs / 1e6 + self.bus_bytes / bus_gbs / 1e3 + LAUNCH_US
 
 
 class Lists(NamedTuple):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 README, PERFORMANCE, QUALITY = "README.md", "docs/performance.md", "docs/quality.md"
-MEASURED = (README, PERFORMANCE, QUALITY)  # in which every table says whether it is measured
+MEMORY = "docs/memory.md"
+MEASURED = (README, PERFORMANCE, QUALITY, MEMORY)  # in which every table says whether it is measured
 
 Rows = list[list[str | None]]  # None: a cell that is no figure
 

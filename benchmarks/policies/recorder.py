@@ -55,7 +55,7 @@ class Recorder:
         """See `kernels.decode.sparse_decode`."""
         output = self._inner(q, keys, values, index, layer, step, scale)
         group = q.shape[1] // keys.shape[1]
-        recalled, count = self._recalled(index, group, keys)
+        recalled, count = recalled_slots(self._inner, index, group, keys)
         for b in range(step.batch):
             base = step.base_slots[b, : int(step.base_count[b])]
             slots = torch.cat((base, clustered_slots(step, b, index.geometry.page_size)))
@@ -77,14 +77,24 @@ class Recorder:
         self._steps[layer] += step.batch
         return output
 
-    def _recalled(self, index: ClusterIndex, group: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots that the last call recalled, int64 [B, H, K], and how many, [B, H]."""
-        if isinstance(self._inner, TokenPolicy | ChangedEstimate):
-            return self._inner.recalled
-        buffers = cpu.decoder_of(index, group, keys.dtype is torch.bfloat16).buffers
-        return torch.from_numpy(buffers.recalled), torch.from_numpy(buffers.recalled_count)
-
     def write(self) -> None:
         """Write the means."""
         steps = np.maximum(self._steps, 1)[:, None]
         np.savez(self._file, error=self._error / steps, mass=self._mass / steps, bonus=self._bonus, steps=self._steps)
+
+
+def recalled_slots(
+    decode: SparseDecode, index: ClusterIndex, group: int, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots that a decode function's last call recalled, int64 [B, H, K], and how many, [B, H].
+
+    Args:
+        decode: the policy's, or the engine's own on a CPU.
+        index: that it read.
+        group: query heads per kv head.
+        keys: the layer's pool.
+    """
+    if isinstance(decode, TokenPolicy | ChangedEstimate):
+        return decode.recalled
+    buffers = cpu.decoder_of(index, group, keys.dtype is torch.bfloat16).buffers
+    return torch.from_numpy(buffers.recalled), torch.from_numpy(buffers.recalled_count)

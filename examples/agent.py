@@ -3,7 +3,10 @@
 Agent A asks about the document over several turns. Agent B takes A's first turn over and goes its own way: document and
 first turn are already clustered. Start a server with `make serve`, then run `make demo`.
 
-    python examples/agent.py --base-url http://127.0.0.1:30000/v1 [--document FILE] [--tokens 6000] [--small]
+    python examples/agent.py --base-url http://127.0.0.1:30000/v1 [--document FILE] [--tokens 6000] [--small] [--tier]
+
+With --tier the document is larger than what the server holds on its device (docs/memory.md), and each turn says what it
+read in host memory.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class Counts(NamedTuple):
     clusters: int
     bytes: int
     dense_steps: dict[str, int]
+    tier: dict[str, int]  # of the host tier; empty: the server has none
 
 
 class Turn(NamedTuple):
@@ -91,8 +95,11 @@ def read_counts(server: str, api_key: str) -> Counts:
     for rank in ranks:
         for reason, steps in rank.get("dense_steps", {}).items():
             dense_steps[reason] = dense_steps.get(reason, 0) + steps
-    numbers = {name: sum(int(rank.get(name, 0)) for rank in ranks) for name in Counts._fields if name != "dense_steps"}
-    return Counts(**numbers, dense_steps=dense_steps)
+    names = [name for name in Counts._fields if name not in ("dense_steps", "tier")]
+    numbers = {name: sum(int(rank.get(name, 0)) for rank in ranks) for name in names}
+    tiers = [rank.get("host_tier", {}) for rank in ranks]
+    tier = {name: sum(int(each[name]) for each in tiers) for name in tiers[0]}
+    return Counts(**numbers, dense_steps=dense_steps, tier=tier)
 
 
 def read_settled_counts(server: str, api_key: str) -> Counts:
@@ -146,6 +153,31 @@ def ask(client: Any, model: str, messages: list[Message], max_tokens: int) -> Tu
 
 
 HEADER = ["agent", "turn", "prompt", "cached", "clustered", "reused", "recalled of available", "1st token", "tokens/s"]
+TIER_HEADER = ["recalled on host", "prefill read", "on device"]
+PAGE_TOKENS = 16  # unless the server was started with another --page-size
+
+
+def larger_than_the_device(counts: Counts, tokens: int) -> int:
+    """Tokens of a document that does not fit the server's device tier, at least `tokens`; DemoError where there is no tier."""
+    if not counts.tier:
+        raise DemoError(
+            """the server has no host tier: start it with `make serve SERVE_ARGS='--max-total-tokens 40960 """
+            """--chunked-prefill-size 512 --max-running-requests 4 --clusterkv-config {"host_ratio":10}'`, """
+            """or leave out --tier"""
+        )
+    return max(tokens, counts.tier["device_pages"] * PAGE_TOKENS * 5 // 4)
+
+
+def tier_cells(before: Counts, after: Counts) -> list[str]:
+    """One turn as cells under TIER_HEADER."""
+    more = {name: after.tier[name] - before.tier[name] for name in after.tier}
+    recalled = more["recalled_rows_host"] + more["recalled_rows_device"]
+    pages = after.tier["pages_on_device"] + after.tier["pages_on_host_only"]
+    return [
+        f"{more['recalled_rows_host'] / recalled:.0%}" if recalled else "-",
+        f"{more['read_bytes_prefill'] / 1e6:.0f} MB",
+        f"{after.tier['pages_on_device']:,} of {pages:,} pages",
+    ]
 
 
 def row_of(agent: str, number: int, turn: Turn, before: Counts, after: Counts) -> list[str]:
@@ -166,10 +198,10 @@ def row_of(agent: str, number: int, turn: Turn, before: Counts, after: Counts) -
     ]
 
 
-def print_table(rows: list[list[str]]) -> None:
-    """Rows under HEADER, columns as wide as their widest cell."""
-    widths = [max(len(row[column]) for row in [HEADER, *rows]) for column in range(len(HEADER))]
-    for row in [HEADER, ["-" * width for width in widths], *rows]:
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Rows under a header, columns as wide as their widest cell."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
@@ -182,6 +214,8 @@ def run(args: argparse.Namespace) -> None:
     client = openai.OpenAI(base_url=f"{server}/v1", api_key=args.api_key, timeout=args.timeout, max_retries=0)
 
     tokens, max_tokens = (1500, 16) if args.small else (args.tokens, args.max_tokens)
+    if args.tier:
+        tokens = larger_than_the_device(first_counts, tokens)
     questions: list[tuple[str, str | None]]
     if args.document is None:
         document = make_document(tokens, FACTS)
@@ -212,7 +246,7 @@ def run(args: argparse.Namespace) -> None:
                 asked += 1
                 found += expected in turn.answer
             after = read_settled_counts(server, args.api_key)
-            rows.append(row_of(agent, number, turn, before, after))
+            rows.append(row_of(agent, number, turn, before, after) + (tier_cells(before, after) if args.tier else []))
             before = after
     except openai.APIStatusError as error:
         raise DemoError(
@@ -223,9 +257,13 @@ def run(args: argparse.Namespace) -> None:
         raise DemoError(f"the server stopped answering ({error}): see its log, or raise --timeout") from error
 
     print()
-    print_table(rows)
+    print_table(HEADER + (TIER_HEADER if args.tier else []), rows)
     print("\nprompt, cached: tokens by the server's usage report. clustered, reused: tokens of the prompt and answer.")
     print("recalled of available: clustered tokens attended exactly, of those in view, summed over decode steps.")
+    if args.tier:
+        print(
+            "recalled on host: of those. prefill read: keys and values of earlier tokens, from host memory. on device: of all."
+        )
     if all(row[HEADER.index("cached")] == "-" for row in rows):
         print("cached is empty: start the server with --enable-cache-report, as `make serve` does.")
     if asked:
@@ -250,6 +288,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=6000, help="about how long the document is, default %(default)s")
     parser.add_argument("--max-tokens", type=int, default=48, help="per answer, default %(default)s")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per request, default %(default)s")
+    parser.add_argument(
+        "--tier", action="store_true", help="a document larger than the device tier of a server that has one"
+    )
     parser.add_argument("--small", action="store_true", help="about 1,500 tokens and 16 per answer, for a quick check")
     args = parser.parse_args(argv)
     if args.tokens < 100 or args.max_tokens < 1:

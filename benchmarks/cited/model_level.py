@@ -72,7 +72,7 @@ class Arms:
 THREE_DOCUMENTS = "quality-model-20261129-132212"
 WITHOUT_CAP = "quality-model-20261128-211030"  # the same documents before the estimate's spread had a cap
 ALL_POLICIES = "quality-model-20261129-141451"
-SOURCE_CODE, DIGITS = "quality-model-20261129-113144", "quality-model-20261129-122846"
+SOURCE_CODE, DIGITS = "quality-model-20261129-142131", "quality-model-20261129-143011"
 QWEN = "quality-model-20261128-211655"
 OTHER_MASSES = "quality-model-20261128-165418"
 TWO_LEVELS = "quality-model-20261128-133903"

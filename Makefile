@@ -164,7 +164,7 @@ soak: dev-env demo-model
 	$(PY) -m benchmarks.soak $(SOAK_ARGS)
 
 mutants: dev-env
-	@echo "Breaking the engine, one rule at a time; the state machine must notice each. Half a minute."
+	@echo "Breaking the engine, one rule at a time; the state machine must notice each. A few minutes."
 	@$(PY) -m tests.support.mutants
 
 check: env

@@ -1,6 +1,7 @@
 """Time per token, first token and clustering share on the CPU: torch_native, our dense path and clusterkv, in one run.
 
     python -m benchmarks.latency [--tokens 7700] [--batch 8] [--budget 256] [--candidates 1024]
+    python -m benchmarks.latency --only clusterkv tier-auto tier-int8 --batch 2
 
 Starts one server after the other with the same flags (SmolLM2-135M-Instruct, float32), so run it alone: about 25 minutes, most
 of it torch_native's prefill. Prints a table and writes it to benchmarks/results/, never over an older one.
@@ -8,6 +9,9 @@ of it torch_native's prefill. Prints a table and writes it to benchmarks/results
 One document of `--tokens` tokens is asked for at batch 1 and, with a different last token each, at batch `--batch`: the
 requests share the prefix in the radix cache, and each reads all of it at every step. Times per token at a batch are medians
 between the moment when all requests decode and the end of the first.
+
+The arms `tier-auto` and `tier-int8` are clusterkv with a host tier (docs/memory.md): 2,500 of the 20,000 tokens of the KV cache
+have room on the device. With one of them all servers run at most two requests, in chunks of 512, for which that is enough.
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ from examples.agent import FACTS, make_document
 from sglang_clusterkv.tools.demo_model import default_out
 
 SHORT_TOKENS = 1000
+ARMS = ["clusterkv", "dense", "torch_native"]
+TIERS = {"tier-auto": "auto", "tier-int8": "int8"}  # and the format of their host rows
+TIER_ROWS = 2
 
 
 def decode_ms(streams: list[list[float]]) -> float:
@@ -103,26 +110,33 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--candidates", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--only", nargs="+", choices=["clusterkv", "dense", "torch_native"])
+    parser.add_argument("--only", nargs="+", choices=[*ARMS, *TIERS], default=ARMS)
     args = parser.parse_args()
+    tiered = any(name in TIERS for name in args.only)
+    if tiered and args.batch > TIER_ROWS:
+        parser.error(f"with a tier at most {TIER_ROWS} requests run at once: use --batch {TIER_ROWS}")
     model = default_out()
     tokenizer = AutoTokenizer.from_pretrained(model)
     document = tokenizer(make_document(args.tokens + 1500, FACTS)).input_ids[: args.tokens + 1]
     assert len(document) == args.tokens + 1, "the document came out too short"
+    ours = {"budget_tokens": args.budget, "candidate_tokens": args.candidates}
     configs: dict[str, dict[str, Any] | None] = {
-        "clusterkv": {"budget_tokens": args.budget, "candidate_tokens": args.candidates},
+        "clusterkv": ours,
         "dense": {"budget_tokens": 8192, "candidate_tokens": 8192},
         "torch_native": None,
     }
+    configs |= {name: ours | {"host_ratio": 8, "host_kv_dtype": rows} for name, rows in TIERS.items()}
     rows: dict[str, dict[str, Any]] = {}
-    for name in args.only or configs:
+    for name in args.only:
         config = configs[name]
         print(f"{name}: starting a server", flush=True)
         log = Path(tempfile.mkdtemp()) / "server.log"
         backend = "torch_native" if config is None else "clusterkv"
         pool = ["--page-size", "16", "--max-total-tokens", "20000"]
+        if tiered:
+            pool += ["--chunked-prefill-size", "512", "--max-running-requests", str(TIER_ROWS)]
         with serve(model, log, *pool, config=config, backend=backend) as server:
-            rows[name] = measure(server, document, args, clusters=name == "clusterkv")
+            rows[name] = measure(server, document, args, clusters=name in ("clusterkv", *TIERS))
             if config is not None:
                 rows[name]["counts"] = server.counts()
         print(json.dumps({name: rows[name]}), flush=True)

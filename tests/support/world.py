@@ -682,7 +682,9 @@ class Contents:
         """The tables of one segment of these tokens, built alone in a pool of its own."""
         name = (len(path), path[-1])
         if name not in self._known:
-            scene = Scene(self._config, pages=len(path) // PAGE + 1, rows=1, context=PAGE, stream=None, **self._sizes)
+            scene = Scene(
+                self._config, pages=len(path) // PAGE + 1, rows=1, context=PAGE, stream=None, tiers=None, **self._sizes
+            )
             slots = torch.arange(PAGE, PAGE + len(path))
             for buffers, rows in zip((scene.keys, scene.values), self.of(path), strict=True):
                 for buffer, layer_rows in zip(buffers, rows, strict=True):

@@ -54,7 +54,10 @@ def write_by_reference(
         patched.setattr(build.kmeans, "sum_by_label", kmeans_reference.sum_by_label)
         patched.setattr(build.encode, "within_variance", encode_reference.within_variance)
         patched.setattr(build.encode, "token_codes", encode_reference.token_codes)
-        tables = build.cluster_segment(index, build._heads_first(keys, slots), build._heads_first(values, slots))
+        parts = [
+            build._heads_first(buffers, slots, [None] * len(keys), part) for part, buffers in enumerate((keys, values))
+        ]
+        tables = build.cluster_segment(index, *parts)
     build._write(index, range(len(keys)), slots[::PAGE] // PAGE, slots, tables)
 
 

@@ -69,7 +69,8 @@ def assert_segment_may_be_made(world: World, made: Made) -> None:
             if request.row != maker.row and not world.is_dirty(request):
                 ours = world.pages_of(maker.row, begin, end)
                 # What its window held when it was walked it sees no segment of, and so few pages are none either.
-                seen = world.pages(request, 0, max(0, request.prompt_len - world.config.window_tokens))
+                before_window = max(0, request.prompt_len - world.config.window_tokens)
+                seen = world.pages(request, 0, min(request.length, before_window))
                 shared = int(torch.isin(seen, ours).sum())
                 assert shared < SEGMENT_VECTOR_PAGES, (
                     f"rule 2: {maker.rid} merged [{begin}, {end}), of which {request.rid} has pages"

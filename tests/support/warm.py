@@ -16,8 +16,8 @@ DEMO = (3, 3, 64)
 
 
 def main() -> None:
-    """Both models, in the servers' dtype."""
-    for kv_heads, group, head_dim in (DEMO, TINY):
+    """Both models, in the servers' dtype; the tests of a host tier serve the tiny one."""
+    for (kv_heads, group, head_dim), host_dtype in ((DEMO, None), (TINY, None), (TINY, "auto")):
         compile_kernels(
             ClusterKVConfig(),
             "cpu",
@@ -27,6 +27,7 @@ def main() -> None:
             head_dim=head_dim,
             dtype=torch.float32,
             context_tokens=8192,
+            host_dtype=host_dtype,
         )
 
 

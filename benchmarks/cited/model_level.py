@@ -217,15 +217,24 @@ def _(found: Any) -> str:
     return f'KL {" / ".join(map(arms.kl, names))} and Q {" / ".join(map(arms.answers, names))} with `{{"outlier_share": 0}}`'
 
 
-@figures("sharp-heads", QUALITY, "quality-model-20261129-104201")
-def _(found: Any) -> Rows:
+def _caps(found: Any, *names: str) -> Rows:
     lines = Arms(found).lines
     rows: Rows = []
-    for name in ("ours-cap-1-256", "ours-256", "ours-cap-4-256", "ours-no-cap-256", "ours-choice-cap-256"):
+    for name in names:
         line = lines[name]
         ratio = "" if name == "ours-256" else over(line["over_ours"])
         rows.append([None, between(line["kl"], line["kl_interval"], 5), ratio, small(line["answer_kl"])])
     return rows
+
+
+@figures("sharp-heads", QUALITY, "quality-model-20261129-104201")
+def _(found: Any) -> Rows:
+    return _caps(found, "ours-cap-1-256", "ours-256", "ours-cap-4-256", "ours-no-cap-256", "ours-choice-cap-256")
+
+
+@figures("sharp-heads-qwen", QUALITY, "quality-model-20261129-150920")
+def _(found: Any) -> Rows:
+    return _caps(found, "ours-256", "ours-cap-4-256", "ours-no-cap-256")
 
 
 @figures("options", QUALITY, "quality-model-20261128-054158")

@@ -181,3 +181,24 @@ def _(found: Any) -> str:
         f"runs of 64 gain the same ({off} to {on}), runs of 256, the default, gain nothing measurable "
         f"({long_off} and {long_on})"
     )
+
+
+@figures("burst", PERFORMANCE, "burst-20261129-151155")
+def _(found: Any) -> Rows:
+    servers = list(found["bursts"].values())
+    rows: Rows = []
+    for way in (
+        "equal prompts, one list",
+        "equal prompts before others",
+        "one list",
+        "first alone, then a list",
+        "fork",
+        "sync, then fork",
+    ):
+        cells: list[str | None] = [None]
+        for server in servers:
+            times = sorted({f"{run['prefilled'] / found['prompt_tokens']:.0f}" for run in server[way]})
+            later = sorted({f"{run['later_clustered']:,}" for run in server[way]})
+            cells.append(f"{' and '.join(times)} ({' and '.join(later)})")
+        rows.append(cells)
+    return rows

@@ -46,7 +46,7 @@ def test_the_rules_hold_under_any_schedule(
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    first = random.randrange(10**6) if on_demand else 0  # each change is tested with the same worlds
+    first = random.randrange(10**6) if on_demand else 0  # the same worlds, where the same modules are loaded
     for number in itertools.count(first):
         print(f"seed {number}: {dict(COUNTS)}", flush=True)
         run_state_machine_as_test(seed(number)(machine), settings=few)

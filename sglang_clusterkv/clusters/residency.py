@@ -85,6 +85,7 @@ class TieredResidency(Residency):
         # Not the planner's records, which faults drop: a partial page that left would swallow the next token's KV.
         self._lengths = np.zeros(len(req_to_token), np.int64)  # tokens of a row once the last launched forward has run
         self._new: list[torch.Tensor] = []  # pages handed out to the forward that is about to run
+        self._brought: list[tuple[np.ndarray, np.ndarray]] = []  # rows and positions of pages that it goes on in
         self._launch = 0
         self._failed = False  # the last refill
         # Positions from a row's end that a step always attends to, a page each; sinks from its begin.
@@ -125,6 +126,7 @@ class TieredResidency(Residency):
         """The ring is filled for the next forward; where that fails it is tried again at the next head."""
         self.refill()
         self._new.clear()
+        self._brought.clear()
 
     def refill(self) -> bool:
         """Fill the ring now, on the forward stream, at a head or between two; whether it is full.
@@ -135,7 +137,8 @@ class TieredResidency(Residency):
         count = self._wanted()
         if count:
             rows = np.flatnonzero(self._lengths)
-            last = self._at(rows, self._lengths[rows] - 1)
+            written = [(rows, self._lengths[rows] - 1), *self._brought]
+            last = self._at(*(np.concatenate(parts) for parts in zip(*written, strict=True)))
             try:
                 if self._failed:
                     # Storing may be what fails: first what needs none. A wait that only a failure costs.
@@ -155,6 +158,7 @@ class TieredResidency(Residency):
         """Pages that the ring lacks and that surely can leave: known without a look at the tables."""
         directory = self._directory
         pinned = np.count_nonzero(self._lengths) + sum(pages.numel() for pages in self._new)
+        pinned += sum(len(rows) for rows, _ in self._brought)
         movable = directory.device_pages - directory.ring_level - int(pinned)
         return max(0, min(directory.ring_pages - directory.ring_level, movable))
 
@@ -188,6 +192,7 @@ class TieredResidency(Residency):
             if event is PageEvent.CLEARED:
                 directory.emptied()
                 self._new.clear()
+                self._brought.clear()
                 self._stream.run(directory.clear_tables)
                 continue
             pages = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -206,6 +211,7 @@ class TieredResidency(Residency):
     def _bring(self, rows: np.ndarray, positions: np.ndarray) -> None:
         """Rows are about to be written at positions whose pages they have already."""
         first = self._take(len(rows))
+        self._brought.append((rows, positions))
         self._stream.run(self._bring_pages, self._at(rows, positions), first)
 
     def _bring_pages(self, at: torch.Tensor, first: int) -> None:

@@ -75,7 +75,8 @@ class Directory:
         if pages > self.ring_level:
             raise RuntimeError(
                 f"clusterkv: {pages} device pages are needed and {self.ring_level} are free: the device tier of "
-                f"{self.device_pages} pages is too small for this batch; lower host_ratio"
+                f"{self.device_pages} pages is too small for this batch, or pages could not be stored (the log has why): lower "
+                "host_ratio or --max-total-tokens"
             )
         first = self.head
         self.head = (self.head + pages) % self.ring_pages

@@ -19,7 +19,7 @@ import torch
 
 from sglang_clusterkv.clusters.engine import Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut, PageEvent
-from sglang_clusterkv.clusters.residency import TOUCH_EVERY
+from sglang_clusterkv.clusters.residency import TOUCH_EVERY, TieredResidency
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.memory.directory import Directory
 from sglang_clusterkv.memory.host import HostRows
@@ -185,6 +185,19 @@ def test_a_session_s_next_turn_writes_where_its_last_one_ended() -> None:
     at = tier.directory.translate(scene.slots(1, 32)[16:])
     assert (at >= PAGE).all() and not tier.directory.stored[2]
     assert (scene.keys[1][at] == 7.0).all() and (scene.values[0][at] == 7.0).all(), "with what it held"
+
+
+def test_a_session_s_last_page_stays_though_its_touch_could_not_be_noted() -> None:
+    scene, tier = tiered_scene()
+    give(scene, 1, 0, [1, 2])
+    scene.engine.begin_extend([Extend(1, "s", 0, 20, 20, True)])
+    fill(scene, tier, [1, 2], 7.0)
+    others_come(scene, tier, 60)
+    give(scene, 1, 32, [3, 4])
+    with patch.object(TieredResidency, "_note", side_effect=MemoryError("a fault of the test")):
+        scene.engine.begin_extend([Extend(1, "s", 20, 60, 60, True)])
+    assert scene.engine.counters.faults["offload"] == 1
+    assert (tier.directory.translate(scene.slots(1, 60)[20:]) >= PAGE).all(), "a token's KV has no place"
 
 
 def test_what_every_step_reads_counts_as_new() -> None:

@@ -39,6 +39,7 @@ SERVED = {
     "attn_dp_size": 1,
     "moe_a2a_backend": "none",
     "moe_dense_tp_size": None,
+    "tp_size": 1,
     "kv_canary": "none",
     "kv_cache_dtype": "auto",
     "dcp_size": 1,
@@ -147,6 +148,7 @@ HOST_TIER_CASES = [
     ("host tier on a GPU", {"device": "cuda"}, {}),
     ("host tier on a GPU", {"device": "cuda:1"}, {}),
     ("host tier without chunks", {"chunked_prefill_size": -1}, {}),
+    ("host tier and tensor parallelism", {"tp_size": 2}, {}),
     ("host tier and shared KV", {}, {"shared_kv": True}),
 ]
 

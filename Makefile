@@ -41,7 +41,7 @@ help:
 	@echo "make test-compiled  the Triton kernels as machine code, without a GPU: registers, spills, instructions"
 	@echo "make test-servers  those against real servers, two at a time"
 	@echo "make test-long  the tests that make test leaves out: churn, kill, tensor parallelism on servers; 8 minutes"
-	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small)"
+	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small, or --tier)"
 	@echo "make bench-quick  KL against bytes read, each operation's time, servers under load: the essential tables, 10 minutes"
 	@echo "make bench   the whole evaluation, quality and speed; alone on the machine, a night (BENCH_SAMPLES=10 shortens it)"
 	@echo "make test-gpu  on a machine with a CUDA device: the kernels' tests there, 'make sanitize' (compute-sanitizer's memcheck"

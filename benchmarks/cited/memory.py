@@ -91,3 +91,9 @@ def _(found: Any) -> Rows:
         [*reversed(pair.split(", ")), f"{of_pair['kl']:.1e}", f"{of_pair['most']:.1e}", percent(of_pair["same"], 1)]
         for pair, of_pair in found["pairs"].items()
     ]
+
+
+@figures("tier-latency", MEMORY, "latency-7700-b2-20261129-154001")
+def _(found: Any) -> Rows:
+    times = [("short_ms", 0), ("long_ms", 0), ("batch_ms", 0), ("prefill_s", 1), ("hit_s", 2)]
+    return [[None, *(f"{found[arm][key]:.{digits}f}" for key, digits in times)] for arm in ("clusterkv", "tier-int8")]

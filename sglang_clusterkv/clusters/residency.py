@@ -3,7 +3,7 @@
     what was freed is unmapped, what was handed out mapped | (the engine forgets and builds) | the ring is filled again
 
 The host knows how many device pages a forward takes, never which pages are resident. A page is pinned while somebody may write
-to it: the last page of every row that is held, and what was handed out to this forward.
+to it: the last page of every row that is held, what was handed out to this forward, and pages that its rows go on in.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ class TieredResidency(Residency):
         directory = self._directory
         count = self._wanted()
         if count:
-            rows = np.flatnonzero(self._lengths)
-            written = [(rows, self._lengths[rows] - 1), *self._brought]
-            last = self._at(*(np.concatenate(parts) for parts in zip(*written, strict=True)))
             try:
+                rows = np.flatnonzero(self._lengths)
+                written = [(rows, self._lengths[rows] - 1), *self._brought]
+                last = self._at(*(np.concatenate(parts) for parts in zip(*written, strict=True)))
                 if self._failed:
                     # Storing may be what fails: first what needs none. A wait that only a failure costs.
                     self._stream.event().synchronize()
@@ -219,10 +219,9 @@ class TieredResidency(Residency):
 
     def _touch(self, rows: np.ndarray, positions: np.ndarray, latest: bool = False) -> None:
         """Pages of rows at positions count as of this launch. Only their order hangs on it, so it may fail."""
-        touches = (
-            np.full(len(rows), stamp(self._launch)) if latest else stamp(self._launch, 0) + positions // self._page_size
-        )
         try:
+            places = positions // self._page_size
+            touches = np.full(len(rows), stamp(self._launch)) if latest else stamp(self._launch, 0) + places
             self._stream.run(self._note, self._at(rows, positions), to_device(touches, self._req_to_token.device.type))
         except Exception as error:
             self._faults.note("offload", error)

@@ -188,8 +188,7 @@ def document(
         "format": FORMAT,
         "version": VERSION,
         "server": server | {"recalling_layers": list(layers)},
-        "request": request
-        | {"prompt_tokens": len(prompt), "answer_tokens": len(answer), "dropped_steps": dropped},
+        "request": request | {"prompt_tokens": len(prompt), "answer_tokens": len(answer), "dropped_steps": dropped},
         "position_bytes": position_bytes,
         "token_ids": [*prompt, *answer],
         "steps": [_step_entry(step, *step_bytes(step, len(layers))) for step in steps],

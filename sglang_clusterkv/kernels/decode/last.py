@@ -8,7 +8,7 @@ import torch
 
 
 class LastRead(NamedTuple):
-    """What `sparse_decode` read for one request, as the chain left it: void once it runs again. R: room for what is recalled."""
+    """What `sparse_decode` read for one request, as the chain left it: void once it runs again. R is the room for slots."""
 
     recalled: torch.Tensor  # int64 [H, R], slots, by cluster, then by position; garbage beyond the count
     count: torch.Tensor  # int32 [H]

@@ -181,4 +181,4 @@ def after_insert(result: Any, *args: Any, **kwargs: Any) -> None:
 
 def server_info() -> dict[str, object] | None:
     """Our part of /server_info."""
-    return None if _engine is None else _engine.server_info()
+    return None if _engine is None else _engine.server_info() | trace.held()

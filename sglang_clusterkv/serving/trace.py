@@ -74,6 +74,11 @@ def start(engine: ClusterEngine, reqs: list[Any]) -> None:
                 trace.refused = _TOO_MANY
 
 
+def held() -> dict[str, int]:
+    """For /server_info: requests whose trace is kept now; nothing where traces are off."""
+    return {"traces_held": len(_traces)} if is_on() else {}
+
+
 def around_output(
     original: Callable[..., Any],
     streamer: Any,

@@ -118,15 +118,21 @@ def _add_explain(commands: Any) -> None:
     )
     asked = explain.add_mutually_exclusive_group(required=True)
     asked.add_argument("--document", type=Path, metavar="FILE", help="a text, for --question")
-    asked.add_argument("--chat", type=Path, metavar="FILE", help="OpenAI messages as JSON; the next answer is asked for")
+    asked.add_argument(
+        "--chat", type=Path, metavar="FILE", help="OpenAI messages as JSON; the next answer is asked for"
+    )
     explain.add_argument("--question", metavar="TEXT", help="about the document")
     explain.add_argument(
         "--max-tokens", type=_positive, metavar="N", default=64, help="of the answer, default %(default)s"
     )
-    explain.add_argument("--compare", metavar="URL", help="of a second server of the same model, which is asked as well")
+    explain.add_argument(
+        "--compare", metavar="URL", help="of a second server of the same model, which is asked as well"
+    )
     explain.add_argument("--api-key", metavar="KEY", default="EMPTY", help="only if the servers ask for one")
     explain.add_argument("--timeout", type=_positive, metavar="SECONDS", default=600, help="per request, default 600")
-    explain.add_argument("--out", type=Path, metavar="FILE", help="default clusterkv-explain.html, or .json with --json")
+    explain.add_argument(
+        "--out", type=Path, metavar="FILE", help="default clusterkv-explain.html, or .json with --json"
+    )
     explain.add_argument("--json", action="store_true", help="write the trace alone, as JSON (docs/explain.md)")
 
 
@@ -244,7 +250,9 @@ def _explain(args: argparse.Namespace) -> int:
 
             write_page(trace, out)
     except OSError as error:
-        print(f"sglang-clusterkv: cannot write {error.filename} ({error.strerror}): pass another --out", file=sys.stderr)
+        print(
+            f"sglang-clusterkv: cannot write {error.filename} ({error.strerror}): pass another --out", file=sys.stderr
+        )
         return 1
     except client.ExplainError as error:
         print(f"sglang-clusterkv: {error}", file=sys.stderr)

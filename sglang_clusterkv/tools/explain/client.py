@@ -126,7 +126,9 @@ class Server:
                 f"no server answers at {self.url} ({reason}): start one, or pass its address with --base-url"
             ) from error
         except ValueError as error:
-            raise ExplainError(f"{self.url}{path} did not answer with JSON: --base-url must be a SGLang server") from error
+            raise ExplainError(
+                f"{self.url}{path} did not answer with JSON: --base-url must be a SGLang server"
+            ) from error
 
 
 def _reason(reply: bytes) -> str:
@@ -186,7 +188,9 @@ def about(document: str, question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": f"{document}\n\n{question}"}]
 
 
-def ask(server: Server, messages: list[dict[str, Any]], max_tokens: int, compare: Server | None = None) -> dict[str, Any]:
+def ask(
+    server: Server, messages: list[dict[str, Any]], max_tokens: int, compare: Server | None = None
+) -> dict[str, Any]:
     """The trace of a server's answer, with the texts of its tokens; with `compare` also what another server answers."""
     prompt = server.tokenize(messages)
     other = None

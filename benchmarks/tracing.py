@@ -2,8 +2,8 @@
 
     python -m benchmarks.tracing [--shape smollm2-135m] [--cells 1x7700 8x7700] [--layers 6] [--repeats 30]
 
-On a CPU, on random keys of a model's shape, lists of the step included; a cell is requests x tokens of each. Times are CPU times
-of this thread, scaled to the model's layers: the three take turns, so that what else runs on the machine is in all of them alike.
+On a CPU, on random keys of a model's shape, lists of the step included; a cell is requests x tokens of each. Times are CPU
+times of this thread, scaled to the model's layers. The three take turns: what else runs on the machine is in all of them.
 Prints a table; no file is written.
 """
 

@@ -14,7 +14,6 @@ import torch
 
 FORMAT = "clusterkv-trace"
 VERSION = 1
-STEPS_PER_OCTAVE = 8  # of a weight: 255 is all of the mass, eight less is half as much
 
 
 class StepRead(NamedTuple):
@@ -23,7 +22,7 @@ class StepRead(NamedTuple):
     layers: tuple[int, ...]  # counted from this rank's first
     positions: torch.Tensor  # int32 [L, H, R], ascending; beyond the count the largest int32
     count: torch.Tensor  # int32 [L, H]
-    weights: torch.Tensor  # uint8 [L, H, R], see `weight_levels`
+    weights: torch.Tensor  # uint8 [L, H, R], levels (kernels/trace/reference.py)
     mass: torch.Tensor  # float16 [L, H, 3]: shares of base, recalled, rest
 
 
@@ -91,12 +90,6 @@ class Trace:
         kept = [step for step in self.steps if step.token < token and (step.dense or step.read)]
         in_vain = sum(step.token >= token for step in self.steps)
         return kept, self._added - in_vain - len(kept)
-
-
-def weight_levels(share: torch.Tensor) -> torch.Tensor:
-    """Shares of a step's mass, float32 in [0, 1], as uint8: 255 is 1, each level down a factor of 2^(1/8), 0 is none."""
-    levels = (255 + STEPS_PER_OCTAVE * share.log2()).round()
-    return levels.nan_to_num(0.0, posinf=255.0, neginf=0.0).clamp(0, 255).to(torch.uint8)
 
 
 def recalled_bytes(reads: list[StepRead], layer: int, dtype: str) -> bytes:

@@ -2,7 +2,7 @@
 
     head of forward N + 1:  what the layers of N left is worked up, and copied to the host
     lists of N + 1:         the pages of its traced requests, as their rows are at this step
-    a layer of N + 1:       slots, logits and log-sum-exps of its traced requests, before the next layer takes their place
+    a layer of N + 1:       slots and shares of its traced requests, before the next layer takes their place
 
 Everything on the device runs on the forward stream, and nothing waits for it before the answer is there. A server without
 `trace` has a `Tracing`, which does nothing: its layers call the chain itself.
@@ -10,14 +10,15 @@ Everything on the device runs on the forward stream, and nothing waits for it be
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sglang_clusterkv.clusters.rows import DenseReason, RowTables, Segment
-from sglang_clusterkv.clusters.trace import SegmentClusters, Step, StepRead, Trace, weight_levels
+from sglang_clusterkv.clusters.trace import SegmentClusters, Step, StepRead, Trace
 from sglang_clusterkv.kernels.decode import last_read
+from sglang_clusterkv.kernels.trace import placed, shares
 from sglang_clusterkv.memory.step import to_device
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sglang_clusterkv.clusters.decoding import DecodeStep
     from sglang_clusterkv.clusters.planning.records import Records
     from sglang_clusterkv.clusters.stream import ForwardStream
+    from sglang_clusterkv.kernels.trace.reference import Shares
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
     from sglang_clusterkv.memory.tier import TierLayer
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     SparseDecode = Callable[..., torch.Tensor]
 
 MOST_AT_ONCE = 4  # traced requests: each takes time of a step, and memory of the host
-_NOWHERE = np.iinfo(np.int32).max
 
 
 class Tracing:
@@ -67,16 +68,6 @@ class Tracing:
         """All rows were freed."""
 
 
-class _Layer(NamedTuple):
-    """What a layer left of one request."""
-
-    layer: int
-    slots: torch.Tensor  # int64 [H, R], beyond the count 0
-    count: torch.Tensor  # int32 [H]
-    logits: torch.Tensor  # float32 [H, G, R], of the recalled tokens
-    lse: torch.Tensor  # float32 [3, H, G], of the base, of all that was read, of all tokens
-
-
 class _Watched:
     """A sparse step of a traced request.
 
@@ -93,7 +84,7 @@ class _Watched:
         self.place = place
         self.pages = pages
         self.positions = positions
-        self.layers: list[_Layer] = []
+        self.layers: list[tuple[int, Shares]] = []
 
 
 class RequestTracing(Tracing):
@@ -144,7 +135,7 @@ class RequestTracing(Tracing):
             if step is self._lists:
                 try:
                     for request in self._watched:
-                        request.layers.append(self._look(request.place, q, keys, layer, step, scale, **host))
+                        self._look(request, q, keys, layer, step, scale, **host)
                 except Exception as error:
                     self._give_up(error)
             return output
@@ -228,27 +219,20 @@ class RequestTracing(Tracing):
 
     def _look(
         self,
-        place: int,
+        request: _Watched,
         q: torch.Tensor,
         keys: torch.Tensor,
         layer: int,
         step: SparseStep,
         scale: float,
         tier: TierLayer | None = None,
-    ) -> _Layer:
-        """What the layer that just ran left of one request; q [B, heads, D], keys [slots, H, D]."""
+    ) -> None:
+        """Note what the layer that just ran read of one request; q [B, heads, D], keys [slots, H, D]."""
         heads = keys.shape[1]
         group = q.shape[1] // heads
-        read = last_read(self._index, group, keys.dtype, step, place)
-        real = torch.arange(read.recalled.shape[1], device=q.device) < read.count.unsqueeze(1)
-        slots = read.recalled.where(real, 0)
-        head = torch.arange(heads, device=q.device).unsqueeze(1)
-        rows = keys[slots, head] if tier is None else tier.gather(keys, 0, slots, head)
-        queries = q[place].unflatten(0, (heads, group)).float()
-        logits = scale * torch.matmul(queries, rows.float().transpose(1, 2))
-        return _Layer(
-            layer, slots, read.count.clone(), logits, torch.stack((read.base_lse, read.exact_lse, read.whole_lse))
-        )
+        read = last_read(self._index, group, keys.dtype, step, request.place)
+        queries = q[request.place].unflatten(0, (heads, group))
+        request.layers.append((layer, shares(read, queries, keys, scale, tier)))
 
     def failed(self) -> None:
         """See `Tracing`."""
@@ -276,23 +260,14 @@ class RequestTracing(Tracing):
         self._stream.event().synchronize()
 
     def _finish(self, request: _Watched) -> None:
-        """Device work: slots become positions, logits shares of the mass; then to the host."""
+        """Device work: slots become positions in their order, and all of it goes to the host."""
         if not request.layers:
             return
-        layers, slots, counts, logits, lses = zip(*request.layers, strict=True)
-        slot, count, logit, lse = torch.stack(slots), torch.stack(counts), torch.stack(logits), torch.stack(lses)
+        layers, found = zip(*request.layers, strict=True)
+        slots, counts, share, mass = (torch.stack(part) for part in zip(*found, strict=True))
         page_size = self._index.geometry.page_size
-        page = slot // page_size
-        at = torch.searchsorted(request.pages, page).clamp(max=len(request.pages) - 1)
-        position = request.positions[at] + slot - page * page_size
-        real = torch.arange(slot.shape[2], device=slot.device) < count.unsqueeze(2)
-        position, order = position.where(real, _NOWHERE).to(torch.int32).sort(-1)
-        base, exact, whole = lse.unbind(1)
-        share = (logit - whole.unsqueeze(-1)).exp().clamp(max=1.0).mean(2).gather(2, order)
-        read = (exact - whole).exp().clamp(max=1.0)
-        always = torch.minimum((base - whole).exp(), read)
-        mass = torch.stack((always, read - always, 1.0 - read), -1).mean(2).nan_to_num(0.0).to(torch.float16)
-        request.step.read = StepRead(layers, *_to_host(position, count, weight_levels(share), mass))
+        position, weights = placed(slots, counts, share, request.pages, request.positions, page_size)
+        request.step.read = StepRead(layers, *_to_host(position, counts, weights, mass.to(torch.float16)))
 
     def _give_up(self, error: Exception) -> None:
         """Count a fault of ours; what is traced now is kept no further."""

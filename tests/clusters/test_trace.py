@@ -24,7 +24,7 @@ from benchmarks.policies import POLICIES
 from benchmarks.policies.policy import Reading
 from sglang_clusterkv.clusters import tracing
 from sglang_clusterkv.clusters.decoding import DecodeStep
-from sglang_clusterkv.clusters.trace import Step, Trace, document, weight_levels
+from sglang_clusterkv.clusters.trace import Step, Trace, document
 from sglang_clusterkv.clusters.tracing import MOST_AT_ONCE, RequestTracing, Tracing
 from sglang_clusterkv.kernels.attend.reference import attend
 from sglang_clusterkv.kernels.decode import sparse_decode
@@ -292,11 +292,6 @@ def test_no_more_are_traced_at_once_than_four() -> None:
     world.finish(requests[0])
     late = served(world, stream(9, 300), decoded=2)
     assert world.traces[late].refused is None and world.traces[late].steps
-
-
-def test_levels_of_weights() -> None:
-    shares = torch.tensor([1.0, 0.5, 2.0**-31, 2.0**-40, 0.0, torch.nan, torch.inf])
-    assert weight_levels(shares).tolist() == [255, 247, 7, 0, 0, 0, 255]
 
 
 def test_bytes_are_counted_as_the_tables_of_the_documents_do() -> None:

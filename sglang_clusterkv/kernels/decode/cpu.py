@@ -296,7 +296,7 @@ def sparse_decode(
 def last_read(decoder: CpuDecoder, place: int) -> LastRead:
     """See `kernels.decode.last_read`."""
     u = decoder.buffers
-    base = torch.from_numpy(u.base_logit[place, :, :, : decoder.base_count[place]]).logsumexp(-1)
+    base = torch.from_numpy(u.base_logit[place, :, :, : decoder.base_count[place]])
     if decoder.config.estimate:
         exact, whole = torch.from_numpy(u.exact_lse[place]), torch.from_numpy(u.lse[place])
     else:

@@ -174,7 +174,7 @@ def last_read(decoder: TritonDecoder, place: int) -> LastRead:
     w, step = decoder.workspace, decoder.step
     logits = w.base_logit[place]
     listed = torch.arange(logits.shape[-1], device=logits.device) < step.base_count[place]
-    base = logits.masked_fill(~listed, -torch.inf).logsumexp(-1)
+    base = logits.masked_fill(~listed, -torch.inf)
     exact = w.exact_lse[place, :, : decoder.splits].logsumexp(1)
     if decoder.config.estimate:
         whole = torch.logaddexp(exact, w.rest_lse[place, :, : sum(decoder.parts)].logsumexp(1))

@@ -13,9 +13,25 @@ import numpy as np
 
 NEEDLE = " The number that Ada wrote on the wall is 48213."
 ANSWER = "The number that Ada wrote down is 48213."
-SUBJECTS = "The river,The old harbour,A letter,The garden,Her brother,The museum,A narrow road,The clock".split(",")
-VERBS = "was known for,stood near,had been sold with,reminded people of,opened onto,lay behind".split(",")
-OBJECTS = "a row of birches,the mill,two stone bridges,an empty market,the winter of that year,blue paint".split(",")
+SUBJECTS = [
+    "The river",
+    "The old harbour",
+    "A letter",
+    "The garden",
+    "Her brother",
+    "The museum",
+    "A narrow road",
+    "The clock",
+]
+VERBS = ["was known for", "stood near", "had been sold with", "reminded people of", "opened onto", "lay behind"]
+OBJECTS = [
+    "a row of birches",
+    "the mill",
+    "two stone bridges",
+    "an empty market",
+    "the winter of that year",
+    "blue paint",
+]
 # A document is somebody's text: none of this may become markup or script.
 MARKUP = ' Then it said "<b>bold</b> & </script>" and <!-- nothing --> more.'
 RUN = 4  # neighbours that are recalled together
@@ -25,9 +41,8 @@ def words(text: str) -> list[str]:
     """Tokens of a text: words with the space before them, signs and digits by themselves."""
     out: list[str] = []
     for character in text:
-        if out and character.isalpha() and out[-1][-1:].isalpha():
-            out[-1] += character
-        elif out and out[-1] == " " and not character.isspace():
+        last = out[-1] if out else ""
+        if (character.isalpha() and last[-1:].isalpha()) or (last == " " and not character.isspace()):
             out[-1] += character
         else:
             out.append(character)
@@ -77,7 +92,9 @@ def made_trace(
     """A trace of docs/explain.md's format; the first layer does not recall, and the first two decode steps are dense."""
     generator = np.random.default_rng(seed)
     prompt, answer = made_text(prompt_tokens, seed), words(ANSWER)
-    answer = (answer + words(" It is on the wall, as the letter says, and nobody has painted over it.") * 20)[:answer_tokens]
+    answer = (answer + words(" It is on the wall, as the letter says, and nobody has painted over it.") * 20)[
+        :answer_tokens
+    ]
     pieces = prompt + answer
     needle, numbers = needle_span(pieces), number_tokens(pieces, prompt_tokens)
     sinks, window = 4, 48
@@ -100,15 +117,17 @@ def made_trace(
     sparse = [step["token"] for step in steps if step["dense"] is None]
     recalled, weights, mass = [], [], []
     for _ in recalling:
-        positions, shares, parts = drawn_layer(generator, sparse, heads, budget, (sinks, window), overlap, needle, numbers)
+        positions, shares, parts = drawn_layer(
+            generator, sparse, heads, budget, (sinks, window), overlap, needle, numbers
+        )
         recalled.append(encoded(positions, "<u2"))
         weights.append(encoded(shares, "u1"))
         mass.append(encoded(parts, "<f2"))
     per_cluster = 8
     numbered = [np.stack([drawn_clusters(generator, prompt_tokens, sinks) for _ in range(heads)]) for _ in recalling]
-    spread = [[encoded(generator.uniform(0.1, 2, prompt_tokens // per_cluster + 1), "<f2") for _ in range(heads)]] * len(
-        recalling
-    )
+    spread = [
+        [encoded(generator.uniform(0.1, 2, prompt_tokens // per_cluster + 1), "<f2") for _ in range(heads)]
+    ] * len(recalling)
     trace = {
         "format": "clusterkv-trace",
         "version": 1,
@@ -164,7 +183,8 @@ def drawn_layer(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Recalled positions with their counts, weights, and [steps, heads, 3] shares of one layer."""
     sinks, window = base
-    positions, weights, parts = [], [], np.zeros((len(sparse), heads, 3))
+    positions, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.uint8)]
+    parts = np.zeros((len(sparse), heads, 3))
     last = [np.zeros(0, np.int64) for _ in range(heads)]
     for step, token in enumerate(sparse):
         for head in range(heads):

@@ -8,6 +8,7 @@ what the trace has, not from levels. page_data.js unpacks all of it; the formats
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from typing import Any, NamedTuple
 
@@ -42,7 +43,9 @@ class Trace:
     def __init__(self, trace: dict[str, Any]) -> None:
         if (trace.get("format"), trace.get("version")) != (FORMAT, VERSION):
             found = f"{trace.get('format')!r}, version {trace.get('version')!r}"
-            raise ValueError(f"this is no trace that the page can show: {found} instead of {FORMAT!r}, version {VERSION}")
+            raise ValueError(
+                f"this is no trace that the page can show: {found} instead of {FORMAT!r}, version {VERSION}"
+            )
         self._trace = trace
         self.prompt_tokens: int = trace["request"]["prompt_tokens"]
         self.tokens: int = self.prompt_tokens + trace["request"]["answer_tokens"]
@@ -68,7 +71,9 @@ class Trace:
         counts = stream[begins]
         positions = np.delete(stream, begins)
         if len(positions) and positions.max() >= self.tokens:
-            raise ValueError(f"layer {self.layers[index]}: it recalled position {positions.max()} of {self.tokens} tokens")
+            raise ValueError(
+                f"layer {self.layers[index]}: it recalled position {positions.max()} of {self.tokens} tokens"
+            )
         weights = np.frombuffer(base64.b64decode(self._trace["weights"][index]), np.uint8)
         if len(weights) != len(positions):
             raise ValueError(f"layer {self.layers[index]}: {len(weights)} weights for {len(positions)} positions")
@@ -76,17 +81,21 @@ class Trace:
 
     def masses(self, index: int) -> np.ndarray:
         """float32 [sparse steps, heads, 3]: shares of the base, the recalled and the estimated tokens."""
-        flat = np.frombuffer(base64.b64decode(self._trace["mass"][index]), "<f2").astype(np.float32)
-        return flat.reshape(self.sparse_steps, self.heads, 3)
+        return self._array("mass", index, "<f2", (self.sparse_steps, self.heads, 3)).astype(np.float32)
 
     def clusters(self, index: int) -> np.ndarray:
         """int64 [heads, prompt tokens]: each token's cluster, -1 where it is in none."""
-        flat = np.frombuffer(base64.b64decode(self._trace["clusters"][index]), "<i4").astype(np.int64)
-        return flat.reshape(self.heads, self.prompt_tokens)
+        return self._array("clusters", index, "<i4", (self.heads, self.prompt_tokens)).astype(np.int64)
 
     def spreads(self, index: int) -> list[np.ndarray]:
         """Per head: float16 by cluster number."""
         return [np.frombuffer(base64.b64decode(head), "<f2") for head in self._trace["cluster_spread"][index]]
+
+    def _array(self, name: str, index: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        flat = np.frombuffer(base64.b64decode(self._trace[name][index]), dtype)
+        if len(flat) != math.prod(shape):
+            raise ValueError(f"layer {self.layers[index]}: {len(flat)} numbers of {name} instead of {math.prod(shape)}")
+        return flat.reshape(shape)
 
 
 def share_of_weight(weights: np.ndarray) -> np.ndarray:
@@ -102,7 +111,7 @@ def weight_of_share(shares: np.ndarray, per_octave: int = PER_OCTAVE) -> np.ndar
 
 def text_of(data: bytes) -> str:
     """Deflated (zlib), in base64."""
-    return base64.b64encode(zlib.compress(data, 9)).decode()
+    return base64.b64encode(zlib.compress(data)).decode()
 
 
 def planes(values: np.ndarray, width: int) -> bytes:
@@ -112,7 +121,7 @@ def planes(values: np.ndarray, width: int) -> bytes:
 
 def varints(values: np.ndarray) -> bytes:
     """Whole numbers in [0, 2^35), seven bits a byte, the lowest first; the eighth bit says that another byte follows."""
-    groups = 1 + sum((values >> (7 * group) > 0).astype(np.int64) for group in range(1, 5))
+    groups = np.sum([values >> (7 * group) > 0 for group in range(1, 5)], 0) + 1
     ends = np.cumsum(groups)
     out = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
     for group in range(int(groups.max(initial=0))):

@@ -1,5 +1,6 @@
 // What is shown, and how it follows from what is chosen.
 
+const begins = [...facts.passages, tokens];
 const state = {answer: null, prompt: null};
 const stepBefore = new Map(); // answer token -> the step that predicted it
 const sparseOf = new Map(); // step -> its number among the sparse ones
@@ -24,6 +25,12 @@ function windowBegin(step) {
   return token;
 }
 
+/** Of all the times that the view's layers and heads recalled, the share in which each token was among them. */
+async function recalledOf(view) {
+  const times = Math.max(1, sparseSteps * view.members.length * headsOf(view).length);
+  return (await countsOf(view)).map((count) => count / times);
+}
+
 let drawing = 0;
 
 /** Draw everything that follows from the view and the chosen answer token. */
@@ -31,7 +38,10 @@ async function draw() {
   const mine = ++drawing, view = currentView(), step = stepBefore.get(state.answer);
   const sparse = step && sparseOf.has(step) ? sparseOf.get(step) : null;
   const chosen = state.answer !== null;
-  const values = !chosen ? await countsOf(view) : sparse === null ? new Float64Array(tokens) : await massOf(view, sparse);
+  const mass = sparse === null ? new Float64Array(tokens) : await massOf(view, sparse);
+  const above = sparse !== null && byId("above").checked;
+  const usual = above ? await meanMassOf(view) : null;
+  const values = !chosen ? await recalledOf(view) : above ? mass.map((value, at) => Math.max(0, value - usual[at])) : mass;
   const shares = sparse === null ? null : await sharesOf(view, sparse);
   if (mine !== drawing) return; // another choice was made meanwhile
   const largest = shade(values, chosen);
@@ -39,8 +49,8 @@ async function draw() {
   const always = traced.map((one) => inRanges(one.base));
   setClass(step ? inRanges(step.base) : (token) => always.length > 0 && always.every((has) => has(token)), "base");
   drawWindow(step, traced);
-  drawLegend(chosen, largest);
-  drawChosen(step, sparse, shares, values);
+  drawLegend(chosen, above, largest);
+  drawChosen(step, sparse, shares, mass);
   drawPassages(values, chosen, sparse);
   drawPointer();
   document.body.dataset.drawn = String(mine);
@@ -53,18 +63,19 @@ function drawWindow(step, traced) {
   setClass((token) => token < border && !sinks(token), "beyond");
 }
 
-function drawLegend(chosen, largest) {
+function drawLegend(chosen, above, largest) {
   const key = (style, text) => made("span", {class: `key ${style}`}, text);
-  const dark = key("token", chosen ? `${percent(largest)} of the mass` : `${number(largest)} times`);
+  const dark = key("token", percent(largest));
   dark.style.setProperty("--shade", 0.9);
-  const parts = [chosen ? "Darkness: share of the step's attention mass (root scale), the darkest " :
-    "Darkness: how often a token was recalled, the darkest ", dark, ". ", key("token base", "Dotted"),
+  const meaning = !chosen ? "how often a token was recalled, of all steps, layers and heads"
+    : `share of the step's attention mass${above ? " beyond the answer's mean" : ""} (root scale)`;
+  const parts = [`Darkness: ${meaning}; the darkest `, dark, ". ", key("token base", "Dotted"),
     chosen ? ": sinks, window and gaps, read by this step in any case. " : ": read by every sparse step in any case. "];
   if (byId("window").checked) parts.push(key("token beyond", "Wavy"), ": older than a window of the same size. ");
   byId("legend").replaceChildren(...parts);
 }
 
-function drawChosen(step, sparse, shares, values) {
+function drawChosen(step, sparse, shares, mass) {
   const token = state.answer, title = byId("chosen-title"), box = byId("shares");
   const paragraph = (text) => made("p", {}, text);
   if (token === null) {
@@ -97,21 +108,21 @@ function drawChosen(step, sparse, shares, values) {
   });
   const border = windowBegin(step);
   let older = 0, all = 0;
-  values.forEach((value, at) => { all += value; if (at < border) older += value; });
+  mass.forEach((value, at) => { all += value; if (at < border) older += value; });
   const missed = all ? shares[1] * older / all : 0;
   box.replaceChildren(bar, list, paragraph(`Read exactly: ${percent(shares[0] + shares[1])} of the mass. ` +
-    `A window of the same size would have missed ${percent(missed)} that was recalled from before its border.`), paragraph(bytes));
+    `A window of the same size would have missed ${percent(missed)} of the mass: it was recalled from before its border.`), paragraph(bytes));
 }
 
 function drawPassages(values, chosen, sparse) {
   const sums = new Float64Array(passageSpans.length);
-  values.forEach((value, token) => { sums[passageOf[token]] += value; });
+  // Mass adds up, how often does not: there, it is the mean over a passage's tokens.
+  values.forEach((value, token) => { sums[passageOf[token]] += chosen ? value : value / (begins[passageOf[token] + 1] - begins[passageOf[token]]); });
   const order = [...sums.keys()].filter((passage) => sums[passage] > 0).sort((a, b) => sums[b] - sums[a]).slice(0, 10);
   byId("passages-title").textContent = chosen ? "Passages with most attention mass" : "Passages that were recalled most";
   byId("passages").replaceChildren(...order.map((passage) => {
     const begin = facts.passages[passage], end = facts.passages[passage + 1] ?? tokens;
-    const amount = chosen ? percent(sums[passage]) : `${number(sums[passage])} times`;
-    const button = made("button", {type: "button", "data-passage": passage}, made("strong", {}, amount), ` ${textOf(begin, end).trim()}`);
+    const button = made("button", {type: "button", "data-passage": passage}, made("strong", {}, percent(sums[passage])), ` ${textOf(begin, end).trim()}`);
     button.addEventListener("click", () => showPassage(passage));
     return made("li", {}, button);
   }));
@@ -265,7 +276,7 @@ function fillControls() {
   };
   for (const id of ["layers", "heads"]) byId(id).addEventListener("change", follow);
   for (const id of ["cluster-layer", "cluster-head"]) byId(id).addEventListener("change", drawCluster);
-  byId("window").addEventListener("change", draw);
+  for (const id of ["window", "above"]) byId(id).addEventListener("change", draw);
 }
 
 function writeAbout() {
@@ -276,7 +287,6 @@ function writeAbout() {
     `sglang-clusterkv ${server.sglang_clusterkv}.`;
 }
 
-const begins = [...facts.passages, tokens];
 /** The first token of the passage so many passages on. */
 const byPassage = (active, by) => begins[Math.max(0, active === null ? 0 : passageOf[active] + by)];
 const byTen = (active, by) => (active ?? promptTokens) + 10 * by;

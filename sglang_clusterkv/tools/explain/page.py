@@ -28,7 +28,7 @@ from sglang_clusterkv.tools.explain.packed import (
 
 SCRIPTS = ("page_data.js", "page_text.js", "page.js")
 LONGEST_PASSAGE, SHORTEST_PASSAGE = 60, 4
-SENTENCE_ENDS, WIDE_SENTENCE_ENDS = ".!?:;", "。！？"
+SENTENCE_ENDS, WIDE_SENTENCE_ENDS = (".", "!", "?", ":", ";"), ("。", "！", "？")
 
 
 def write_page(trace: dict[str, Any], out: Path) -> Path:
@@ -58,7 +58,7 @@ def page_of(trace: dict[str, Any]) -> str:
     script = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.jinja").render(
-        model=trace["server"]["model"],
+        model=model_name(trace["server"]["model"]),
         facts=facts_of(trace),
         blobs=blobs_of(trace),
         script=script,
@@ -76,7 +76,7 @@ def facts_of(trace: dict[str, Any]) -> dict[str, Any]:
         for label, part in layer_groups(server["layers"]).items()
     ]
     return {
-        "server": server,
+        "server": server | {"model": model_name(server["model"])},
         "request": trace["request"],
         "pieces": trace["pieces"],
         "passages": passages(trace["pieces"], checked.prompt_tokens),
@@ -87,15 +87,21 @@ def facts_of(trace: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def model_name(model: str) -> str:
+    """A model's name without the folder that it lies in: a page may be handed on."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
 def passages(pieces: list[str], prompt_tokens: int) -> list[int]:
     """Where a text's passages begin, as token numbers: about a sentence or a line each, and none across prompt and answer."""
     begins = [0] if pieces else []
     for token in range(1, len(pieces)):
-        before, length = pieces[token - 1], token - begins[-1]
-        line = "\n" in before and not pieces[token].isspace()
-        sentence = before.rstrip().endswith(tuple(SENTENCE_ENDS)) and (pieces[token][:1].isspace() or before[-1:].isspace())
-        wide = before.endswith(tuple(WIDE_SENTENCE_ENDS))
-        ends = length >= LONGEST_PASSAGE or (length >= SHORTEST_PASSAGE and (line or sentence or wide))
+        before, after, length = pieces[token - 1], pieces[token], token - begins[-1]
+        line = "\n" in before
+        sentence = before.rstrip().endswith(SENTENCE_ENDS) and (after[:1].isspace() or before[-1:].isspace())
+        wide = before.endswith(WIDE_SENTENCE_ENDS)
+        ends = length >= SHORTEST_PASSAGE and (line or sentence or wide) and not after.isspace()
+        ends = ends or length >= LONGEST_PASSAGE
         if ends or token == prompt_tokens:
             begins.append(token)
     return begins

@@ -36,7 +36,9 @@ function half(bits) {
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
 }
 
-const shareOf = (code, perOctave) => (code ? 2 ** ((code - 255) / perOctave) : 0);
+/** The shares of mass that the 256 codes stand for. */
+const sharesByCode = (perOctave) => Float64Array.from({length: 256}, (_, code) => (code ? 2 ** ((code - 255) / perOctave) : 0));
+const levelShares = sharesByCode(8), mapShares = sharesByCode(4);
 
 /** The sets of a layer: positions, where each step's and head's begin, and each member's mean mass. */
 function setsOf([gone, came, levels]) {
@@ -74,7 +76,7 @@ function setsOf([gone, came, levels]) {
   for (let set = 0; set < sets; set++)
     for (let at = begins[set]; at < begins[set + 1]; at++) {
       const level = (levels[4 * sets + (at >> 2)] >> (2 * (at & 3))) & 3;
-      masses[at] = shareOf(levels[4 * set + level], 8);
+      masses[at] = levelShares[levels[4 * set + level]];
     }
   return {positions, begins, masses};
 }
@@ -128,7 +130,7 @@ async function countsOf(view) {
 async function massOf(view, sparse) {
   if (isAll(view)) {
     const map = await massMap();
-    return Float64Array.from(map.subarray(sparse * tokens, (sparse + 1) * tokens), (code) => shareOf(code, 4));
+    return Float64Array.from(map.subarray(sparse * tokens, (sparse + 1) * tokens), (code) => mapShares[code]);
   }
   const mass = new Float64Array(tokens), shown = headsOf(view);
   for (const index of view.members) {
@@ -139,6 +141,20 @@ async function massOf(view, sparse) {
     }
   }
   return mass.map((value) => value / (view.members.length * shown.length));
+}
+
+const means = new Map();
+
+/** Each token's share of a sparse step's mass in the view, mean over all sparse steps. */
+async function meanMassOf(view) {
+  const key = JSON.stringify(view);
+  if (!means.has(key)) {
+    const mean = new Float64Array(tokens);
+    for (let sparse = 0; sparse < sparseSteps; sparse++)
+      (await massOf(view, sparse)).forEach((value, at) => { mean[at] += value / sparseSteps; });
+    means.set(key, mean);
+  }
+  return means.get(key);
 }
 
 /** Shares of a sparse step's mass in the view: [always read, recalled, estimated]. */

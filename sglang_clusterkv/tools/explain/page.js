@@ -129,7 +129,7 @@ function drawPassages(values, chosen, sparse) {
   if (chosen && sparse === null) byId("passages-title").textContent = "Nothing was recalled";
 }
 
-const HIGH = 70, BYTES = 26, GAP = 6;
+const HIGH = 50, BYTES = 26, GAP = 6;
 const answerTokens = tokens - promptTokens;
 /** Of the strip, in pixels: as wide as the page allows, within limits. */
 const COLUMN = Math.min(24, Math.max(7, Math.floor(byId("strip").clientWidth / Math.max(1, answerTokens))));
@@ -240,7 +240,7 @@ async function drawCluster() {
   byId("members").append(...members.map((at) => {
     const button = made("button", {type: "button"}, `…${textOf(Math.max(0, at - 6), at)}`,
       made("b", {}, facts.pieces[at]), `${textOf(at + 1, Math.min(promptTokens, at + 7))}…`);
-    button.addEventListener("click", () => { spans[at].scrollIntoView({block: "center"}); showPassage(passageOf[at]); });
+    button.addEventListener("click", () => showPassage(passageOf[at]));
     return made("li", {}, button);
   }));
 }

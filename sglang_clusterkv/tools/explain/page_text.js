@@ -54,11 +54,19 @@ function shade(values, rooted) {
   return largest;
 }
 
+/** Scroll an element of a text into sight: within the text where that scrolls by itself, so that all around it stays. */
+function bring(element) {
+  const text = element.closest(".text"), down = element.getBoundingClientRect().top - text.getBoundingClientRect().top;
+  const inside = text.scrollHeight > text.clientHeight;
+  if (inside) text.scrollTop += down - text.clientHeight / 4;
+  element.scrollIntoView({block: inside ? "nearest" : "center"});
+}
+
 /** Scroll to a passage and mark it. */
 function showPassage(passage) {
   passageSpans.forEach((element) => element.classList.remove("here"));
   passageSpans[passage].classList.add("here");
-  passageSpans[passage].scrollIntoView({block: "center"});
+  bring(passageSpans[passage]);
 }
 
 /**

@@ -7,6 +7,9 @@ to the console, asks for anything beside its file, or text of the document becam
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -349,6 +352,15 @@ def test_a_trace_without_sparse_steps_says_so(opened: Opened) -> None:
     assert page.locator("#passages li").count() == 0
 
 
+@pytest.mark.parametrize("required", [True, False])
+def test_without_a_browser_tests_are_skipped_but_not_in_ci(required: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CLUSTERKV_BROWSER_TESTS", "required" if required else "")
+    outcome = pytest.fail.Exception if required else pytest.skip.Exception
+    with pytest.raises(outcome, match="there is no chromium on the path: `make browser` installs Debian's"):
+        require_browser()
+
+
 def test_dropped_steps_are_said(opened: Opened) -> None:
     trace = made_trace()
     trace["steps"] = trace["steps"][2:]
@@ -357,6 +369,17 @@ def test_dropped_steps_are_said(opened: Opened) -> None:
     assert "2 steps are not in the trace" in page.inner_text("#strip-summary")
     choose(page, 601)
     assert "oldest were dropped" in page.inner_text("#shares")
+
+
+def test_the_picture_of_the_documents_is_made(chromium: Any, trace: dict[str, Any], tmp_path: Path) -> None:
+    file, out = tmp_path / "trace.json", tmp_path / "images" / "page.png"
+    file.write_text(json.dumps(trace))
+    arguments = [str(file), "--answer", "9", "--layers", "2", "--prompt", "300", "--above", "--dark", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.explain_picture", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}: {out.stat().st_size:,} bytes\n"
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_a_large_trace_opens_fast_and_is_light(chromium: Any, tmp_path: Path) -> None:

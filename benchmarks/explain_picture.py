@@ -1,6 +1,6 @@
 """A picture of the page that shows what a request recalled, from its trace.
 
-    sglang-clusterkv explain --base-url URL --document FILE --question "..." --json > TRACE.json
+    sglang-clusterkv explain --base-url URL --document FILE --question "..." --json --out TRACE.json
     python -m benchmarks.explain_picture TRACE.json --answer 12 [--layers 16-23] [--prompt 900] [--above] [--dark] [--out FILE]
 
 Opens the page in Chromium (`make browser`), chooses the answer's token of that number, counted from 1, a token of the prompt

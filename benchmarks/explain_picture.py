@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sglang_clusterkv.tools.explain.page import write_page
 from tests.support.browser import Watched, browser, missing
@@ -28,8 +28,8 @@ def picture(trace: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     """Write the picture; the choices are those of the command line."""
     prompt_tokens = trace["request"]["prompt_tokens"]
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
-        view = {"width": SIZE[0], "height": SIZE[1]}
-        page = chromium.new_page(viewport=view, color_scheme="dark" if args.dark else "light")
+        scheme: Literal["dark", "light"] = "dark" if args.dark else "light"
+        page = chromium.new_page(viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme=scheme)
         watched = Watched(page)
         watched.open(write_page(trace, Path(folder) / "page.html"))
         if args.layers:

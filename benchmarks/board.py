@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,9 @@ def written(value: float, unit: str) -> str:
         return f"{value:.3g} s"
     prefixes = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
     prefix, size = next((pair for pair in prefixes if abs(value) >= pair[1]), ("", 1.0))
-    after = {"bytes": "B", "Bps": "B/s", "short": ""}.get(unit, unit.removeprefix("suffix:").strip())
-    return f"{value / size:.3g} {prefix}{after}".strip()
+    if unit in ("bytes", "Bps"):
+        return f"{value / size:.3g} {prefix}{'B' if unit == 'bytes' else 'B/s'}"
+    return f"{value / size:.3g}{prefix} {'' if unit == 'short' else unit.removeprefix('suffix:').strip()}".strip()
 
 
 def unit_of(panel: dict[str, Any]) -> str:
@@ -96,6 +98,7 @@ def picture(lines: dict[str, Lines], title: str) -> Figure:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters as letters: a fourth of the size
     rows: list[list[dict[str, Any]]] = []
     heads: dict[int, str] = {}
     for panel in board():
@@ -108,7 +111,7 @@ def picture(lines: dict[str, Lines], title: str) -> Figure:
     figure, grid = pyplot.subplots(
         len(rows), COLUMNS, figsize=(15, 2.6 * len(rows)), layout="constrained", squeeze=False
     )
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 120))
     last = max((points[-1][0] for panel in lines.values() for points in panel.values()), default=0.0)
     for number, (panels, axes) in enumerate(zip(rows, grid, strict=True)):
         for panel, place in zip(panels, axes, strict=False):
@@ -127,7 +130,8 @@ def draw_panel(axes: Any, panel: dict[str, Any], lines: Lines, last_s: float) ->
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) == 1 else None)
     axes.set_title(panel["title"], fontsize=10, loc="left")
     axes.set_xlim(0, last_s or 1.0)
-    axes.set_ylim(bottom=0)
+    largest = max((value for points in lines.values() for _, value in points), default=1.0)
+    axes.set_ylim(0, 1.08 * largest or 1.0)
     axes.yaxis.set_major_formatter(lambda value, _: written(value, unit))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} s")
     axes.tick_params(labelsize=7)

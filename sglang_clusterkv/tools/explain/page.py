@@ -70,7 +70,7 @@ def page_of(trace: dict[str, Any]) -> str:
 def facts_of(trace: dict[str, Any]) -> dict[str, Any]:
     """What the script needs beside the arrays."""
     checked = Trace(trace)
-    server, layers = trace["server"], checked.layers
+    server, layers, compare = trace["server"], checked.layers, trace.get("compare")
     groups = [
         {"label": label, "members": [layers.index(layer) for layer in range(part.start, part.stop) if layer in layers]}
         for label, part in layer_groups(server["layers"]).items()
@@ -83,7 +83,7 @@ def facts_of(trace: dict[str, Any]) -> dict[str, Any]:
         "groups": [group for group in groups if group["members"]],
         "steps": trace["steps"],
         "sparse_steps": checked.sparse_steps,
-        "compare": trace.get("compare"),
+        "compare": compare and compare | {"model": model_name(compare["model"])},
     }
 
 

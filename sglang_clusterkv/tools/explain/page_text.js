@@ -12,8 +12,8 @@ const byId = (id) => document.getElementById(id);
 const number = (value) => value.toLocaleString("en-US", {maximumFractionDigits: 2});
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
 const textOf = (begin, end) => facts.pieces.slice(begin, end).join("");
-/** A token's text as one line that shows white space. */
-const shown = (token) => facts.pieces[token].replace(/\n/g, "⏎").replace(/^ +$/, "␣").trim() || "␣";
+/** A token's text as one line that shows white space; of a character's tokens only the last has a text. */
+const shown = (token) => facts.pieces[token].replace(/\n/g, "⏎").trim() || (facts.pieces[token] ? "␣" : "part of a character");
 
 const spans = [];
 const passageSpans = [];

@@ -193,8 +193,8 @@ def test_groups_are_those_of_the_metrics_without_layers_that_do_not_recall() -> 
 
 
 def test_a_models_folder_is_not_told() -> None:
-    trace = made_trace()
-    trace["server"]["model"] = "/home/ada.l/models/SmolLM2"
+    trace = made_trace(compare=True)
+    trace["server"]["model"] = trace["compare"]["model"] = "/home/ada.l/models/SmolLM2"
     page = page_of(trace)
     assert "ada.l" not in page and "<title>What was recalled: SmolLM2</title>" in page
     trace["server"]["model"] = "org/name"

@@ -345,11 +345,22 @@ def contrast(page: Any, back: list[int]) -> float:
 
 
 def test_a_trace_without_sparse_steps_says_so(opened: Opened) -> None:
-    page = opened(made_trace(answer_tokens=3)).page
+    trace = made_trace(answer_tokens=3)
+    trace["server"]["recalling_layers"] = []
+    for name in ("recalled", "mass", "weights", "clusters", "cluster_spread"):
+        trace[name] = []
+    trace["pieces"][601] = ""
+    page = opened(trace).page
     assert "No step was sparse." in page.inner_text("#strip-summary")
     choose(page, 602)
     assert "dense step (dirty)" in page.inner_text("#shares")
     assert page.locator("#passages li").count() == 0
+    page.focus("#answer")
+    page.keyboard.press("ArrowLeft")
+    settle(page)
+    assert page.inner_text("#chosen-title") == "Token 2: “part of a character”"
+    page.click("#token-30")
+    assert "in no cluster" in page.inner_text("#cluster-summary")
 
 
 @pytest.mark.parametrize("required", [True, False])

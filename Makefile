@@ -28,7 +28,7 @@ CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dty
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test selected warm test-all test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
+.PHONY: help env dev-env browser demo-model serve demo test selected warm test-all test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -37,6 +37,7 @@ help:
 	@echo "make test    environment with test tools (once), demo model (once), then all tests but the long ones:"
 	@echo "             'make test-unit test-servers test-compiled', the first two as one queue: a process per core, servers first"
 	@echo "             TESTS=tests/tools/test_cli.py PYTEST_ARGS='-k word'"
+	@echo "make browser Debian's Chromium for the tests of pages, as root; without it they are skipped and say so"
 	@echo "make test-unit     the tests that need no server, a process per core"
 	@echo "make test-compiled  the Triton kernels as machine code, without a GPU: registers, spills, instructions"
 	@echo "make test-servers  those against real servers, two at a time"
@@ -71,6 +72,10 @@ $(VENV)/.installed-dev: pyproject.toml | $(PY)
 env: $(VENV)/.installed
 
 dev-env: $(VENV)/.installed-dev
+
+browser:
+	@command -v chromium >/dev/null || \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
 
 demo-model: env
 	@$(PY) -m sglang_clusterkv.tools.cli demo-model

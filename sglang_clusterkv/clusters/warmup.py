@@ -14,8 +14,8 @@ from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.clusters.trace import Trace
 from sglang_clusterkv.config import MIN_SEGMENT_PAGES, ClusterKVConfig
 from sglang_clusterkv.kernels.attend import dense_decode
-from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.kernels.decode import sparse_decode
+from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.memory.device import Geometry, index_pages
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep

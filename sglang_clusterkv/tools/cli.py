@@ -111,12 +111,13 @@ def _add_explain(commands: Any) -> None:
         "explain",
         help="ask a server one question and see what each token of its answer recalled: one page for a browser",
         description="Ask a running clusterkv server, started with 'trace' set to true, one question about a document, or to "
-        "go on with a chat, and write a page that shows which parts of the prompt the answer was read from.",
+        "go on with a chat, and write a page that shows which parts of the prompt the answer was read from. Without either it "
+        "asks about the document of `make demo`.",
     )
     explain.add_argument(
         "--base-url", metavar="URL", default="http://127.0.0.1:30000", help="of the server, default %(default)s"
     )
-    asked = explain.add_mutually_exclusive_group(required=True)
+    asked = explain.add_mutually_exclusive_group()
     asked.add_argument("--document", type=Path, metavar="FILE", help="a text, for --question")
     asked.add_argument(
         "--chat", type=Path, metavar="FILE", help="OpenAI messages as JSON; the next answer is asked for"
@@ -232,13 +233,7 @@ def _explain(args: argparse.Namespace) -> int:
     from sglang_clusterkv.tools.explain import client
 
     try:
-        if args.document is not None and not args.question:
-            raise client.ExplainError("a document alone asks nothing: pass --question as well")
-        messages = (
-            client.read_chat(args.chat)
-            if args.chat is not None
-            else client.about(client.read_document(args.document), args.question)
-        )
+        messages = client.messages_of(args.document, args.question, args.chat)
         server = client.Server(args.base_url, args.api_key, args.timeout)
         compare = client.Server(args.compare, args.api_key, args.timeout) if args.compare else None
         trace = client.ask(server, messages, args.max_tokens, compare)
@@ -254,7 +249,7 @@ def _explain(args: argparse.Namespace) -> int:
             f"sglang-clusterkv: cannot write {error.filename} ({error.strerror}): pass another --out", file=sys.stderr
         )
         return 1
-    except client.ExplainError as error:
+    except (client.ExplainError, ValueError) as error:
         print(f"sglang-clusterkv: {error}", file=sys.stderr)
         return 1
     print(out.resolve())

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sglang_clusterkv.tools.haystack import FACTS, make_document
+
 KEY = "clusterkv_trace"
+DEMO_TOKENS = 6000  # as in examples/agent.py
 _TOP = 20  # log-probabilities per token of each server, where two are compared
 _WINDOW = 12  # tokens that are detokenized together with each: a character may take several
 _BROKEN = "\ufffd"  # what part of a character is detokenized to
@@ -183,9 +186,21 @@ def read_document(path: Path) -> str:
         raise ExplainError(f"cannot read {path} ({reason}): pass a text file with --document") from error
 
 
-def about(document: str, question: str) -> list[dict[str, Any]]:
-    """One question about a document, as messages."""
-    return [{"role": "user", "content": f"{document}\n\n{question}"}]
+def messages_of(document: Path | None, question: str | None, chat: Path | None) -> list[dict[str, Any]]:
+    """What is asked: to go on with a chat, or a question about a document; without either, one of the demo's about the demo's.
+
+    Raises ExplainError for files that cannot be read, and for a document without a question.
+    """
+    if chat is not None:
+        return read_chat(chat)
+    if document is None:
+        fact = FACTS[1]
+        text, question = make_document(DEMO_TOKENS, FACTS), question or fact.question
+    elif question:
+        text = read_document(document)
+    else:
+        raise ExplainError("a document alone asks nothing: pass --question as well")
+    return [{"role": "user", "content": f"{text}\n\n{question}"}]
 
 
 def ask(

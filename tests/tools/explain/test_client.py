@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from sglang_clusterkv.tools import cli
 from sglang_clusterkv.tools.explain.client import Answer, compared, divergence, pieces_of
+from sglang_clusterkv.tools.haystack import FACTS
 
 ANSWER = "It is 29772, naïvely 😀😀😀 日本."
 TOP = {65: math.log(0.6), 66: math.log(0.3)}
@@ -156,6 +157,12 @@ def test_a_trace_is_asked_for_and_written_with_its_texts(
     assert len(trace["pieces"]) == len(trace["token_ids"])
     assert "".join(trace["pieces"]) == prompt + ANSWER
     assert "compare" not in trace and "return_logprob" not in body
+
+
+def test_without_a_document_it_is_the_demos(fake: FakeServer) -> None:
+    assert cli.main(["explain", "--base-url", fake.url, "--json"]) == 0
+    text = "".join(written()["pieces"])
+    assert FACTS[1].sentence in text and text.endswith(f"\n\n{FACTS[1].question}>{ANSWER}")
 
 
 def test_pieces_of_an_answer_that_ends_within_a_character(fake: FakeServer) -> None:

@@ -14,60 +14,55 @@ import statistics
 import time
 from collections.abc import Callable
 
-import msgspec
 import torch
 from tqdm import tqdm
 
 from benchmarks.kernel_scene import SHAPES, Scene, make_scene
 from sglang_clusterkv.clusters.trace import Trace
+from sglang_clusterkv.clusters.tracing import Tracing
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.decode import sparse_decode
 
 Run = Callable[[], None]
 
 
-def runs(scene: Scene, traced: Scene) -> dict[str, Run]:
-    """What is timed, by name: a step's lists and layers."""
+def runs(scene: Scene) -> dict[str, Run]:
+    """What is timed, by name: a step's lists and layers, all in one pool."""
+    engine, queries = scene.engine, scene.queries()
+    kept, around = engine.tracing, engine.sparse_decode
+    trace, row = Trace(scene.config.trace_tokens), int(scene.rows[0])
 
-    def step_of(scene: Scene) -> Run:
-        queries = scene.queries()
-        engine = scene.engine
+    def step() -> None:
+        step = engine.begin_decode(scene.rows, scene.seq_lens)
+        for layer in range(scene.layers):
+            keys, values = engine.key_buffers[layer], engine.value_buffers[layer]
+            assert engine.sparse_layer(queries, keys, values, layer, step, scene.scale) is not None
+        engine.tracing.end_step()
 
-        def run() -> None:
-            step = engine.begin_decode(scene.rows, scene.seq_lens)
-            for layer in range(scene.layers):
-                keys, values = engine.key_buffers[layer], engine.value_buffers[layer]
-                assert engine.sparse_layer(queries, keys, values, layer, step, scene.scale) is not None
-            engine.tracing.end_step()
-
-        return run
-
-    plain, watched = step_of(scene), step_of(traced)
-    trace = Trace(traced.config.trace_tokens)
+    def off() -> None:
+        engine.tracing, engine.sparse_decode = Tracing(), sparse_decode
+        step()
+        engine.tracing, engine.sparse_decode = kept, around
 
     def asked() -> None:
-        traced.engine.tracing.start(int(traced.rows[0]), trace)
-        watched()
-        traced.engine.tracing.row_freed(int(traced.rows[0]))
+        kept.start(row, trace)
+        step()
+        kept.row_freed(row)
 
-    return {"off": plain, "on, nobody asks": watched, "on, one asks": asked}
+    return {"off": off, "on, nobody asks": step, "on, one asks": asked}
 
 
 def measure(shape: str, batch: int, context: int, layers: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of a step of the whole model's layers."""
-    config = ClusterKVConfig(trace_tokens=8)
-    scenes = [
-        make_scene(
-            msgspec.structs.replace(config, trace=on), SHAPES[shape], layers, batch, context, torch.float32, "cpu"
-        )
-        for on in (False, True)
-    ]
-    timed = runs(*scenes)
+    config = ClusterKVConfig(trace=True, trace_tokens=8)
+    scene = make_scene(config, SHAPES[shape], layers, batch, context, torch.float32, "cpu")
+    timed = runs(scene)
     found: dict[str, list[float]] = {name: [] for name in timed}
     for _ in tqdm(range(repeats + 2), desc=f"{batch}x{context}", disable=None):
         for name, run in timed.items():
             begin = time.thread_time()
             run()
-            found[name].append(1000 * (time.thread_time() - begin) * scenes[0].to_model)
+            found[name].append(1000 * (time.thread_time() - begin) * scene.to_model)
     return {name: statistics.median(times[2:]) for name, times in found.items()}
 
 

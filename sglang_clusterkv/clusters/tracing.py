@@ -117,6 +117,7 @@ class RequestTracing(Tracing):
         self._rows: dict[int, Trace] = {}
         self._lists: SparseStep | None = None  # of the step whose layers are watched
         self._watched: list[_Watched] = []
+        self._copied = stream.event()  # behind the last copies that a head queued
 
     def around(self, decode: SparseDecode) -> SparseDecode:
         """What a layer calls: the chain, then a look at what it left of the traced requests."""
@@ -247,6 +248,8 @@ class RequestTracing(Tracing):
         try:
             for request in watched:
                 self._stream.run(self._finish, request)
+            if watched:
+                self._copied = self._stream.event()
         except Exception as error:
             self._give_up(error)
 
@@ -257,7 +260,9 @@ class RequestTracing(Tracing):
         for request in mine:
             if request.step.token < token:
                 self._stream.run(self._finish, request)
-        self._stream.event().synchronize()
+        # Copies were queued at heads, on the forward's stream, and maybe just now, on the current one.
+        for event in (self._copied, self._stream.event()):
+            event.synchronize()
 
     def _finish(self, request: _Watched) -> None:
         """Device work: slots become positions in their order, and all of it goes to the host."""

@@ -108,7 +108,7 @@ def _attach(req: Any) -> None:
         trace = _traces.pop(req)
         if ids and req.finished_reason.to_json()["type"] != "abort":
             values[-1] = _answer(req, trace)
-    req.customized_info = {KEY: values}
+    req.customized_info = (req.customized_info or {}) | {KEY: values}
 
 
 def _answer(req: Any, trace: Trace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How a trace gets into its own request's response: over made-up requests, with SGLang's own code behind it.
 
 Red when: a message with a traced request's fields has another request in it, the trace is not with the last token, a stream
-that sends new tokens alone loses it, an abort gets one, one that failed ends the scheduler, a wrong ask passes, or a trace stays.
+that sends new tokens alone loses it, an abort gets one, one that failed ends the scheduler, a wrong ask passes, or one stays.
 """
 
 from __future__ import annotations

@@ -21,11 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_clusterkv.tools import cli
+from sglang_clusterkv.tools.explain import page
 from sglang_clusterkv.tools.explain.client import Answer, compared, divergence, pieces_of
 from sglang_clusterkv.tools.haystack import FACTS
 
 ANSWER = "It is 29772, naïvely 😀😀😀 日本."
 TOP = {65: math.log(0.6), 66: math.log(0.3)}
+ASKED = ("--document", "document.txt", "--question", "What?")
 
 
 class FakeServer:
@@ -165,6 +167,17 @@ def test_without_a_document_it_is_the_demos(fake: FakeServer) -> None:
     assert FACTS[1].sentence in text and text.endswith(f"\n\n{FACTS[1].question}>{ANSWER}")
 
 
+def test_a_page_is_written_unless_the_trace_alone_is_asked_for(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages: list[tuple[dict[str, Any], Path]] = []
+    monkeypatch.setattr(page, "write_page", lambda trace, out: pages.append((trace, out)))
+    assert cli.main(["explain", "--base-url", fake.url, *ASKED]) == 0
+    ((trace, out),) = pages
+    assert out == Path("clusterkv-explain.html") and "".join(trace["pieces"]).endswith(ANSWER)
+    assert capsys.readouterr().out.strip() == str(out.resolve())
+
+
 def test_pieces_of_an_answer_that_ends_within_a_character(fake: FakeServer) -> None:
     assert explain(fake, "--max-tokens", str(len(b"It is 29772, na") + 1), "--out", "cut.json") == 0
     assert "".join(written("cut.json")["pieces"]).endswith("It is 29772, na\ufffd")
@@ -245,9 +258,6 @@ def said(fake_url: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
     output = capsys.readouterr()
     assert not output.out and output.err.count("\n") == 1 and output.err.startswith("sglang-clusterkv: ")
     return output.err
-
-
-ASKED = ("--document", "document.txt", "--question", "What?")
 
 
 def test_a_refusal_is_passed_on(fake: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:

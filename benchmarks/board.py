@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import requests
+from tqdm import tqdm
 
 from benchmarks.board_queries import Scrape, lines_of, read_scrape
 from benchmarks.results_file import ROOT, command_of, write_results
@@ -46,11 +47,13 @@ def board() -> list[dict[str, Any]]:
 def read_for(url: str, seconds: float) -> list[Scrape]:
     """Readings of a server's /metrics, one every `EVERY_S`."""
     begin, scrapes = time.monotonic(), []
-    while (now := time.monotonic() - begin) < seconds:
-        answer = requests.get(f"{url}/metrics", timeout=60)
-        answer.raise_for_status()
-        scrapes.append(read_scrape(answer.text, now))
-        time.sleep(max(0.0, EVERY_S * len(scrapes) - (time.monotonic() - begin)))
+    with tqdm(total=round(seconds), unit="s") as bar:
+        while (now := time.monotonic() - begin) < seconds:
+            answer = requests.get(f"{url}/metrics", timeout=60)
+            answer.raise_for_status()
+            scrapes.append(read_scrape(answer.text, now))
+            time.sleep(max(0.0, EVERY_S * len(scrapes) - (time.monotonic() - begin)))
+            bar.update(min(round(seconds), round(time.monotonic() - begin)) - bar.n)
     return scrapes
 
 
@@ -155,13 +158,14 @@ def main() -> None:
     else:
         setting, scrapes = soaked(args)
     lines = lines_of_board(scrapes)
+    print(body := table(lines))
     data = {"scrapes": len(scrapes), "every_s": EVERY_S, "interval_s": INTERVAL_S, "panels": rounded(lines)}
     write_results(
         "board",
         title="The board",
         setting=setting,
         command=command_of("benchmarks.board"),
-        body=table(lines),
+        body=body,
         data=data,
         figure=picture(lines, f"docs/grafana.json: {setting}"),
     )

@@ -8,6 +8,7 @@ PORT ?= 30000
 MODEL ?=
 SERVE_ARGS ?=
 DEMO_ARGS ?=
+EXPLAIN_ARGS ?=
 SOAK_ARGS ?=
 BENCH_SAMPLES ?= 50
 TESTS ?= tests
@@ -28,7 +29,7 @@ CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dty
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env demo-model serve demo test selected warm test-all test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
+.PHONY: help env dev-env browser demo-model serve demo explain test selected warm test-all test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -37,11 +38,14 @@ help:
 	@echo "make test    environment with test tools (once), demo model (once), then all tests but the long ones:"
 	@echo "             'make test-unit test-servers test-compiled', the first two as one queue: a process per core, servers first"
 	@echo "             TESTS=tests/tools/test_cli.py PYTEST_ARGS='-k word'"
+	@echo "make browser Debian's Chromium for the tests of pages, as root; without it they are skipped and say so"
 	@echo "make test-unit     the tests that need no server, a process per core"
 	@echo "make test-compiled  the Triton kernels as machine code, without a GPU: registers, spills, instructions"
 	@echo "make test-servers  those against real servers, two at a time"
 	@echo "make test-long  the tests that make test leaves out: churn, kill, tensor parallelism on servers; 8 minutes"
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small, or --tier)"
+	@echo "make explain  a page that shows what an answer was read from, against a running 'make serve' (EXPLAIN_ARGS='--document FILE"
+	@echo "             --question \"...\"'); make serve keeps traces unless it is given SERVE_ARGS or options"
 	@echo "make bench-quick  KL against bytes read, each operation's time, servers under load: the essential tables, 10 minutes"
 	@echo "make bench   the whole evaluation, quality and speed; alone on the machine, a night (BENCH_SAMPLES=10 shortens it)"
 	@echo "make test-gpu  on a machine with a CUDA device: the kernels' tests there, 'make sanitize' (compute-sanitizer's memcheck"
@@ -72,9 +76,15 @@ env: $(VENV)/.installed
 
 dev-env: $(VENV)/.installed-dev
 
+browser:
+	@command -v chromium >/dev/null || \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
+
 demo-model: env
 	@$(PY) -m sglang_clusterkv.tools.cli demo-model
 
+# Other arguments may not go with traces.
+serve: export SGLANG_CLUSTERKV_CONFIG ?= $(if $(SERVE_ARGS),,{"trace": true})
 serve: env $(if $(MODEL),,demo-model)
 	@echo
 	@echo "Serving $(SERVED) on http://$(HOST):$(PORT) with clusterkv; ready in about a minute. Ctrl-C ends it."
@@ -89,6 +99,9 @@ serve: env $(if $(MODEL),,demo-model)
 
 demo: env
 	$(PY) examples/agent.py --base-url http://$(HOST):$(PORT)/v1 $(DEMO_ARGS)
+
+explain: env
+	$(PY) -m sglang_clusterkv.tools.cli explain --base-url http://$(HOST):$(PORT) $(EXPLAIN_ARGS)
 
 # A selection of tests selects no kernels.
 test: $(if $(PYTEST_ARGS),selected) test-all $(if $(PYTEST_ARGS),,$(if $(filter tests,$(TESTS)),test-compiled))

@@ -66,6 +66,8 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     reproducible: bool = False
     host_ratio: float = 1.0
     host_kv_dtype: Literal["auto", "int8"] = "auto"
+    trace: bool = False
+    trace_tokens: int = 256
 
 
 FIELD_DOCS: dict[str, str] = {
@@ -98,6 +100,9 @@ FIELD_DOCS: dict[str, str] = {
     "off: everything is on the device. See [memory.md](memory.md).",
     "host_kv_dtype": "Format of keys and values in host memory: auto is the KV cache's own, bit for bit; int8 rounds a page "
     "once, when it is stored there.",
+    "trace": "Requests may ask which tokens each step of their answer recalled, and get that with the answer. See "
+    "[explain.md](explain.md).",
+    "trace_tokens": "Most steps of an answer that such a trace keeps, the newest ones.",
 }
 
 
@@ -130,6 +135,7 @@ LIMITS: dict[str, Limit] = {
     "dense_layers": Limit(0, 1024, "no model has so many layers"),
     "dense_below_tokens": Limit(0, 2**31 - 1, "positions have 32 bits"),
     "recluster_every": Limit(MIN_SEGMENT_PAGES, MAX_SEGMENT_TOKENS, _SEGMENT, pages=True),
+    "trace_tokens": Limit(1, 4096, "the server keeps them in memory until the answer ends, and sends them with it"),
     "host_ratio": Limit(
         1, 64, "the clusters of every token stay on the device, and beyond it are all that is left there"
     ),

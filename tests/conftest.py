@@ -22,6 +22,7 @@ SHARED_SERVERS = {
     "tests/serving/test_abuse.py": "tiny",
     "tests/serving/test_dense_server.py": "tiny",
     "tests/serving/test_scheduler_server.py": "tiny",
+    "tests/serving/test_trace_server.py": "tiny",
     "tests/examples/test_examples.py": "demo",
     "tests/serving/test_metrics.py": "demo",
     "tests/serving/test_peers.py": "demo",

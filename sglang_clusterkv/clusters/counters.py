@@ -18,6 +18,7 @@ _OTHERS = "others"
 _ADVICE = {
     _OTHERS: "the requests concerned decode densely and are looked at again later. Lower --mem-fraction-static where memory "
     "is short",
+    "trace": "the traces under way are kept no further, and no step was changed",
     "offload": "pages stay on the device, it is tried again at the next forward, and prefills wait meanwhile if need be. "
     "Lower host_ratio, which leaves the device tier more pages, or give the host more memory",
 }

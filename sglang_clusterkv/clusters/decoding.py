@@ -27,6 +27,7 @@ class DecodeStep(NamedTuple):
     rows: np.ndarray  # int64 [B], lines of req_to_token
     seq_lens: np.ndarray  # int64 [B]
     counts: StepCounts | None = None  # None: not of a batch that the scheduler launched
+    reasons: np.ndarray | None = None  # int64 [B], 0: sparse, else a DenseReason; None likewise
 
 
 class DecodeLists:
@@ -94,6 +95,7 @@ class DecodeLists:
                 tokens_available=int(covered[sparse].sum()),
                 tokens_recalled=int(np.minimum(covered[sparse], config.budget_tokens).sum()),
             ),
+            reasons=reasons,
         )
         tables.exact[rows[sparse]] = np.minimum(tables.exact[rows[sparse]], seq_lens[sparse] - 1)
         return step
@@ -101,7 +103,8 @@ class DecodeLists:
     def all_dense(self, rows: np.ndarray, seq_lens: np.ndarray) -> DecodeStep:
         """The step after a fault in `step`: every request attends to everything."""
         dense = dense_step(rows, seq_lens, self.req_to_token)
-        return DecodeStep(None, None, None, dense, rows, seq_lens, StepCounts.of_faults(len(rows)))
+        counts, reasons = StepCounts.of_faults(len(rows)), np.full(len(rows), DenseReason.FAULT)
+        return DecodeStep(None, None, None, dense, rows, seq_lens, counts, reasons)
 
     def _sparse(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:
         """Lists, and the memory that the layers need for them."""

@@ -29,6 +29,7 @@ from sglang_clusterkv.clusters.residency import residency_of
 from sglang_clusterkv.clusters.rows import Extend, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.stream import ForwardStream
+from sglang_clusterkv.clusters.tracing import tracing_of
 from sglang_clusterkv.config import STEP_OPTIONS, ConfigError, validate
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.index import UNCLUSTERED, ClusterIndex
@@ -79,8 +80,9 @@ class ClusterEngine:
         self.counters = Counters()
         self.faults = Faults(self.counters.faults)
         self.stream = stream or ForwardStream(index.device)
+        self.tracing = tracing_of(index, self.tables, self.records, req_to_token, self.stream, self.faults)
         # One layer of a step's sparse requests; the benchmarks put other policies here.
-        self.sparse_decode: SparseDecode = sparse_decode
+        self.sparse_decode: SparseDecode = self.tracing.around(sparse_decode)
         self.tier = tier
         self.residency = residency_of(tier, self.config, req_to_token, handed_out, self.stream, self.faults)
         self.snapshots = Snapshots(index, req_to_token, self.stream)
@@ -115,6 +117,7 @@ class ClusterEngine:
             logger.debug("clusterkv: request %s: %d tokens, segments %s", record.rid, record.length, borders)
         self.tables.drop(row)
         self.residency.row_freed(row)
+        self.tracing.row_freed(row)
         try:
             self.records.free(row)
         except Exception as error:
@@ -126,6 +129,7 @@ class ClusterEngine:
         self.records.clear()
         self.tables.clear()
         self.residency.rows_cleared()
+        self.tracing.rows_cleared()
 
     def row_rewritten(self, row: int, begin: int, end: int) -> None:
         """The row's slots for positions [begin, end) were replaced by the tree's."""
@@ -199,6 +203,7 @@ class ClusterEngine:
             # Out of the handler, whose error keeps alive what the failed attempt had allocated.
             step = self.decoding.all_dense(rows, seq_lens)
         self._under_way = step.counts
+        self.tracing.begin_step(step)
         return step
 
     def sparse_layer(
@@ -231,6 +236,7 @@ class ClusterEngine:
         except Exception as error:
             self.faults.note("layer", error)
         self._layers.failed()
+        self.tracing.failed()
         if self._under_way is not None:
             self._under_way = self._under_way.turned_dense()
         return None
@@ -264,6 +270,7 @@ class ClusterEngine:
     def _begin(self) -> bool:
         """Invalidate, plan and build; false where nothing should be looked at in this launch."""
         self.count_step()
+        self.tracing.end_step()
         self._looks.launch += 1
         self._layers.launch += 1
         doing = "invalidate"

@@ -11,6 +11,7 @@ import torch
 
 from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut
+from sglang_clusterkv.clusters.trace import Trace
 from sglang_clusterkv.config import MIN_SEGMENT_PAGES, ClusterKVConfig
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.decode import sparse_decode
@@ -83,6 +84,8 @@ def compile_kernels(
         HandedOut(),
         tier=tier,
     )
+    trace = Trace(1)
+    engine.tracing.start(1, trace)
     engine.begin_extend([Extend(1, "warm-up", 0, tokens, tokens, last_chunk=True)])
     step = engine.begin_decode(np.array([1]), np.array([tokens + 1]))
     host = None if tier is None else tier.layer(0)
@@ -93,8 +96,10 @@ def compile_kernels(
         per_segment = config.segment_tokens // config.tokens_per_cluster
         counts = _segment_counts(per_segment, context_tokens // config.tokens_per_cluster)
         steps += [_repeated(step.sparse, count) for count in counts]
+    decode = engine.tracing.around(sparse_decode)
     for sparse in steps:
-        sparse_decode(q, keys, values, engine.index, 0, sparse, 1.0, tier=host)
+        decode(q, keys, values, engine.index, 0, sparse, 1.0, tier=host)
+    engine.tracing.collect(trace, tokens + 1)
     slots = engine.req_to_token[1, : tokens + 1].long()
     dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0, tier=host)
     if device == "cpu":  # elsewhere SGLang's own backend prefills

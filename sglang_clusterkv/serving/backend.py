@@ -20,7 +20,7 @@ from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.memory.step import DenseStep, dense_step
-from sglang_clusterkv.serving import runtime
+from sglang_clusterkv.serving import runtime, trace
 from sglang_clusterkv.serving.platform import prefill_threads
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ def create_backend(runner: ModelRunner) -> AttentionBackend:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(
             f"the KV cache is {dtype}, which clusterkv does not cluster yet: start with --kv-cache-dtype bf16"
+        )
+    if trace.is_on() and dtype is torch.float16 and torch.device(runner.device).type == "cpu":
+        raise ConfigError(
+            "on a CPU no traces are kept of a KV cache in float16: use --dtype float32, or leave out trace"
         )
     if unserved := _unserved(runner.model):
         raise ConfigError(f"this model has {unserved}, which clusterkv does not serve: {_OTHER}")

@@ -313,15 +313,28 @@ HOST_TIER_REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
+# Rows that hold with `trace` alone, asked with the model.
+TRACE_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "traces and tensor parallelism",
+        lambda a, m: a.tp_size > 1,
+        "a trace would have the kv heads of one rank alone: leave out --tp-size or trace",
+    ),
+)
 
-def refusal(arguments: Any, model: ModelFacts | None = None, *, host_tier: bool = False) -> str | None:
+
+def refusal(
+    arguments: Any, model: ModelFacts | None = None, *, host_tier: bool = False, trace: bool = False
+) -> str | None:
     """The sentence of the first row that applies, or None. Without a model only the arguments' rows are asked.
 
-    host_tier: the configuration's `host_ratio` is above 1.
+    host_tier: the configuration's `host_ratio` is above 1. trace: its `trace` is on.
     """
     facts = model or ModelFacts(head_dim=64, v_head_dim=64)
     rows = REFUSALS if model else ARGUMENT_REFUSALS
-    for row in rows + HOST_TIER_REFUSALS if host_tier and model else rows:
+    if model:
+        rows += (HOST_TIER_REFUSALS if host_tier else ()) + (TRACE_REFUSALS if trace else ())
+    for row in rows:
         if row.applies(arguments, facts):
             return f"--attention-backend {BACKEND} cannot serve this: {row.sentence}"
     return None

@@ -5,7 +5,7 @@ python -m sglang_clusterkv.serving.compat_page > docs/compatibility.md
 
 from typing import NamedTuple
 
-from sglang_clusterkv.serving.compat import BACKEND, HOST_TIER_REFUSALS, REFUSALS
+from sglang_clusterkv.serving.compat import BACKEND, HOST_TIER_REFUSALS, REFUSALS, TRACE_REFUSALS
 
 
 class Beside(NamedTuple):
@@ -49,6 +49,7 @@ def compatibility_markdown() -> str:
     """The text of docs/compatibility.md, from the table."""
     rows = "\n".join(f"| {row.name} | {row.sentence} |" for row in REFUSALS)
     host_tier = "\n".join(f"| {row.name} | {row.sentence} |" for row in HOST_TIER_REFUSALS)
+    trace = "\n".join(f"| {row.name} | {row.sentence} |" for row in TRACE_REFUSALS)
     beside = "\n".join(f"| {row.what} | {row.status} |" for row in BESIDE)
     return f"""# Compatibility
 
@@ -111,6 +112,13 @@ logits, which is found once it is loaded. HiCache and, on a CPU, `--enable-memor
 | what | sentence |
 |---|---|
 {host_tier}
+
+With `"trace": true` ([explain.md](explain.md)) also this, and on a CPU a KV cache in float16, which is known once the model is
+loaded.
+
+| what | sentence |
+|---|---|
+{trace}
 """
 
 

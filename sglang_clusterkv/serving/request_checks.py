@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sglang_clusterkv.serving import trace
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -25,6 +27,7 @@ class Takes:
     ids: range  # tokens with an embedding, those of LoRA adapters included
     logits: range  # tokens that it can answer
     placeholders: frozenset[int] = frozenset()  # ids that stand for pictures, sound or video
+    traces: bool = False  # whether the server keeps traces for requests that ask for one
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def takes_of(scheduler: Any) -> Takes:
         placeholders=frozenset(
             value for name, value in names if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
         ),
+        traces=trace.is_on(),
     )
 
 
@@ -91,8 +95,10 @@ def problem_of(request: Any, takes: Takes) -> str | None:
     # SGLang puts a session's history before the ids, and looks itself whether any are left then.
     history = session is not None and session.id is not None and request.session_id is None
     placeholders = takes.placeholders if request.mm_inputs is not None else frozenset()
-    return problem_of_ids(request.input_ids, takes.ids, placeholders, may_be_empty=history) or _problem_of_answer(
-        request, takes.logits
+    return (
+        problem_of_ids(request.input_ids, takes.ids, placeholders, may_be_empty=history)
+        or _problem_of_answer(request, takes.logits)
+        or trace.problem_of(getattr(request, "sampling_params", None), takes.traces)
     )
 
 

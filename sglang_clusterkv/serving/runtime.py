@@ -15,6 +15,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.rows import Extend
+from sglang_clusterkv.serving import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,6 +125,7 @@ def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwarg
     if batch.forward_mode.is_decode():
         _step = _engine.begin_decode(batch.req_pool_indices_cpu.numpy(), batch.seq_lens_cpu.numpy())
     elif batch.forward_mode.is_extend():
+        trace.start(_engine, batch.reqs)
         _engine.begin_extend(
             [
                 Extend(
@@ -179,4 +181,4 @@ def after_insert(result: Any, *args: Any, **kwargs: Any) -> None:
 
 def server_info() -> dict[str, object] | None:
     """Our part of /server_info."""
-    return None if _engine is None else _engine.server_info()
+    return None if _engine is None else _engine.server_info() | trace.held()

@@ -52,6 +52,11 @@ def install(platform: Any) -> None:
             _after_collector,
             HookType.AFTER,
         ),
+        (
+            _SRT + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
+            _stream_output,
+            HookType.AROUND,
+        ),
         (reporter + "report_prefill_stats", _after_batch, HookType.AFTER),
         (reporter + "report_decode_stats", _after_batch, HookType.AFTER),
         (reporter + "_maybe_log_idle_metrics", _after_idle, HookType.AFTER),
@@ -94,6 +99,15 @@ def _after_insert(result: Any, cache: Any, *args: Any, **kwargs: Any) -> None:
         from sglang_clusterkv.serving import runtime
 
         runtime.after_insert(result, cache, *args, **kwargs)
+
+
+def _stream_output(original: Callable[..., Any], streamer: Any, reqs: list[Any], *args: Any, **kwargs: Any) -> Any:
+    config = active.active_config()
+    if config is None or not config.trace:
+        return original(streamer, reqs, *args, **kwargs)
+    from sglang_clusterkv.serving import trace
+
+    return trace.around_output(original, streamer, reqs, *args, **kwargs)
 
 
 def _after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: Any) -> None:

@@ -250,6 +250,32 @@ SCHEDULER = (
     Symbol("managers.io_struct.GetInternalStateReqOutput", "/server_info", attributes="internal_state"),
 )
 
+TRACE = (
+    Symbol(
+        "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
+        "where a trace is added to its request's response",
+        "self reqs return_logprob skip_req",
+    ),
+    Symbol(
+        "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+        "sends what is set for each token of a request",
+        mentions=("req.customized_info.items()", "req_values[send_token_offset : len(output_ids_)]"),
+    ),
+    Symbol(
+        "managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
+        "puts it into meta_info",
+        "self meta_info state customized_info index finish_reason",
+    ),
+    Symbol(
+        "managers.schedule_batch.Req",
+        "whose trace, and what is said of it",
+        attributes="customized_info finished finished_reason finished_output output_ids_through_stop origin_input_ids "
+        "cached_tokens sampling_params",
+    ),
+    Symbol("sampling.sampling_params.SamplingParams", "asks for a trace", attributes="custom_params"),
+    Symbol("server_args.ServerArgs", "the model's name", attributes="served_model_name model_path"),
+)
+
 _REPORTER = "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
 METRICS = (
     Symbol(
@@ -344,4 +370,4 @@ BACKEND = (
     ),
 )
 
-SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + HOST_TIER + REQUESTS + SCHEDULER + METRICS + BACKEND
+SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + HOST_TIER + REQUESTS + SCHEDULER + TRACE + METRICS + BACKEND

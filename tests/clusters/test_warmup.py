@@ -22,6 +22,7 @@ from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
 from sglang_clusterkv.kernels.refine.cpu import value_kernel
 from sglang_clusterkv.kernels.row_cpu import INT4
 from sglang_clusterkv.kernels.score.cpu import score_kernel
+from sglang_clusterkv.kernels.trace.cpu import shares_kernel
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,16 @@ def test_any_configuration_is_warmed_up(fields: dict[str, object]) -> None:
         config, "cpu", page_size=16, kv_heads=2, group=3, head_dim=64, dtype=torch.float32, context_tokens=8192
     )
     assert value_kernel(64, 3, 2).signatures or not config.refine
+
+
+def test_what_a_trace_needs_is_compiled_where_traces_are_kept() -> None:
+    shares_kernel.cache_clear()
+    for kept in (False, True):
+        config = ClusterKVConfig(trace=kept)
+        compile_kernels(
+            config, "cpu", page_size=16, kv_heads=2, group=2, head_dim=48, dtype=torch.float32, context_tokens=8192
+        )
+        assert bool(shares_kernel(48, 2, False).signatures) is kept
 
 
 @pytest.mark.parametrize("host_dtype", ["auto", "int8"])

@@ -17,7 +17,7 @@ import pytest
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.serving import active, compat, plugin
-from sglang_clusterkv.serving.compat import HOST_TIER_REFUSALS, REFUSALS
+from sglang_clusterkv.serving.compat import HOST_TIER_REFUSALS, REFUSALS, TRACE_REFUSALS
 from sglang_clusterkv.serving.compat_page import compatibility_markdown
 from sglang_clusterkv.serving.model_facts import ModelFacts
 
@@ -164,10 +164,19 @@ def test_a_host_tier_is_refused_where_all_on_the_device_is_served(name, argument
     assert compat.refusal(SimpleNamespace(**SERVED), MODEL, host_tier=True) is None
 
 
+def test_traces_are_refused_where_a_rank_has_some_of_the_kv_heads():
+    changed = SimpleNamespace(**SERVED | {"tp_size": 2})
+    said = compat.refusal(changed, MODEL, trace=True)
+    assert said == f"--attention-backend clusterkv cannot serve this: {TRACE_REFUSALS[0].sentence}"
+    assert compat.refusal(changed, MODEL) is None
+    assert compat.refusal(SimpleNamespace(**SERVED), MODEL, trace=True) is None
+
+
 def test_every_row_has_a_case_and_says_what_to_do():
     assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
     assert {name for name, *_ in HOST_TIER_CASES} == {row.name for row in HOST_TIER_REFUSALS}
-    for row in (*REFUSALS, *HOST_TIER_REFUSALS):
+    assert [row.name for row in TRACE_REFUSALS] == ["traces and tensor parallelism"]
+    for row in (*REFUSALS, *HOST_TIER_REFUSALS, *TRACE_REFUSALS):
         assert any(word in row.sentence for word in ("leave", "use ", "unset", "pass ", "change ")), row.name
 
 

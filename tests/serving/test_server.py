@@ -37,6 +37,13 @@ def test_the_start_says_what_it_costs(server: Server) -> None:
     assert len(lines) == 1 and '"budget_tokens":128' in lines[0] and "% of the KV" in lines[0], lines
 
 
+def test_a_trace_is_refused_where_none_is_kept(server: Server) -> None:
+    sampling = {"max_new_tokens": 4, "custom_params": {"clusterkv_trace": True}}
+    answer = requests.post(f"{server.url}/generate", json={"text": "a", "sampling_params": sampling}, timeout=600)
+    assert answer.status_code == 400 and "This server keeps no traces" in answer.text
+    assert "traces_held" not in server.counts()
+
+
 def test_a_shared_prefix_is_clustered_once(server: Server, text: list[int]) -> None:
     server.flush()
     start = server.counts()

@@ -27,6 +27,8 @@ CONFIG = {
     "candidate_tokens": 4096,
     "segment_tokens": 256,
     "recluster_every": 64,
+    "trace": True,
+    "trace_tokens": 40,
 }
 
 
@@ -89,21 +91,27 @@ class Request:
         server: that gets it.
         ids: of the prompt.
         tokens: to generate.
+        sampling: more of its sampling parameters.
     """
 
-    def __init__(self, server: Server, ids: list[int], tokens: int) -> None:
+    def __init__(self, server: Server, ids: list[int], tokens: int, **sampling: Any) -> None:
         self.rid = uuid.uuid4().hex
         self.ids, self.tokens = ids, tokens
         self.output_ids: list[int] = []
         self.meta: dict[str, Any] = {}
         self.status = 0
         self._server = server
+        self._sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True} | sampling
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        sampling = {"temperature": 0, "max_new_tokens": self.tokens, "ignore_eos": True}
-        body: dict[str, Any] = {"input_ids": self.ids, "sampling_params": sampling, "stream": True, "rid": self.rid}
+        body: dict[str, Any] = {
+            "input_ids": self.ids,
+            "sampling_params": self._sampling,
+            "stream": True,
+            "rid": self.rid,
+        }
         with (
             contextlib.suppress(requests.RequestException),  # a killed server; `status` stays 0
             requests.post(f"{self._server.url}/generate", json=body, stream=True, timeout=600) as answer,

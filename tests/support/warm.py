@@ -19,7 +19,7 @@ def main() -> None:
     """Both models, in the servers' dtype; the tests of a host tier serve the tiny one."""
     for (kv_heads, group, head_dim), host_dtype in ((DEMO, None), (TINY, None), (TINY, "auto")):
         compile_kernels(
-            ClusterKVConfig(),
+            ClusterKVConfig(trace=True),  # as the tiny model's server has it
             "cpu",
             page_size=16,
             kv_heads=kv_heads,

@@ -9,6 +9,7 @@ import torch
 from sglang_clusterkv.kernels.decode import reference
 
 if TYPE_CHECKING:
+    from sglang_clusterkv.kernels.decode.last import LastRead
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
     from sglang_clusterkv.memory.tier import TierLayer
@@ -71,3 +72,22 @@ def sparse_decode(
         assert tier is None, "Triton's kernels read the device alone"
         return triton.sparse_decode(q, keys, values, index, layer, step, scale)
     return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier)
+
+
+def last_read(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseStep, place: int) -> LastRead:
+    """What the last `sparse_decode` read for the request at `place` of its step; nothing waits for the device.
+
+    Args:
+        index: that it read.
+        group: query heads per kv head.
+        dtype: of the KV pool; on a CPU bf16 or float32, the types with kernels, for references keep nothing.
+        step: its lists.
+        place: of the request in the lists.
+    """
+    if torch.device(index.device).type == "cuda":
+        from sglang_clusterkv.kernels.decode import triton
+
+        return triton.last_read(triton.decoder_of(index, group), place)
+    from sglang_clusterkv.kernels.decode import cpu
+
+    return cpu.last_read(cpu.decoder_of(index, group, dtype is torch.bfloat16), place)

@@ -11,6 +11,7 @@ import torch
 from sglang_clusterkv.kernels.attend.cpu import attend_kernel
 from sglang_clusterkv.kernels.cpu_math import bits
 from sglang_clusterkv.kernels.decode import reference
+from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.estimate.cpu import estimate_kernel
 from sglang_clusterkv.kernels.merge.cpu import mass_kernel, merge_kernel
 from sglang_clusterkv.kernels.refine.cpu import recall_all_kernel, recall_kernel, value_kernel
@@ -290,3 +291,16 @@ def sparse_decode(
     result = output.flatten(1, 2).to(q.dtype)
     decoder.note_mass(layer)
     return result
+
+
+def last_read(decoder: CpuDecoder, place: int) -> LastRead:
+    """See `kernels.decode.last_read`."""
+    u = decoder.buffers
+    base = torch.from_numpy(u.base_logit[place, :, :, : decoder.base_count[place]])
+    if decoder.config.estimate:
+        exact, whole = torch.from_numpy(u.exact_lse[place]), torch.from_numpy(u.lse[place])
+    else:
+        exact = torch.from_numpy(u.lse[place])
+        whole = torch.maximum(exact, torch.from_numpy(u.total[place]))
+    recalled, count = torch.from_numpy(u.recalled[place]), torch.from_numpy(u.recalled_count[place])
+    return LastRead(recalled, count, base, exact, whole)

@@ -16,6 +16,7 @@ import triton
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.attend import triton as attend_triton
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
 from sglang_clusterkv.kernels.merge import triton as merge_triton
 from sglang_clusterkv.kernels.refine import triton as refine_triton
@@ -166,6 +167,20 @@ def sparse_decode(
     decoder.attend(grouped, keys, values, scale)
     decoder.estimate(layer, grouped.dtype)
     return decoder.merge(layer, q.dtype)
+
+
+def last_read(decoder: TritonDecoder, place: int) -> LastRead:
+    """See `kernels.decode.last_read`."""
+    w, step = decoder.workspace, decoder.step
+    logits = w.base_logit[place]
+    listed = torch.arange(logits.shape[-1], device=logits.device) < step.base_count[place]
+    base = logits.masked_fill(~listed, -torch.inf)
+    exact = w.exact_lse[place, :, : decoder.splits].logsumexp(1)
+    if decoder.config.estimate:
+        whole = torch.logaddexp(exact, w.rest_lse[place, :, : sum(decoder.parts)].logsumexp(1))
+    else:
+        whole = torch.maximum(exact, w.total[place])
+    return LastRead(w.recalled[place], w.recalled_count[place], base, exact, whole)
 
 
 COMPILE_CASES: list[CompileCase] = []  # its kernels are those of the operations

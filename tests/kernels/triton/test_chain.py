@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step_model import StepShape, sparse_launches
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels.decode import reference
-from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, sparse_decode
+from sglang_clusterkv.kernels.decode import cpu, reference
+from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, last_read, sparse_decode
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.rotation import rotation_signs
@@ -97,6 +97,25 @@ def test_the_chain_equals_the_reference(
     config = msgspec.structs.replace(CONFIG, **fields)
     chain = Chain(config, device, head_dim=head_dim, group=group, dtype=dtype, kv_heads=kv_heads)
     chain.assert_is_reference()
+
+
+@pytest.mark.parametrize("fields", [{}, {"estimate": False}, {"refine": False}])
+def test_what_was_read_of_a_request_is_in_the_workspace(fields: dict[str, object], device: str) -> None:
+    """As the CPU's buffers have it, which tests/clusters/test_trace.py compares with the references."""
+    chain = Chain(msgspec.structs.replace(CONFIG, **fields), device)
+    chain.result()
+    host = index_on(chain.scene.index, "cpu")
+    step = step_on(chain.step, "cpu")
+    cpu.sparse_decode(chain.q.cpu(), *(buffer.cpu() for buffer in chain.pool), host, 0, step, SCALE)
+    for place in range(chain.step.batch):
+        found = last_read(decoder_of(chain.index, chain.group), place)
+        expected = cpu.last_read(cpu.decoder_of(host, chain.group, False), place)
+        assert found.count.tolist() == expected.count.tolist()
+        for head, count in enumerate(expected.count.tolist()):
+            assert set(found.recalled[head, :count].tolist()) == set(expected.recalled[head, :count].tolist())
+        assert_close(found.base_logit.logsumexp(-1).cpu(), expected.base_logit.logsumexp(-1), torch.float32)
+        assert_close(found.exact_lse.cpu(), expected.exact_lse, torch.float32)
+        assert_close(found.whole_lse.cpu(), expected.whole_lse, torch.float32)
 
 
 def test_the_chain_is_exact_in_float64(device: str) -> None:

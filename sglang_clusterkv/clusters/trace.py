@@ -1,0 +1,204 @@
+"""What a traced request's steps read, as the host keeps it until the answer ends, and the bytes that a trace is made of.
+
+docs/explain.md has the format. Everything is told by position in the request: no slot, page or other request shows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+FORMAT = "clusterkv-trace"
+VERSION = 1
+
+
+class StepRead(NamedTuple):
+    """What a sparse step read in its layers; tensors on the host, written asynchronously. L layers, H kv heads."""
+
+    layers: tuple[int, ...]  # counted from this rank's first
+    positions: torch.Tensor  # int32 [L, H, R], ascending; beyond the count the largest int32
+    count: torch.Tensor  # int32 [L, H]
+    weights: torch.Tensor  # uint8 [L, H, R], levels (kernels/trace/reference.py)
+    mass: torch.Tensor  # float16 [L, H, 3]: shares of base, recalled, rest
+
+
+class Step:
+    """A decode step of a traced request.
+
+    Attributes:
+        token: position of its query.
+        dense: why it was dense; None: it was sparse.
+        base: position ranges [begin, end) that were always attended.
+        clustered: tokens that could be recalled.
+        segments: that they lay in.
+        read: what was recalled; None until it is known, and where the step was dense.
+    """
+
+    def __init__(
+        self, token: int, dense: str | None, base: list[tuple[int, int]], clustered: int, segments: int
+    ) -> None:
+        self.token = token
+        self.dense = dense
+        self.base = base
+        self.clustered = clustered
+        self.segments = segments
+        self.read: StepRead | None = None
+
+    @property
+    def base_tokens(self) -> int:
+        """How many were always attended."""
+        return sum(end - begin for begin, end in self.base)
+
+
+class SegmentClusters(NamedTuple):
+    """A segment's clusters in all layers, on the host; M tokens, C clusters."""
+
+    begin: int  # position of its first token
+    members: torch.Tensor  # int16 [L, M, H], offsets in the segment, sorted by cluster
+    ends: torch.Tensor  # int16 [L, C, H], end of the cluster in `members`
+    spread: torch.Tensor  # bf16 [L, C, H]
+
+
+class Trace:
+    """The newest steps of one request.
+
+    Args:
+        most_steps: how many are kept.
+    """
+
+    def __init__(self, most_steps: int) -> None:
+        self.steps: deque[Step] = deque(maxlen=most_steps)
+        self.segments: dict[int, SegmentClusters] = {}  # by id
+        self.seen: tuple[int, ...] = ()  # ids of those that the last sparse step could recall from
+        self.refused: str | None = None  # why nothing was kept, in a sentence
+        self._added = 0
+
+    def add(self, step: Step) -> None:
+        """A step is launched; one at or behind its position was in vain."""
+        while self.steps and self.steps[-1].token >= step.token:
+            self.steps.pop()
+            self._added -= 1
+        self.steps.append(step)
+        self._added += 1
+
+    def until(self, token: int) -> tuple[list[Step], int]:
+        """The steps kept whose query lies before a position, and how many others there were before it."""
+        kept = [step for step in self.steps if step.token < token and (step.dense or step.read)]
+        in_vain = sum(step.token >= token for step in self.steps)
+        return kept, self._added - in_vain - len(kept)
+
+
+def recalled_bytes(reads: list[StepRead], layer: int, dtype: str) -> bytes:
+    """For each step and kv head: how many positions were recalled, then these.
+
+    Args:
+        reads: of the sparse steps.
+        layer: place in `StepRead.layers`.
+        dtype: little-endian, of counts and positions.
+    """
+    listed = []
+    for read in reads:
+        positions, count = read.positions[layer].numpy(), read.count[layer].numpy()
+        rows = np.concatenate((count[:, None], positions), 1)
+        listed.append(rows[np.arange(rows.shape[1]) <= count[:, None]].astype(dtype))
+    return b"".join(part.tobytes() for part in listed)
+
+
+def weight_bytes(reads: list[StepRead], layer: int) -> bytes:
+    """The weights of the positions of `recalled_bytes`, in their order."""
+    listed = []
+    for read in reads:
+        weights, count = read.weights[layer].numpy(), read.count[layer].numpy()
+        listed.append(weights[np.arange(weights.shape[1]) < count[:, None]])
+    return b"".join(part.tobytes() for part in listed)
+
+
+def mass_bytes(reads: list[StepRead], layer: int) -> bytes:
+    """float16 [sparse steps, H, 3]."""
+    return b"".join(read.mass[layer].numpy().astype("<f2").tobytes() for read in reads)
+
+
+def clusters_of(segments: list[SegmentClusters], layer: int, tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Which cluster each of a request's first tokens is in, and each cluster's spread.
+
+    Args:
+        segments: in sequence order; their clusters are numbered one after the other.
+        layer: of the index.
+        tokens: of the prompt.
+
+    Returns:
+        int32 [H, tokens], -1: in none; and for each kv head float16 [clusters].
+    """
+    heads = segments[0].members.shape[2] if segments else 0
+    numbers = np.full((heads, max([tokens, *(s.begin + s.members.shape[1] for s in segments)])), -1, np.int32)
+    spreads, first = [], 0
+    for segment in segments:
+        ends = segment.ends[layer].numpy()
+        for head in range(heads):
+            sizes = np.diff(ends[:, head], prepend=0)
+            numbers[head, segment.begin + segment.members[layer, :, head].numpy()] = np.repeat(
+                np.arange(first, first + len(sizes)), sizes
+            )
+        spreads.append(segment.spread[layer].float().numpy().astype(np.float16))
+        first += len(ends)
+    return numbers[:, :tokens], [np.concatenate([spread[:, head] for spread in spreads]) for head in range(heads)]
+
+
+def document(
+    trace: Trace,
+    *,
+    prompt: list[int],
+    answer: list[int],
+    server: dict[str, Any],
+    request: dict[str, Any],
+    step_bytes: Callable[[Step, int], tuple[int, int]],
+    encode: Callable[[bytes], str],
+) -> dict[str, Any]:
+    """A trace as docs/explain.md has it.
+
+    Args:
+        trace: whose steps have all run, and their copies to the host too.
+        prompt: token ids.
+        answer: token ids.
+        server: what is said of the server.
+        request: what is said of the request, beside its lengths.
+        step_bytes: of a step and how many layers recall, -> bytes read, and those that a dense step would read.
+        encode: bytes -> base64 text.
+    """
+    tokens = len(prompt) + len(answer)
+    steps, dropped = trace.until(tokens - 1)
+    reads = [step.read for step in steps if step.read is not None]
+    layers = reads[0].layers if reads else ()
+    position_bytes = 2 if tokens <= 1 << 16 else 4
+    places = range(len(layers))
+    segments = [trace.segments[id_] for id_ in trace.seen if id_ in trace.segments]
+    clusters = [clusters_of(segments, layer, len(prompt)) for layer in layers]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "server": server | {"recalling_layers": list(layers)},
+        "request": request | {"prompt_tokens": len(prompt), "answer_tokens": len(answer), "dropped_steps": dropped},
+        "position_bytes": position_bytes,
+        "token_ids": [*prompt, *answer],
+        "steps": [_step_entry(step, *step_bytes(step, len(layers))) for step in steps],
+        "recalled": [encode(recalled_bytes(reads, place, f"<u{position_bytes}")) for place in places],
+        "mass": [encode(mass_bytes(reads, place)) for place in places],
+        "weights": [encode(weight_bytes(reads, place)) for place in places],
+        "clusters": [encode(numbers.astype("<i4").tobytes()) for numbers, _ in clusters],
+        "cluster_spread": [[encode(spread.astype("<f2").tobytes()) for spread in spreads] for _, spreads in clusters],
+    }
+
+
+def _step_entry(step: Step, bytes_read: int, bytes_dense: int) -> dict[str, Any]:
+    return {
+        "token": step.token,
+        "dense": step.dense,
+        "base": [list(part) for part in step.base],
+        "clustered": step.clustered,
+        "bytes_read": bytes_read,
+        "bytes_dense": bytes_dense,
+    }

@@ -152,9 +152,18 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
         "a full prefill CUDA graph leaves no place for clustering: use --cuda-graph-backend-prefill breakable",
     ),
     Refusal(
-        "HiCache",
-        lambda a, m: a.enable_hierarchical_cache,
-        "--enable-hierarchical-cache is not supported in this release: leave it out",
+        "HiCache on a CPU",
+        lambda a, m: a.enable_hierarchical_cache and (a.device or "cpu") == "cpu",
+        "SGLang pins host memory for --enable-hierarchical-cache by CUDA's driver: leave it out on a CPU",
+    ),
+    Refusal(
+        "HiCache with storage",
+        lambda a, m: (
+            a.enable_hierarchical_cache
+            and (a.device or "cpu") != "cpu"
+            and (a.hicache_storage_backend is not None or a.hicache_host_memory_mode != "cache")
+        ),
+        "HiCache is served with host memory alone: leave out --hicache-storage-backend and --hicache-host-memory-mode",
     ),
     Refusal(
         "other KV stores",
@@ -290,6 +299,11 @@ REFUSALS = ARGUMENT_REFUSALS + MODEL_REFUSALS
 
 # Rows that hold with a host tier alone, asked with the model.
 HOST_TIER_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "host tier and HiCache",
+        lambda a, m: a.enable_hierarchical_cache,
+        "host_ratio and --enable-hierarchical-cache would both keep pages on the host: leave one of them out",
+    ),
     Refusal(
         "host tier on a GPU",
         lambda a, m: (a.device or "cpu") != "cpu",

@@ -101,6 +101,20 @@ class ClusterKVPool(MHATokenToKVPool):
         row = host_row_bytes(self.head_dim, self.dtype, self.config.host_kv_dtype)
         return self.layer_num * self.head_num * row
 
+    @property
+    def host_capacity_bytes(self) -> int:
+        """Bytes of keys and values that HiCache keeps on the host, for its sizing; the index stays on the device."""
+        return sum(super().get_kv_size_bytes())
+
+    def wait_for_loads(self) -> None:
+        """Let the current stream wait for pages that HiCache loads for the forward that was launched last.
+
+        A layer waits for its own where it reads them, in that forward or not at all; the engine reads all layers' of a page.
+        """
+        counter = self.layer_transfer_counter
+        if counter is not None:
+            counter.wait_until(counter.num_layers - 1)
+
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes of keys and of values on the device; half of the index counts with each."""
         keys, values = super().get_kv_size_bytes()

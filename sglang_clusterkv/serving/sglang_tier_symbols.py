@@ -89,3 +89,37 @@ HOST_TIER = (
     ),
     Symbol("runtime_context.get_schedule", "chunk size", ""),
 )
+
+# --enable-hierarchical-cache: what it loads comes from our allocator, and is there before the engine reads it.
+HICACHE = (
+    Symbol(
+        "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.load",
+        "our allocator notes the pages",
+        mentions=("device_indices = full_allocator.alloc(len(host_indices))",),
+    ),
+    Symbol(
+        "managers.cache_controller.HiCacheController.start_loading",
+        "behind the forwards that were launched",
+        mentions=(
+            "self.l2_transfer_engine.host_to_device_stream.wait_stream(",
+            "on_layer_done=producer_event.complete",
+        ),
+    ),
+    Symbol(
+        "managers.cache_controller.LayerDoneCounter",
+        "waits on the stream",
+        attributes="num_layers consumer_index wait_until",
+        mentions=("self.events[self.consumer_index].wait(threshold)",),
+    ),
+    Symbol("managers.cache_controller.LayerDoneCounter.wait_until", "waits on the stream", "self threshold"),
+    Symbol(
+        "managers.tp_worker.TpModelWorker.forward_batch_generation",
+        "names the load of a forward, behind our hook",
+        mentions=("self.set_hicache_consumer(batch.hicache_consumer_index)",),
+    ),
+    Symbol(
+        "mem_cache.memory_pool.MHATokenToKVPool",
+        "the load under way, sizes of the host's pool",
+        attributes="layer_transfer_counter host_capacity_bytes",
+    ),
+)

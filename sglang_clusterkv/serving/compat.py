@@ -315,11 +315,6 @@ HOST_TIER_REFUSALS: tuple[Refusal, ...] = (
         "a host tier takes prompts in chunks that fit the device: leave out --chunked-prefill-size or use 512 or more",
     ),
     Refusal(
-        "host tier and tensor parallelism",
-        lambda a, m: a.tp_size > 1,
-        "ranks that store pages apart could admit other batches where one of them fails: leave out --tp-size or host_ratio",
-    ),
-    Refusal(
         "host tier and shared KV",
         lambda a, m: m.shared_kv,
         "layers of this model read another layer's KV densely, which a host tier would make them do from host memory in "

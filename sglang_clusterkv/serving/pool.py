@@ -16,7 +16,6 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-from sglang_clusterkv.clusters.backoff import BackOff
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.memory.device import Geometry, index_pages
@@ -24,6 +23,7 @@ from sglang_clusterkv.memory.host import host_row_bytes
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import Tier, ring_target
 from sglang_clusterkv.serving import active, host_tier
+from sglang_clusterkv.serving.admission import Admission, WaitingBudget
 
 
 class ClusterKVPool(MHATokenToKVPool):
@@ -130,7 +130,7 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
     ) -> None:
         self._handed_out: HandedOut = kvcache.handed_out
         self._tiered: bool = kvcache.tiered
-        self._refills = BackOff()
+        self.admission = Admission(kvcache) if kvcache.tiered else None
         # Where SGLang sorts its free pages first, the first ones are not those that were handed out.
         assert not (self._tiered and need_sort), (
             "a host tier needs free pages in the order in which they are handed out"
@@ -158,26 +158,10 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
         self._handed_out.clear()
 
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> PrefillBudget:
-        """What a prefill pass may take; nothing while the tier has no device pages for it, which is tried to change."""
-        if self._tiered and not self._has_pages_for_prefill():
-            return _WaitingBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+        """What a prefill pass may take: nothing while the tier has no device pages for it, which is tried to change."""
+        if self.admission is not None and not self.admission.begin_pass():
+            return WaitingBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         return super().create_prefill_budget(tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
-
-    def _has_pages_for_prefill(self) -> bool:
-        """Whether the ring is full, as it is but after a failed refill; one is tried here too.
-
-        With nothing running there is no forward, and no head that would try it. Passes are counted, not time: they are the
-        same ones on every rank. Only heads and this fill the ring, and nothing was allocated since the last head.
-        """
-        pool = self._kvcache
-        if pool.engine is None or pool.tier.directory.ring_level == pool.tier.directory.ring_pages:
-            return True
-        self._refills.launch += 1
-        if not self._refills.over:
-            return False
-        filled: bool = pool.engine.residency.refill()
-        self._refills.succeeded() if filled else self._refills.failed()
-        return filled
 
     def _note(self, slots: torch.Tensor | None, free: torch.Tensor) -> torch.Tensor | None:
         """Note slots; free: the free pages before they were handed out, of which the first were taken."""
@@ -193,19 +177,6 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
         if self._tiered:
             for pages in page_ids:
                 self._handed_out.freed(pages.long())  # of rows of req_to_token they have 32 bits
-
-
-class _WaitingBudget(PrefillBudget):
-    """Admits nothing in this pass: requests stay in the queue, and a chunk under way is left as it is. Decode goes on."""
-
-    def check_prefill(self, **kwargs: Any) -> tuple[bool, int | None]:
-        return False, None
-
-    def can_allocate_prefill(self, **kwargs: Any) -> bool:
-        return False
-
-    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        return None
 
 
 def kv_pool_cls(default: type | None, kind: str) -> type | None:

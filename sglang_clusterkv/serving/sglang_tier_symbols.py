@@ -88,6 +88,18 @@ HOST_TIER = (
         ),
     ),
     Symbol("runtime_context.get_schedule", "chunk size", ""),
+    Symbol("managers.scheduler.Scheduler.init_chunked_prefill", "whether there are chunks", "self"),
+    Symbol(
+        "managers.scheduler.Scheduler",
+        "chunks, and a batch that is full or not",
+        attributes="chunked_prefill_size token_to_kv_pool_allocator running_batch",
+    ),
+    Symbol(
+        "managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+        "takes a pass that waits for a full batch",
+        mentions=("running_batch.batch_is_full = len(adder.can_run_list) > 0 or (",),
+    ),
+    Symbol("managers.schedule_batch.ScheduleBatch", "full or not", attributes="batch_is_full"),
 )
 
 # --enable-hierarchical-cache: what it loads comes from our allocator, and is there before the engine reads it.

@@ -31,15 +31,48 @@ class WaitingBudget(PrefillBudget):
         return None
 
 
+class PrefixBudget(PrefillBudget):
+    """Admits as many requests as one workspace holds the prefixes of (tier_prefill.py); one fits in any case.
+
+    Args:
+        admission: told where a request has to wait for the next pass.
+        arguments: of SGLang's budget.
+    """
+
+    def __init__(self, admission: Admission, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        assert admission.most_prefix_tokens is not None
+        self._admission, self._most = admission, admission.most_prefix_tokens
+        self._taken = self._asked = 0
+
+    def check_prefill(self, *, extend_input_len: int, input_tokens: int, **asked: Any) -> tuple[bool, int | None]:
+        self._asked = input_tokens - extend_input_len
+        if self._asked and self._taken and self._taken + self._asked > self._most:
+            self._admission.waits = True
+            return False, None
+        answer: tuple[bool, int | None] = super().check_prefill(
+            extend_input_len=extend_input_len, input_tokens=input_tokens, **asked
+        )
+        return answer
+
+    def reserve(self, *arguments: Any, is_chunked_continuation: bool = False, **named: Any) -> None:
+        super().reserve(*arguments, is_chunked_continuation=is_chunked_continuation, **named)
+        # What a chunk that goes on has before it was not asked for: it may be all that fits.
+        self._taken += self._most if is_chunked_continuation else self._asked
+
+
 class Admission:
     """Whether prefill passes of a pool with a host tier may take anything.
 
     Attributes:
-        waits: the last pass was told to take nothing.
+        waits: the last pass was told to take nothing, or less than it had.
+        most_prefix_tokens: of the requests of a batch together, where they are gathered in one place: those of the longest
+            request. None: they are read where they are.
     """
 
     def __init__(self, pool: ClusterKVPool) -> None:
         self.waits = False
+        self.most_prefix_tokens: int | None = None
         self._pool = pool
         self._refills = BackOff()
 

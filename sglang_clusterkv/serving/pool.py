@@ -9,6 +9,8 @@ for fewer: what is written there is translated (translator.py), and what reads t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from sglang_clusterkv.memory.host import host_row_bytes
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import Tier, ring_target
 from sglang_clusterkv.serving import active, host_tier
-from sglang_clusterkv.serving.admission import Admission, WaitingBudget
+from sglang_clusterkv.serving.admission import Admission, PrefixBudget, WaitingBudget
 
 
 class ClusterKVPool(MHATokenToKVPool):
@@ -36,6 +38,7 @@ class ClusterKVPool(MHATokenToKVPool):
         self.cluster_index: ClusterIndex | None = None
         self.engine: ClusterEngine | None = None
         self.tier: Tier | None = None
+        self._answers: tuple[torch.Tensor, torch.Tensor] | None = None
         self.handed_out = HandedOut()
         config = active.active_config()
         assert config is not None, "the ClusterKV pool was built without a configuration"
@@ -94,6 +97,23 @@ class ClusterKVPool(MHATokenToKVPool):
             host_dtype=self.config.host_kv_dtype,
         )
         return self.tier
+
+    @contextmanager
+    def answering(self, keys: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
+        """Who asks for a layer's keys and values in here gets these instead of its buffers; what is written goes there."""
+        self._answers = keys, values
+        try:
+            yield
+        finally:
+            self._answers = None
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """A layer's keys, [slots, H, D]; see `answering`."""
+        return super().get_key_buffer(layer_id) if self._answers is None else self._answers[0]
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """A layer's values, likewise."""
+        return super().get_value_buffer(layer_id) if self._answers is None else self._answers[1]
 
     @property
     def host_bytes_per_token(self) -> int:
@@ -159,8 +179,11 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
 
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> PrefillBudget:
         """What a prefill pass may take: nothing while the tier has no device pages for it, which is tried to change."""
-        if self.admission is not None and not self.admission.begin_pass():
-            return WaitingBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+        if self.admission is not None:
+            if not self.admission.begin_pass():
+                return WaitingBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+            if self.admission.most_prefix_tokens is not None:
+                return PrefixBudget(self.admission, self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         return super().create_prefill_budget(tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
     def _note(self, slots: torch.Tensor | None, free: torch.Tensor) -> torch.Tensor | None:

@@ -87,6 +87,17 @@ HOST_TIER = (
             "self.memory_budget.can_allocate_prefill(",
         ),
     ),
+    Symbol(
+        "mem_cache.kv_index_translator.KVIndexTranslator.pack_read_stream",
+        "tells SGLang's own backends where prefixes are",
+        "self plan req_pool_indices seq_lens indptr out kv_start_idx kind token_mapping num_token_blocks kv_lens_sum",
+    ),
+    Symbol(
+        "mem_cache.memory_pool.MHATokenToKVPool._store_kv_layer",
+        "writes to the buffers, not to what the getters answer",
+        mentions=("self.k_buffer[layer_idx],", "self.v_buffer[layer_idx],"),
+    ),
+    Symbol("mem_cache.prefill_budget.PrefillBudget.reserve", "overridden, counts prefixes", mentions=("is_chunked",)),
     Symbol("runtime_context.get_schedule", "chunk size", ""),
     Symbol("managers.scheduler.Scheduler.init_chunked_prefill", "whether there are chunks", "self"),
     Symbol(

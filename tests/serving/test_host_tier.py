@@ -296,6 +296,21 @@ def test_a_device_tier_that_is_too_small_is_refused_with_numbers_that_fit(
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("config", [TIERED, ClusterKVConfig()])
+def test_a_model_whose_prompts_sglang_takes_in_one_piece_after_all_is_refused(
+    monkeypatch: pytest.MonkeyPatch, config: ClusterKVConfig
+) -> None:
+    """As Scheduler.init_chunked_prefill decides, behind all that arguments tell."""
+    monkeypatch.setattr(active, "active_config", lambda: config)
+    scheduler_hooks._after_chunks(None, SimpleNamespace(chunked_prefill_size=512))
+    one_piece = SimpleNamespace(chunked_prefill_size=None)
+    if config is TIERED:
+        with pytest.raises(ConfigError, match="in one piece .*: leave out host_ratio"):
+            scheduler_hooks._after_chunks(None, one_piece)
+    else:
+        scheduler_hooks._after_chunks(None, one_piece)
+
+
 @pytest.mark.parametrize(
     ("host_dtype", "kv_dtype", "row"),
     [("auto", torch.float32, 2 * 64 * 4), ("auto", torch.bfloat16, 2 * 64 * 2), ("int8", torch.float32, 2 * 64 + 8)],

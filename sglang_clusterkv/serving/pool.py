@@ -143,7 +143,12 @@ class ClusterKVPool(MHATokenToKVPool):
 
 
 class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
-    """A page allocator that tells the index and the tier what it handed out; it changes nothing about allocation."""
+    """A page allocator that tells the index and the tier what it handed out; it changes nothing about allocation.
+
+    Attributes:
+        admission: of prefill passes; None without a tier.
+        clears: how often all pages were freed at once.
+    """
 
     def __init__(
         self, size: int, page_size: int, dtype: torch.dtype, device: str, kvcache: Any, need_sort: bool
@@ -151,6 +156,7 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
         self._handed_out: HandedOut = kvcache.handed_out
         self._tiered: bool = kvcache.tiered
         self.admission = Admission(kvcache) if kvcache.tiered else None
+        self.clears = 0
         # Where SGLang sorts its free pages first, the first ones are not those that were handed out.
         assert not (self._tiered and need_sort), (
             "a host tier needs free pages in the order in which they are handed out"
@@ -175,6 +181,7 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
     def clear(self) -> None:
         """Free every page."""
         super().clear()
+        self.clears += 1
         self._handed_out.clear()
 
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> PrefillBudget:

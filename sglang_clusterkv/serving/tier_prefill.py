@@ -35,7 +35,7 @@ class AllResident:
     """Whether every page in use has a device page, which the host knows by counting.
 
     A refill takes free device pages first. While the pages in use and a whole ring fit the device tier at every head, it has
-    found enough of them each time, and no page has left; once one may have, only an empty pool has all of them again.
+    found enough of them each time, and no page has left; once one may have, only a pool that was cleared has all of them again.
 
     Args:
         tier: of the pool.
@@ -44,14 +44,14 @@ class AllResident:
 
     def __init__(self, tier: Tier, allocator: ClusterKVAllocator) -> None:
         self._directory, self._allocator = tier.directory, allocator
-        self._all = True
+        self._all, self._clears = True, allocator.clears
 
     def forward(self) -> None:
         """A forward is launched, its head has run. Call for each."""
         allocator = self._allocator
         used = allocator.num_pages - allocator.available_size() // allocator.page_size
-        if used == 0:
-            self._all = True
+        if self._clears != allocator.clears:
+            self._all, self._clears = True, allocator.clears
         self._all = self._all and used + self._directory.ring_pages <= self._directory.device_pages
 
     def __bool__(self) -> bool:
@@ -74,9 +74,8 @@ class TierPrefill:
         self._pool, self._translator, self._req_to_token = pool, translator, req_to_token
         self._resident = resident
         self._slots: torch.Tensor | None = None  # int64 [P], of all prefixes of the batch, one after the other
-        self._rows: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # the workspace's keys and values, [P or more, H, D]
-        )
+        # The workspace: keys and values, [P or more, H, D] each.
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self) -> None:
         """A forward of whatever kind is launched, its head has run."""

@@ -305,7 +305,7 @@ def test_a_model_whose_prompts_sglang_takes_in_one_piece_after_all_is_refused(
     scheduler_hooks._after_chunks(None, SimpleNamespace(chunked_prefill_size=512))
     one_piece = SimpleNamespace(chunked_prefill_size=None)
     if config is TIERED:
-        with pytest.raises(ConfigError, match="in one piece .*: leave out host_ratio"):
+        with pytest.raises(ConfigError, match="in one piece, .*: leave out host_ratio"):
             scheduler_hooks._after_chunks(None, one_piece)
     else:
         scheduler_hooks._after_chunks(None, one_piece)

@@ -19,8 +19,8 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang_clusterkv.clusters import stream as streams
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.serving import active, admission
-from sglang_clusterkv.serving.admission import WaitingBudget, ask_again
+from sglang_clusterkv.serving import active, admission, scheduler_hooks
+from sglang_clusterkv.serving.admission import WaitingBudget
 from sglang_clusterkv.serving.pool import ClusterKVAllocator, ClusterKVPool
 
 PAGE = 16
@@ -94,16 +94,16 @@ def test_a_pass_that_had_to_wait_is_no_full_batch(allocator: ClusterKVAllocator)
     engine_of(allocator, failures=1)
     scheduler = SimpleNamespace(token_to_kv_pool_allocator=allocator, running_batch=SimpleNamespace(batch_is_full=True))
     allocator.create_prefill_budget(CACHE)
-    ask_again(scheduler)
+    scheduler_hooks._before_requests(scheduler, [])  # a round of its loop, in which nobody asks for anything
     assert scheduler.running_batch.batch_is_full, "for reasons of SGLang's own"
     make_short(allocator)
     for _ in range(2):  # until a pass has found the ring full again
         assert type(allocator.create_prefill_budget(CACHE)) is WaitingBudget
-        ask_again(scheduler)
+        scheduler_hooks._before_requests(scheduler, [])
         assert not scheduler.running_batch.batch_is_full
         scheduler.running_batch.batch_is_full = True
     assert type(allocator.create_prefill_budget(CACHE)) is PrefillBudget
-    ask_again(scheduler)
+    scheduler_hooks._before_requests(scheduler, [])
     assert scheduler.running_batch.batch_is_full
 
 

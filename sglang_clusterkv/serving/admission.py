@@ -6,16 +6,13 @@ alone: so they agree, in every pass.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_clusterkv.clusters.backoff import BackOff
-
-if TYPE_CHECKING:
-    from sglang_clusterkv.serving.pool import ClusterKVPool
 
 
 class WaitingBudget(PrefillBudget):
@@ -64,13 +61,16 @@ class PrefixBudget(PrefillBudget):
 class Admission:
     """Whether prefill passes of a pool with a host tier may take anything.
 
+    Args:
+        pool: a ClusterKVPool, which has no engine yet.
+
     Attributes:
         waits: the last pass was told to take nothing, or less than it had.
         most_prefix_tokens: of the requests of a batch together, where they are gathered in one place: those of the longest
             request. None: they are read where they are.
     """
 
-    def __init__(self, pool: ClusterKVPool) -> None:
+    def __init__(self, pool: Any) -> None:
         self.waits = False
         self.most_prefix_tokens: int | None = None
         self._pool = pool
@@ -95,7 +95,7 @@ class Admission:
         if not self._refills.over:
             return False
         with pool.engine.stream.between_forwards():
-            filled = pool.engine.residency.refill()
+            filled: bool = pool.engine.residency.refill()
         self._refills.succeeded() if filled else self._refills.failed()
         return filled
 

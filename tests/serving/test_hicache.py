@@ -104,6 +104,14 @@ def test_a_pool_without_hicache_waits_for_nothing(pool: ClusterKVPool) -> None:
     pool.wait_for_loads()
 
 
+def test_what_is_copied_are_the_buffers_that_the_engine_reads(pool: ClusterKVPool) -> None:
+    (described,) = pool.get_device_pool_infos()
+    buffers = described.buffer_info.buffers
+    assert all(told is own for told, own in zip(buffers.k + buffers.v, pool.k_buffer + pool.v_buffer, strict=True))
+    (declared,) = pool.host_pool_decls()
+    assert declared.device_pool is pool and declared.is_primary
+
+
 def test_the_hosts_size_is_that_of_keys_and_values(pool: ClusterKVPool) -> None:
     assert pool.cluster_index is not None
     assert pool.host_capacity_bytes == 2 * LAYERS * (PAGES + 1) * PAGE * 32 * 2

@@ -7,15 +7,21 @@ another layer comes from it; pages count as resident that may have left; a batch
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
+from sglang_clusterkv.clusters.counters import Faults
+from sglang_clusterkv.clusters.residency import residency_of
+from sglang_clusterkv.clusters.rows import Extend
+from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.memory.tier import Reads
 from sglang_clusterkv.serving import active, admission, tier_prefill
@@ -91,7 +97,6 @@ class World:
         )
         self.tier = self.pool.make_tier(chunk_tokens=sum(NEW), rows=len(NEW))
         self.allocator = ClusterKVAllocator(self.pool.size, PAGE, torch.float32, "cpu", self.pool, need_sort=False)
-        self.pool.handed_out.take_pages()
         self.req_to_token = torch.zeros((8, 320), dtype=torch.int32)
         self.translator = TierTranslator(
             self.tier.directory,
@@ -102,6 +107,9 @@ class World:
             device="cpu",
         )
         self.resident = AllResident(self.tier, self.allocator)
+        self.residency = residency_of(
+            self.tier, config, self.req_to_token, self.pool.handed_out, ForwardStream("cpu"), Faults(Counter())
+        )
         self.draw = torch.Generator().manual_seed(0)
         self.rows = [5, 1, 7, 2]
         self.prefix_rows = self.rows_of(sum(PREFIXES))
@@ -118,11 +126,13 @@ class World:
     def layer(self, local: int) -> Any:
         return SimpleNamespace(layer_id=self.pool.start_layer + local, is_cross_attention=False)
 
-    def apply_notes(self) -> None:
-        """As a forward's head does."""
-        for _, parts in self.pool.handed_out.take_pages():
-            for pages in parts:
-                self.tier.directory.map(pages)
+    def head(self, *extends: tuple[int, int, int]) -> None:
+        """A forward's: of a prefill of rows, each from a position to another one, or of nothing."""
+        if extends:
+            self.residency.extend([Extend(row, str(row), begin, end, end, True) for row, begin, end in extends])
+        else:
+            self.residency.decode(np.empty(0, np.int64), np.empty(0, np.int64))
+        self.residency.fill()
 
     def give(self, row: int, begin: int, tokens: int) -> torch.Tensor:
         """Slots for more tokens of a row; the logical ones."""
@@ -138,39 +148,28 @@ class World:
         for local, (keys, values) in enumerate(rows):
             self.pool.k_buffer[local][where], self.pool.v_buffer[local][where] = keys, values
 
-    def refill(self, pinned: torch.Tensor) -> None:
-        directory = self.tier.directory
-        count = directory.ring_pages - directory.ring_level
-        self.tier.refill(count, directory.tail, pinned)
-        directory.filled(count)
-
     def fill(self) -> None:
-        """The prefixes are there, each written with a ring's pages; the last page of each stays on the device."""
-        begin, last = 0, []
+        """The prefixes are there. Of each row the last page stays on the device."""
+        begin = 0
         for row, tokens in zip(self.rows, PREFIXES, strict=True):
             if tokens:
                 slots = self.give(row, 0, tokens)
-                self.apply_notes()
-                part = [(k[begin : begin + tokens], v[begin : begin + tokens]) for k, v in self.prefix_rows]
-                self.write(slots, part)
-                last.append(slots[-1:] // PAGE)
-                self.refill(torch.cat(last))
+                self.head((row, 0, tokens))
+                self.write(slots, [(k[begin : begin + tokens], v[begin : begin + tokens]) for k, v in self.prefix_rows])
                 begin += tokens
 
     def leave(self, pages: int) -> None:
         """A text passes through, so that pages of the prefixes leave the device."""
-        pinned = self.req_to_token[self.rows, torch.tensor(PREFIXES) - 1].long() // PAGE
         while pages:
             some = min(pages, self.tier.directory.ring_level)
             assert self.allocator.alloc(some * PAGE) is not None
-            self.apply_notes()
-            self.refill(pinned)
+            self.head()
             pages -= some
 
     def batch(self) -> Any:
         """What SGLang makes of the batch, its slots translated."""
         slots = [self.give(*extend) for extend in zip(self.rows, PREFIXES, NEW, strict=True)]
-        self.apply_notes()
+        self.head(*((row, prefix, prefix + new) for row, prefix, new in zip(self.rows, PREFIXES, NEW, strict=True)))
         prefixes, new = torch.tensor(PREFIXES), torch.tensor(NEW)
         mode = SimpleNamespace(is_decode_or_idle=lambda: False, is_extend=lambda: True)
         made = SimpleNamespace(
@@ -230,10 +229,10 @@ def test_the_output_is_that_of_everything_on_the_device(
 ) -> None:
     world = make_world("auto")
     world.leave(pressed)
-    away = world.away()
-    assert bool(away.any()) == bool(pressed) and not away.all()
     backend = world.backend(writes_first)
     batch = world.batch()
+    away = world.away()
+    assert bool(away.any()) == bool(pressed) and not away.all()
     backend.init_forward_metadata(batch)
     assert bool(world.resident) == (not pressed)
     for local, (keys, values) in enumerate(world.new_rows):
@@ -252,9 +251,9 @@ def test_the_output_is_that_of_everything_on_the_device(
 def test_rounded_rows_are_read_as_they_are_stored(make_world: Callable[[str], World]) -> None:
     world = make_world("int8")
     world.leave(45)
-    away = world.away()
     backend = world.backend(False)
     batch = world.batch()
+    away = world.away()
     backend.init_forward_metadata(batch)
     (keys, values), q = world.new_rows[1], world.random((sum(NEW), HEADS, DIM))
     output = backend.forward_extend(q, keys, values, world.layer(1), batch)

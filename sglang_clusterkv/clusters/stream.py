@@ -6,7 +6,8 @@ put in a stream that lags behind the host, as an accelerator's does, on a machin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,22 @@ class ForwardStream:
 
     def __init__(self, device: str) -> None:
         self._device = device
+        self._queue: torch.cuda.Stream | None = None  # of the forward that was launched last
+
+    def launched(self) -> None:
+        """A forward is launched: the current stream is the one that it runs on."""
+        if self._device != "cpu":
+            self._queue = torch.cuda.current_stream()
+
+    @contextmanager
+    def between_forwards(self) -> Iterator[None]:
+        """What is run in here goes behind the last forward's work, wherever the caller's stream is, and behind the caller's."""
+        if self._queue is None:
+            yield
+            return
+        self._queue.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._queue):
+            yield
 
     def run(self, work: Callable[..., object], *arguments: Any) -> None:
         """Queue `work(*arguments)` behind everything that was queued before."""

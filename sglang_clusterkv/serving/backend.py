@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.memory.step import DenseStep, dense_step
-from sglang_clusterkv.serving import runtime, trace
+from sglang_clusterkv.serving import runtime, tier_prefill, trace
 from sglang_clusterkv.serving.platform import prefill_threads
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class ClusterKVAttnBackend(AttentionBackend):
         self.engine = runtime.attach_engine(runner)
         self.first_layer = getattr(self.token_to_kv_pool, "start_layer", 0) or 0
         self.prefill = None if torch.device(runner.device).type == "cpu" else _platform_backend(runner)
+        # SGLang's backend knows nothing of a host tier; ours on the CPU does.
+        self._tier_prefill = None if self.prefill is None else tier_prefill.of(runner, self.prefill)
         self._threads = torch.get_num_threads()
         arguments = runner.server_args
         ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
@@ -106,6 +109,8 @@ class ClusterKVAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Take the lists of the step, or those of the prefill."""
         self._all_dense = None
+        if self._tier_prefill is not None:
+            self._tier_prefill.forward()
         if self.prefill is None and self._prefill_threads != self._threads:
             many = forward_batch.forward_mode.is_extend() and sum(forward_batch.extend_seq_lens_cpu) >= _MANY_TOKENS
             torch.set_num_threads(self._prefill_threads if many else self._threads)
@@ -117,7 +122,8 @@ class ClusterKVAttnBackend(AttentionBackend):
                 dense = dense_step(rows, seq_lens, self.req_to_token_pool.req_to_token)
                 self._step = _all_dense(rows, seq_lens, dense)
         elif self.prefill is not None:
-            self.prefill.init_forward_metadata(forward_batch)
+            with self._tier_prefill.reads(forward_batch) if self._tier_prefill is not None else nullcontext():
+                self.prefill.init_forward_metadata(forward_batch)
         else:
             table = self.req_to_token_pool.req_to_token
             lengths = forward_batch.extend_prefix_lens + forward_batch.extend_seq_lens
@@ -147,7 +153,8 @@ class ClusterKVAttnBackend(AttentionBackend):
         """Dense attention of new tokens over their prefix and themselves, [tokens, heads * D]."""
         _refuse_more(kwargs)
         if self.prefill is not None:
-            return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+            with self._tier_prefill.layer(layer.layer_id) if self._tier_prefill is not None else nullcontext():
+                return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         self._write(k, v, layer, forward_batch, save_kv_cache)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)

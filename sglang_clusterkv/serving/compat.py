@@ -152,9 +152,18 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
         "a full prefill CUDA graph leaves no place for clustering: use --cuda-graph-backend-prefill breakable",
     ),
     Refusal(
-        "HiCache",
-        lambda a, m: a.enable_hierarchical_cache,
-        "--enable-hierarchical-cache is not supported in this release: leave it out",
+        "HiCache on a CPU",
+        lambda a, m: a.enable_hierarchical_cache and (a.device or "cpu") == "cpu",
+        "SGLang pins host memory for --enable-hierarchical-cache by CUDA's driver: leave it out on a CPU",
+    ),
+    Refusal(
+        "HiCache with storage",
+        lambda a, m: (
+            a.enable_hierarchical_cache
+            and (a.device or "cpu") != "cpu"
+            and (a.hicache_storage_backend is not None or a.hicache_host_memory_mode != "cache")
+        ),
+        "HiCache is served with host memory alone: leave out --hicache-storage-backend and --hicache-host-memory-mode",
     ),
     Refusal(
         "other KV stores",
@@ -291,6 +300,11 @@ REFUSALS = ARGUMENT_REFUSALS + MODEL_REFUSALS
 # Rows that hold with a host tier alone, asked with the model.
 HOST_TIER_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
+        "host tier and HiCache",
+        lambda a, m: a.enable_hierarchical_cache,
+        "host_ratio and --enable-hierarchical-cache would both keep pages on the host: leave one of them out",
+    ),
+    Refusal(
         "host tier on a GPU",
         lambda a, m: (a.device or "cpu") != "cpu",
         "the kernels for a GPU read keys and values on the device only in this release: leave out host_ratio",
@@ -299,11 +313,6 @@ HOST_TIER_REFUSALS: tuple[Refusal, ...] = (
         "host tier without chunks",
         lambda a, m: a.chunked_prefill_size is not None and a.chunked_prefill_size <= 0,
         "a host tier takes prompts in chunks that fit the device: leave out --chunked-prefill-size or use 512 or more",
-    ),
-    Refusal(
-        "host tier and tensor parallelism",
-        lambda a, m: a.tp_size > 1,
-        "ranks that store pages apart could admit other batches where one of them fails: leave out --tp-size or host_ratio",
     ),
     Refusal(
         "host tier and shared KV",

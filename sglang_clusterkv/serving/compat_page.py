@@ -42,6 +42,11 @@ BESIDE: tuple[Beside, ...] = (
         "`--enable-memory-saver`",
         f"refused on a CPU; on a GPU {_READ}: a released server keeps its clusters' memory, 13 to 15 % of the KV cache",
     ),
+    Beside(
+        "`--enable-hierarchical-cache`",
+        f"refused on a CPU; on a GPU {_READ}; its seams are tested with stand-ins (tests/serving/test_hicache.py). What comes "
+        "back from the host is clustered anew",
+    ),
 )
 
 
@@ -107,7 +112,7 @@ The start ends with `--attention-backend {BACKEND} cannot serve this:` and the s
 {rows}
 
 With a `host_ratio` above 1 ([memory.md](memory.md)) also these, `dense_layers` above 0, and a model whose layers cap their
-logits, which is found once it is loaded. HiCache and, on a CPU, `--enable-memory-saver` are refused in any case.
+logits, which is found once it is loaded. On a CPU HiCache and `--enable-memory-saver` are refused in any case.
 
 | what | sentence |
 |---|---|

@@ -88,6 +88,15 @@ def limit_rows(config: ClusterKVConfig, rows: int, tokens: int) -> int:
     return fit
 
 
+def check_chunks(chunk_tokens: int | None) -> None:
+    """Raise ConfigError where SGLang takes prompts in one piece after all."""
+    if chunk_tokens is None:
+        raise ConfigError(
+            "SGLang takes this model's prompts in one piece, as it does with multimodal models in the implementation of "
+            "Transformers, and a host tier needs chunks that fit the device: leave out host_ratio, or --model-impl transformers"
+        )
+
+
 def _too_small(config: ClusterKVConfig, pages: int, tokens: int, chunk_tokens: int, page_size: int) -> str:
     """The sentence for a device tier that holds no request and its chunk."""
     least = least_device_pages(config, chunk_tokens=chunk_tokens, max_rows=1, page_size=page_size)

@@ -15,6 +15,7 @@ from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigEr
 from sglang_clusterkv.serving import compat, sglang_differences, sglang_symbols
 from sglang_clusterkv.serving.active import config_of, keep_config
 from sglang_clusterkv.serving.compat import BACKEND
+from sglang_clusterkv.serving.late_refusal import sentence_alone
 from sglang_clusterkv.serving.model_facts import ModelFacts
 from sglang_clusterkv.serving.platform import apply_thread_count, is_our_platform
 
@@ -59,7 +60,8 @@ def register() -> None:
 def _create_backend(runner: Any) -> Any:
     from sglang_clusterkv.serving.backend import create_backend
 
-    return create_backend(runner)
+    with sentence_alone():
+        return create_backend(runner)
 
 
 def _after_add_cli_args(result: None, parser: Any) -> None:

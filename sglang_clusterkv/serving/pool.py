@@ -9,6 +9,8 @@ for fewer: what is written there is translated (translator.py), and what reads t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-from sglang_clusterkv.clusters.backoff import BackOff
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.memory.device import Geometry, index_pages
@@ -24,6 +25,7 @@ from sglang_clusterkv.memory.host import host_row_bytes
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import Tier, ring_target
 from sglang_clusterkv.serving import active, host_tier
+from sglang_clusterkv.serving.admission import Admission, PrefixBudget, WaitingBudget
 
 
 class ClusterKVPool(MHATokenToKVPool):
@@ -36,6 +38,7 @@ class ClusterKVPool(MHATokenToKVPool):
         self.cluster_index: ClusterIndex | None = None
         self.engine: ClusterEngine | None = None
         self.tier: Tier | None = None
+        self._answers: tuple[torch.Tensor, torch.Tensor] | None = None
         self.handed_out = HandedOut()
         config = active.active_config()
         assert config is not None, "the ClusterKV pool was built without a configuration"
@@ -95,11 +98,42 @@ class ClusterKVPool(MHATokenToKVPool):
         )
         return self.tier
 
+    @contextmanager
+    def answering(self, keys: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
+        """Who asks for a layer's keys and values in here gets these instead of its buffers; what is written goes there."""
+        self._answers = keys, values
+        try:
+            yield
+        finally:
+            self._answers = None
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """A layer's keys, [slots, H, D]; see `answering`."""
+        return super().get_key_buffer(layer_id) if self._answers is None else self._answers[0]
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """A layer's values, likewise."""
+        return super().get_value_buffer(layer_id) if self._answers is None else self._answers[1]
+
     @property
     def host_bytes_per_token(self) -> int:
         """Bytes of a token's host rows, over all layers and kv heads."""
         row = host_row_bytes(self.head_dim, self.dtype, self.config.host_kv_dtype)
         return self.layer_num * self.head_num * row
+
+    @property
+    def host_capacity_bytes(self) -> int:
+        """Bytes of keys and values that HiCache keeps on the host, for its sizing; the index stays on the device."""
+        return sum(super().get_kv_size_bytes())
+
+    def wait_for_loads(self) -> None:
+        """Let the current stream wait for pages that HiCache loads for the forward that was launched last.
+
+        A layer waits for its own where it reads them, in that forward or not at all; the engine reads all layers' of a page.
+        """
+        counter = self.layer_transfer_counter
+        if counter is not None:
+            counter.wait_until(counter.num_layers - 1)
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes of keys and of values on the device; half of the index counts with each."""
@@ -109,14 +143,20 @@ class ClusterKVPool(MHATokenToKVPool):
 
 
 class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
-    """A page allocator that tells the index and the tier what it handed out; it changes nothing about allocation."""
+    """A page allocator that tells the index and the tier what it handed out; it changes nothing about allocation.
+
+    Attributes:
+        admission: of prefill passes; None without a tier.
+        clears: how often all pages were freed at once.
+    """
 
     def __init__(
         self, size: int, page_size: int, dtype: torch.dtype, device: str, kvcache: Any, need_sort: bool
     ) -> None:
         self._handed_out: HandedOut = kvcache.handed_out
         self._tiered: bool = kvcache.tiered
-        self._refills = BackOff()
+        self.admission = Admission(kvcache) if kvcache.tiered else None
+        self.clears = 0
         # Where SGLang sorts its free pages first, the first ones are not those that were handed out.
         assert not (self._tiered and need_sort), (
             "a host tier needs free pages in the order in which they are handed out"
@@ -141,29 +181,17 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
     def clear(self) -> None:
         """Free every page."""
         super().clear()
+        self.clears += 1
         self._handed_out.clear()
 
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> PrefillBudget:
-        """What a prefill pass may take; nothing while the tier has no device pages for it, which is tried to change."""
-        if self._tiered and not self._has_pages_for_prefill():
-            return _WaitingBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+        """What a prefill pass may take: nothing while the tier has no device pages for it, which is tried to change."""
+        if self.admission is not None:
+            if not self.admission.begin_pass():
+                return WaitingBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+            if self.admission.most_prefix_tokens is not None:
+                return PrefixBudget(self.admission, self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         return super().create_prefill_budget(tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
-
-    def _has_pages_for_prefill(self) -> bool:
-        """Whether the ring is full, as it is but after a failed refill; one is tried here too.
-
-        With nothing running there is no forward, and no head that would try it. Passes are counted, not time: they are the
-        same ones on every rank. Only heads and this fill the ring, and nothing was allocated since the last head.
-        """
-        pool = self._kvcache
-        if pool.engine is None or pool.tier.directory.ring_level == pool.tier.directory.ring_pages:
-            return True
-        self._refills.launch += 1
-        if not self._refills.over:
-            return False
-        filled: bool = pool.engine.residency.refill()
-        self._refills.succeeded() if filled else self._refills.failed()
-        return filled
 
     def _note(self, slots: torch.Tensor | None, free: torch.Tensor) -> torch.Tensor | None:
         """Note slots; free: the free pages before they were handed out, of which the first were taken."""
@@ -179,19 +207,6 @@ class ClusterKVAllocator(PagedTokenToKVPoolAllocator):
         if self._tiered:
             for pages in page_ids:
                 self._handed_out.freed(pages.long())  # of rows of req_to_token they have 32 bits
-
-
-class _WaitingBudget(PrefillBudget):
-    """Admits nothing in this pass: requests stay in the queue, and a chunk under way is left as it is. Decode goes on."""
-
-    def check_prefill(self, **kwargs: Any) -> tuple[bool, int | None]:
-        return False, None
-
-    def can_allocate_prefill(self, **kwargs: Any) -> bool:
-        return False
-
-    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        return None
 
 
 def kv_pool_cls(default: type | None, kind: str) -> type | None:

@@ -122,6 +122,8 @@ def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwarg
     _step = None
     if _engine is None or batch is None or worker.is_draft_worker:
         return
+    _engine.stream.launched()
+    worker.model_runner.token_to_kv_pool.wait_for_loads()
     if batch.forward_mode.is_decode():
         _step = _engine.begin_decode(batch.req_pool_indices_cpu.numpy(), batch.seq_lens_cpu.numpy())
     elif batch.forward_mode.is_extend():

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang_clusterkv.serving import active
 from sglang_clusterkv.serving.hooks import add_hooks
+from sglang_clusterkv.serving.late_refusal import sentence_alone
 from sglang_clusterkv.serving.platform import is_our_platform
 
 _SRT = "sglang.srt."
@@ -24,6 +25,7 @@ def install(platform: Any) -> None:
     reporter = _SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter."
     targets: list[tuple[str, Callable[..., Any], Any]] = [
         (_SRT + "managers.scheduler.Scheduler.process_input_requests", _before_requests, HookType.BEFORE),
+        (_SRT + "managers.scheduler.Scheduler.init_chunked_prefill", _after_chunks, HookType.AFTER),
         (_SRT + "managers.tp_worker.TpModelWorker.forward_batch_generation", _before_forward, HookType.BEFORE),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree", _checkpoint, HookType.AROUND),
         (_SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache.insert", _after_insert, HookType.AFTER),
@@ -71,9 +73,15 @@ def install(platform: Any) -> None:
 
 def _before_requests(scheduler: Any, recv_reqs: list[Any]) -> tuple[tuple[Any, list[Any]], dict[str, Any]] | None:
     # Called in every round of the scheduler's loop, mostly with nothing.
-    if not recv_reqs or active.active_config() is None:
+    config = active.active_config()
+    if config is None:
         return None
-    from sglang_clusterkv.serving import request_checks
+    from sglang_clusterkv.serving import admission, host_tier, request_checks
+
+    if host_tier.is_on(config):
+        admission.ask_again(scheduler)
+    if not recv_reqs:
+        return None
 
     return (scheduler, request_checks.admit(scheduler, recv_reqs)), {}
 
@@ -177,7 +185,10 @@ def _after_rows(result: int, kvc: Any, token_capacity: int) -> int | None:
         return None
     from sglang_clusterkv.serving import host_tier
 
-    return host_tier.limit_rows(config, result, token_capacity) if host_tier.is_on(config) else None
+    if not host_tier.is_on(config):
+        return None
+    with sentence_alone():
+        return host_tier.limit_rows(config, result, token_capacity)
 
 
 def _after_translator(result: None, runner: Any) -> None:
@@ -186,7 +197,17 @@ def _after_translator(result: None, runner: Any) -> None:
     if host_tier.is_on(active.active_config()):
         from sglang_clusterkv.serving import translator
 
-        translator.install(runner)
+        with sentence_alone():
+            translator.install(runner)
+
+
+def _after_chunks(result: None, scheduler: Any) -> None:
+    """SGLang has decided whether it takes prompts in chunks: some models make it change its mind."""
+    from sglang_clusterkv.serving import host_tier
+
+    if host_tier.is_on(active.active_config()):
+        with sentence_alone():
+            host_tier.check_chunks(scheduler.chunked_prefill_size)
 
 
 def _after_kv_pool_cls(result: type | None, platform: Any, *, kind: str) -> type | None:

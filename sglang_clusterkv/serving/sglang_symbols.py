@@ -3,7 +3,7 @@
 `sglang_differences.check` compares this table with the installed SGLang. Nothing of SGLang is imported here.
 """
 
-from sglang_clusterkv.serving.sglang_tier_symbols import HOST_TIER
+from sglang_clusterkv.serving.sglang_tier_symbols import HICACHE, HOST_TIER
 from sglang_clusterkv.serving.symbol import Symbol
 
 # What register() itself needs; cheap to import, asked in every process.
@@ -370,4 +370,16 @@ BACKEND = (
     ),
 )
 
-SYMBOLS = REGISTRATION + RESOLUTION + PLATFORM + MEMORY + HOST_TIER + REQUESTS + SCHEDULER + TRACE + METRICS + BACKEND
+SYMBOLS = (
+    REGISTRATION
+    + RESOLUTION
+    + PLATFORM
+    + MEMORY
+    + HOST_TIER
+    + HICACHE
+    + REQUESTS
+    + SCHEDULER
+    + TRACE
+    + METRICS
+    + BACKEND
+)

@@ -87,5 +87,62 @@ HOST_TIER = (
             "self.memory_budget.can_allocate_prefill(",
         ),
     ),
+    Symbol(
+        "mem_cache.kv_index_translator.KVIndexTranslator.pack_read_stream",
+        "tells SGLang's own backends where prefixes are",
+        "self plan req_pool_indices seq_lens indptr out kv_start_idx kind token_mapping num_token_blocks kv_lens_sum",
+    ),
+    Symbol(
+        "mem_cache.memory_pool.MHATokenToKVPool._store_kv_layer",
+        "writes to the buffers, not to what the getters answer",
+        mentions=("self.k_buffer[layer_idx],", "self.v_buffer[layer_idx],"),
+    ),
+    Symbol("mem_cache.prefill_budget.PrefillBudget.reserve", "overridden, counts prefixes", mentions=("is_chunked",)),
     Symbol("runtime_context.get_schedule", "chunk size", ""),
+    Symbol("managers.scheduler.Scheduler.init_chunked_prefill", "whether there are chunks", "self"),
+    Symbol(
+        "managers.scheduler.Scheduler",
+        "chunks, and a batch that is full or not",
+        attributes="chunked_prefill_size token_to_kv_pool_allocator running_batch",
+    ),
+    Symbol(
+        "managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+        "takes a pass that waits for a full batch",
+        mentions=("running_batch.batch_is_full = len(adder.can_run_list) > 0 or (",),
+    ),
+    Symbol("managers.schedule_batch.ScheduleBatch", "full or not", attributes="batch_is_full"),
+)
+
+# --enable-hierarchical-cache: what it loads comes from our allocator, and is there before the engine reads it.
+HICACHE = (
+    Symbol(
+        "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.load",
+        "our allocator notes the pages",
+        mentions=("device_indices = full_allocator.alloc(len(host_indices))",),
+    ),
+    Symbol(
+        "managers.cache_controller.HiCacheController.start_loading",
+        "behind the forwards that were launched",
+        mentions=(
+            "self.l2_transfer_engine.host_to_device_stream.wait_stream(",
+            "on_layer_done=producer_event.complete",
+        ),
+    ),
+    Symbol(
+        "managers.cache_controller.LayerDoneCounter",
+        "waits on the stream",
+        attributes="num_layers consumer_index wait_until",
+        mentions=("self.events[self.consumer_index].wait(threshold)",),
+    ),
+    Symbol("managers.cache_controller.LayerDoneCounter.wait_until", "waits on the stream", "self threshold"),
+    Symbol(
+        "managers.tp_worker.TpModelWorker.forward_batch_generation",
+        "names the load of a forward, behind our hook",
+        mentions=("self.set_hicache_consumer(batch.hicache_consumer_index)",),
+    ),
+    Symbol(
+        "mem_cache.memory_pool.MHATokenToKVPool",
+        "the load under way, sizes of the host's pool",
+        attributes="layer_transfer_counter host_capacity_bytes",
+    ),
 )

@@ -48,6 +48,8 @@ SERVED = {
     "cuda_graph_config": None,
     "cuda_graph_backend_prefill": None,
     "enable_hierarchical_cache": False,
+    "hicache_storage_backend": None,
+    "hicache_host_memory_mode": "cache",
     "enable_lmcache": False,
     "enable_flexkv": False,
     "enable_unified_cache_external_linker": False,
@@ -67,6 +69,7 @@ SERVED = {
     "is_embedding": False,
 }
 MODEL = ModelFacts(head_dim=64, v_head_dim=64)
+HICACHE = {"enable_hierarchical_cache": True}
 FULL = SimpleNamespace(prefill=SimpleNamespace(backend="full"))
 
 # (row, changed arguments, changed model facts, environment)
@@ -98,7 +101,10 @@ CASES = [
     ("full prefill graph", {"cuda_graph_backend_prefill": "full"}, {}, {}),
     ("full prefill graph", {"cuda_graph_config": {"prefill": {"backend": "full"}}}, {}, {}),
     ("full prefill graph", {"cuda_graph_config": FULL}, {}, {}),
-    ("HiCache", {"enable_hierarchical_cache": True}, {}, {}),
+    ("HiCache on a CPU", HICACHE, {}, {}),
+    ("HiCache on a CPU", HICACHE | {"hicache_storage_backend": "file"}, {}, {}),
+    ("HiCache with storage", HICACHE | {"device": "cuda", "hicache_storage_backend": "file"}, {}, {}),
+    ("HiCache with storage", HICACHE | {"device": "cuda", "hicache_host_memory_mode": "buffer_only"}, {}, {}),
     ("other KV stores", {"enable_lmcache": True}, {}, {}),
     ("other KV stores", {"enable_flexkv": True}, {}, {}),
     ("other KV stores", {"enable_unified_cache_external_linker": True}, {}, {}),
@@ -147,8 +153,8 @@ def test_each_row_refuses_its_case_and_no_other(monkeypatch, name, arguments, fa
 HOST_TIER_CASES = [
     ("host tier on a GPU", {"device": "cuda"}, {}),
     ("host tier on a GPU", {"device": "cuda:1"}, {}),
+    ("host tier and HiCache", HICACHE | {"device": "cuda"}, {}),
     ("host tier without chunks", {"chunked_prefill_size": -1}, {}),
-    ("host tier and tensor parallelism", {"tp_size": 2}, {}),
     ("host tier and shared KV", {}, {"shared_kv": True}),
 ]
 
@@ -157,11 +163,13 @@ HOST_TIER_CASES = [
 def test_a_host_tier_is_refused_where_all_on_the_device_is_served(name, arguments, facts):
     changed, model = SimpleNamespace(**SERVED | arguments), replace(MODEL, **facts)
     rows = [row for row in HOST_TIER_REFUSALS if row.applies(changed, model)]
-    assert [row.name for row in rows] == [name]
+    # HiCache is served on a GPU alone, where a host tier is not.
+    assert rows[0].name == name and (len(rows) == 1 or name == "host tier and HiCache")
     said = compat.refusal(changed, model, host_tier=True)
     assert said == f"--attention-backend clusterkv cannot serve this: {rows[0].sentence}"
     assert compat.refusal(changed, model) is None
-    assert compat.refusal(SimpleNamespace(**SERVED), MODEL, host_tier=True) is None
+    for served in ({}, {"tp_size": 2}):
+        assert compat.refusal(SimpleNamespace(**SERVED | served), MODEL, host_tier=True) is None
 
 
 def test_traces_are_refused_where_a_rank_has_some_of_the_kv_heads():
@@ -194,6 +202,7 @@ def test_amd_gpus_are_refused_though_torch_calls_them_cuda(monkeypatch):
         {},
         {"device": "cuda:0", "page_size": 64, "enable_lora": True, "enable_memory_saver": True},
         {"kv_cache_dtype": "bf16"},
+        {"device": "cuda", "enable_hierarchical_cache": True},
         {"page_size": None, "device": None},
     ],
 )
@@ -282,7 +291,7 @@ def test_without_the_backend_nothing_is_declared(resolve):
         (("--page-size", "1"), "--page-size 1 has no pages"),
         (("--page-size", "24"), "--chunked-prefill-size is not a multiple of --page-size"),
         (("--enable-mixed-chunk",), "--enable-mixed-chunk"),
-        (("--enable-hierarchical-cache",), "--enable-hierarchical-cache is not supported"),
+        (("--enable-hierarchical-cache",), "for --enable-hierarchical-cache by CUDA's driver: leave it out on a CPU"),
         (("--kv-cache-dtype", "fp8_e5m2"), "it clusters keys in bf16"),
         (("--speculative-algorithm", "NGRAM"), "leave out --speculative-algorithm"),
         (("--decode-attention-backend", "torch_native"), "prefill and decode must both use it"),

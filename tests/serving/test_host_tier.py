@@ -2,8 +2,8 @@
 
 Without a server. Red when: a page that was handed out or freed is not noted, or noted twice; the buffers, the index or SGLang's
 counts have another size; an id that is read is translated, or one that is written is not; a start is refused that fits, or
-accepted that does not; a sentence names a number that does not fit either; prefill goes on without device pages, or waits
-for ever; anything of it is there with host_ratio 1.
+accepted that does not; a sentence names a number that does not fit either; anything of it is there with
+host_ratio 1.
 """
 
 from __future__ import annotations
@@ -296,6 +296,21 @@ def test_a_device_tier_that_is_too_small_is_refused_with_numbers_that_fit(
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("config", [TIERED, ClusterKVConfig()])
+def test_a_model_whose_prompts_sglang_takes_in_one_piece_after_all_is_refused(
+    monkeypatch: pytest.MonkeyPatch, config: ClusterKVConfig
+) -> None:
+    """As Scheduler.init_chunked_prefill decides, behind all that arguments tell."""
+    monkeypatch.setattr(active, "active_config", lambda: config)
+    scheduler_hooks._after_chunks(None, SimpleNamespace(chunked_prefill_size=512))
+    one_piece = SimpleNamespace(chunked_prefill_size=None)
+    if config is TIERED:
+        with pytest.raises(ConfigError, match="in one piece, .*: leave out host_ratio"):
+            scheduler_hooks._after_chunks(None, one_piece)
+    else:
+        scheduler_hooks._after_chunks(None, one_piece)
+
+
 @pytest.mark.parametrize(
     ("host_dtype", "kv_dtype", "row"),
     [("auto", torch.float32, 2 * 64 * 4), ("auto", torch.bfloat16, 2 * 64 * 2), ("int8", torch.float32, 2 * 64 + 8)],
@@ -328,51 +343,3 @@ def test_the_pool_asks_before_it_takes(make_pool: MakePool, monkeypatch: pytest.
     with pytest.raises(ConfigError, match="use --max-total-tokens"):
         pool.make_tier(chunk_tokens=64, rows=2)
     assert pool.tier is None
-
-
-# ---- admission
-
-
-class Refilling:
-    """An engine whose refills fail so many times; the ring is full afterwards."""
-
-    def __init__(self, pool: ClusterKVPool, failures: int) -> None:
-        self.pool, self.failures, self.tries = pool, failures, 0
-        self.residency = self
-
-    def refill(self) -> bool:
-        self.tries += 1
-        if self.tries <= self.failures:
-            return False
-        directory = self.pool.tier.directory  # type: ignore[union-attr]
-        directory.filled(directory.ring_pages - directory.ring_level)
-        return True
-
-
-def test_prefill_waits_while_device_pages_are_short_and_never_for_ever(make_pool: MakePool) -> None:
-    pool = make_pool(TIERED)
-    tier = pool.make_tier(chunk_tokens=64, rows=2)
-    allocator = allocator_of(pool)
-    cache = SimpleNamespace(
-        supports_mamba=lambda: False, evictable_size=lambda: 0, supports_prefix_sharing=lambda: False
-    )
-    asked: dict[str, Any] = {"extend_input_len": 16, "max_new_tokens": 1, "chunk_limit": 64}
-    engine = Refilling(pool, failures=3)
-    pool.engine = engine  # type: ignore[assignment]
-
-    def budget() -> PrefillBudget:
-        return allocator.create_prefill_budget(cache)
-
-    full = budget()
-    assert type(full) is PrefillBudget and engine.tries == 0
-    tier.directory.take(3)
-    passes = 0
-    while type(waits := budget()) is not PrefillBudget:
-        passes += 1
-        assert waits.check_prefill(total_tokens=20, input_tokens=20, swa_host_hit_length=0, **asked) == (False, None)
-        assert not waits.can_allocate_prefill(paged_input=16, **asked)
-        assert waits.available_chunk_tokens(64) is None, "a chunk under way is left as it is"
-        assert allocator.check_decode_capacity(num_tokens=64, tree_cache=cache), "decode goes on, nothing is retracted"
-        assert passes < 100
-    assert engine.tries == 4 and passes == 2 + 4 + 8, "each failure in a row waits twice as long"
-    assert full.check_prefill(total_tokens=20, input_tokens=20, swa_host_hit_length=0, **asked) == (True, 64)

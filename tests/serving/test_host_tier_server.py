@@ -2,8 +2,9 @@
 
 Two servers with the tiny model, one after the other; with `auto` host rows every bit is the same, so answers are too. Red when:
 a page is read from the wrong tier or place, a token is written where nobody finds it, a stale row is read; a chat, an abort,
-a flush or an eviction leaves a page behind in either tier; a prompt longer than the device tier is not served; the series of
-/metrics differ from /server_info. `CLUSTERKV_ABORTS=100 pytest -k storm` has a smaller storm.
+a flush or an eviction leaves a page behind in either tier; a prompt longer than the device tier is not served; prompts go on
+waiting once refills succeed again; the series of /metrics differ from /server_info. `CLUSTERKV_ABORTS=100 pytest -k storm` has
+a smaller storm.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import requests
 
 from benchmarks.servers import Server, serve
 from tests.serving.test_metrics import documented, samples_of, scrape, types_and_labels
+from tests.support import failing_refills, plugins
 from tests.support.traffic import CONFIG, Request, assert_well, at_once, prompt, wait_until
 
 pytestmark = pytest.mark.server
@@ -79,7 +81,8 @@ def expected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
 @pytest.fixture(scope="module")
 def server(expected: Answers, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     log = tmp_path_factory.mktemp("tier") / "server.log"
-    with serve(tiny, log, *ARGUMENTS, config=CONFIG | {"host_ratio": RATIO}, environment=STRICT) as running:
+    environment = STRICT | plugins.install(log.parent, failing_refills)
+    with serve(tiny, log, *ARGUMENTS, config=CONFIG | {"host_ratio": RATIO}, environment=environment) as running:
         yield running
 
 
@@ -93,8 +96,13 @@ def tier(server: Server) -> dict[str, int]:
 
 
 def assert_all_back(server: Server) -> None:
-    """After a flush one page is in use at most: that of a request which lets the flush take effect."""
+    """Nothing went wrong, and nothing is left."""
     assert_well(server)
+    assert_no_page_is_left(server)
+
+
+def assert_no_page_is_left(server: Server) -> None:
+    """After a flush one page is in use at most: that of a request which lets the flush take effect."""
     server.generate([5, 6, 7], 2)
     info = tier(server)
     assert info["pages_on_device"] <= 1 and info["pages_on_host_only"] == 0
@@ -163,6 +171,32 @@ def test_aborts_at_any_moment_and_a_flush_give_all_pages_back(server: Server, an
 def test_the_start_tells_the_sizes(server: Server) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "have room on the device" in line]
     assert len(lines) == 1 and f"{DEVICE} of {POOL} tokens" in lines[0] and "auto" in lines[0], lines
+
+
+def test_prompts_wait_while_refills_fail_and_no_longer(server: Server, answers: Answers) -> None:
+    """The first two run; what comes then waits though SGLang has room for it, and begins before they end."""
+    server.flush()
+    folder, faults = server.log.parent, dict(server.counts()["faults"])
+    running = [Request(server, prompt(1300 + i, 300), 1200) for i in range(2)]
+    for request in running:
+        request.wait_for(4)
+    failing_refills.fail(folder)
+    wait_until(lambda: server.counts()["faults"].get("offload", 0) > faults.get("offload", 0))
+    late = Request(server, prompt(1310, 300), 4)
+    for request in running:
+        request.wait_for(len(request.output_ids) + 20)
+    assert late.running and not late.output_ids, "a prefill took pages that decode may need"
+    failing_refills.succeed(folder)
+    late.join()
+    assert late.output_ids and all(request.running for request in running), "it waited for a request to end"
+    for request in running:
+        request.abort()
+        request.join()
+    wait_until(lambda: server.counts()["running"] == 0)
+    ends = server.counts()["faults"]
+    assert {name for name in ends if ends[name] != faults.get(name, 0)} == {"offload"}
+    server.flush()
+    assert_no_page_is_left(server)
 
 
 @pytest.mark.long

@@ -25,6 +25,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.serving import active, request_checks, scheduler_hooks
 from sglang_clusterkv.serving.request_checks import Takes, problem_of, problem_of_ids, takes_of
 
@@ -175,7 +176,7 @@ def test_tokens_that_an_adapter_brings_pass() -> None:
 @pytest.fixture
 def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_checks, "takes_of", lambda scheduler: TAKES)
-    monkeypatch.setattr(active, "active_config", object)
+    monkeypatch.setattr(active, "active_config", ClusterKVConfig)
 
 
 def reason(message: str) -> dict[str, Any]:
@@ -219,5 +220,5 @@ def test_other_backends_and_idle_rounds_are_left_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(request_checks, "admit", None)
     monkeypatch.setattr(active, "active_config", lambda: None)
     assert scheduler_hooks._before_requests(Scheduler(), [request([55])]) is None
-    monkeypatch.setattr(active, "active_config", object)
+    monkeypatch.setattr(active, "active_config", ClusterKVConfig)
     assert scheduler_hooks._before_requests(Scheduler(), []) is None

@@ -1,11 +1,11 @@
-"""Tensor parallelism: each rank clusters its own kv heads, and nothing is said between ranks.
+"""Tensor parallelism: each rank clusters its own kv heads, and nothing is said between ranks but whether a host tier has room.
 
 The choices of a head are compared in one process, bit for bit; that the ranks of a server plan the same segments and that
 its answers are those of one rank, with real servers: two ranks on the tiny model (four query heads, two kv heads). The
 demo model's nine query heads and three kv heads can't be divided by two (SGLang ends the start), so it runs on three.
 
 Red when: a table, a choice or a segment of a head depends on the heads beside it or on the rank; ranks plan apart; a rank
-attends with another rank's heads.
+attends with another rank's heads; with a host tier an answer differs, or a rank admits what another one cannot.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sglang_clusterkv.kernels.refine.reference import refine
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.tools.demo_model import default_out
+from tests.support import failing_refills, plugins
 from tests.support.scenes import Scene
 from tests.support.servers import CHUNK, POOL
 from tests.support.traffic import (
@@ -36,6 +37,7 @@ from tests.support.traffic import (
     grew,
     logging_of_requests,
     prompt,
+    wait_until,
 )
 
 GROUP = 2
@@ -165,6 +167,50 @@ def test_ranks_stay_together_under_load(two_ranks: Server) -> None:
         first, second = borders(two_ranks, request.rid, ranks=2)
         assert first == second and first
     assert_well(two_ranks)
+
+
+def ask(server: Server) -> tuple[object, ...]:
+    """A prompt longer than the device tier below, with what its tokens' probabilities are, then again, then four at once."""
+    server.flush()
+    first = server.generate(prompt(95, 3000), 16, return_logprob=True)
+    again = server.generate(prompt(95, 3000), 16)["output_ids"]
+    crowd = [answer["output_ids"] for answer in at_once(server, [prompt(96 + i, 700) for i in range(4)], 8)]
+    return first["output_ids"], first["meta_info"]["output_token_logprobs"], again, crowd
+
+
+@pytest.mark.server
+@pytest.mark.long
+def test_two_ranks_with_a_host_tier_answer_as_two_without_and_wait_together(tiny: Path, tmp_path: Path) -> None:
+    """Refills then fail on the second rank alone: neither admits anything, both go on decoding."""
+    environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
+    arguments = ["--tp-size", "2", "--chunked-prefill-size", "256", "--max-total-tokens", "8192", "--sleep-on-idle"]
+    arguments += ["--max-running-requests", "4", "--random-seed", "1"]
+    with serve(tiny, tmp_path / "device.log", *arguments, config=CONFIG, environment=environment) as server:
+        expected = ask(server)
+    environment |= plugins.install(tmp_path, failing_refills)
+    config = CONFIG | {"host_ratio": 4}
+    with serve(tiny, tmp_path / "server.log", *arguments, config=config, environment=environment) as server:
+        assert ask(server) == expected
+        info = server.counts()["host_tier"]
+        assert info["read_bytes_prefill"] > 0 and info["recalled_rows_host"] > 0
+        running = [Request(server, prompt(100 + i, 300), 1200) for i in range(2)]
+        for request in running:
+            request.wait_for(4)
+        failing_refills.fail(tmp_path, rank=1)
+        wait_until(lambda: "offload failed" in server.log.read_text(), 120)
+        late = Request(server, prompt(102, 300), 4)
+        for request in running:
+            request.wait_for(len(request.output_ids) + 20)
+        assert late.running and not late.output_ids, "a rank admitted what the other could not"
+        assert not server.counts()["faults"], "of the first rank"
+        failing_refills.succeed(tmp_path)
+        late.join()
+        assert late.output_ids and all(request.running for request in running)
+        for request in running:
+            request.abort()
+            request.join()
+        assert ask(server) == expected
+        assert server.process.poll() is None and "leak" not in server.log.read_text().lower()
 
 
 @pytest.mark.server

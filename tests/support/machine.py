@@ -79,13 +79,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         pages=st.sampled_from([250, 330, 500]),
         overlap=st.booleans(),
         lags=st.booleans(),
-        ratio=st.sampled_from([None, None, 1, 2, 4]),
+        host=st.sampled_from(["no", "HiCache", 1, 2, 4]),
     )
-    def begin(self, config: ClusterKVConfig, pages: int, overlap: bool, lags: bool, ratio: int | None) -> None:
+    def begin(self, config: ClusterKVConfig, pages: int, overlap: bool, lags: bool, host: str | int) -> None:
         """A world of its own."""
         COUNTS["worlds"] += 1
-        tiers = None if ratio is None else Tiers.of(pages, ratio, CHUNK_TOKENS, MOST_RUNNING)
-        self.world = World(config, pages=pages, overlap=overlap, lags=lags, tiers=tiers)
+        tiers = Tiers.of(pages, host, CHUNK_TOKENS, MOST_RUNNING) if isinstance(host, int) else None
+        self.world = World(config, pages=pages, overlap=overlap, lags=lags, tiers=tiers, hicache=host == "HiCache")
         self.texts = [stream(0, 900), stream(1, 900), stream(2, 150)]
 
     @rule(event=st.sampled_from(EVENTS), data=st.data())
@@ -277,6 +277,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             COUNTS["stored"] += self.world.tier.stored_pages
             rules.assert_tiers(self.world)
             rules.assert_plans_do_not_depend_on_the_tier(self.world)
+        COUNTS["loaded"] += self.world.loaded
         counters = self.world.engine.counters
         COUNTS.update(splits=counters.splits, reused=counters.tokens_reused, sparse=counters.sparse_steps)
         assert counters.faults == self.world.injected, f"rule 7: {counters.faults} for {self.world.injected}"

@@ -21,7 +21,7 @@ import copy
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -176,6 +176,7 @@ class World:
         lags: whether the forward's stream works behind the scheduler's.
         checks: whether every launch passes the rules' assertions.
         tiers: of the pool; None: everything is on the device.
+        hicache: whether pages that the tree frees stay on the host, as with SGLang's HiCache; not with tiers.
         sizes: layers, kv_heads, head_dim, rows, context of the scene.
     """
 
@@ -188,8 +189,10 @@ class World:
         lags: bool = False,
         checks: bool = True,
         tiers: Tiers | None = None,
+        hicache: bool = False,
         **sizes: int,
     ) -> None:
+        assert tiers is None or not hicache
         sizes = {"layers": 1, "kv_heads": 1, "head_dim": 16, "rows": 12, "context": 2048} | sizes
         self.config, self.overlap, self._checks = config, overlap, checks
         self.stream = LaggingStream() if lags else ForwardStream("cpu")
@@ -206,6 +209,12 @@ class World:
         self.free_pages = list(range(pages - 1, 0, -1))  # the page freed last is handed out next
         self.free_rows = list(range(sizes["rows"] - 1, 0, -1))
         self.tree: dict[int, _Node] = {}
+        self.hicache = hicache
+        self.on_host: set[int] = set()  # with HiCache, the pages that the tree once freed, by what it knows them by
+        # Pages that are loaded: the launch whose layers have waited for it, slots, what tells the tokens that they are to get.
+        self._loading: list[tuple[int, torch.Tensor, list[int]]] = []
+        self.late_loads = 0  # launches that they come too late
+        self.loaded = 0  # pages
         self.running: list[Request] = []
         self.launches = 0
         self.may_fault = False  # whether the engine may go the dense way longer than it should
@@ -384,6 +393,8 @@ class World:
             for key in leaves:
                 node = self.tree.pop(key)
                 self._free(node.page)
+                if self.hicache:
+                    self.on_host.add(key)
                 if node.parent is not None:
                     self.tree[node.parent].children -= 1
             pages -= len(leaves)
@@ -394,6 +405,7 @@ class World:
         assert not self.running
         self._middle, self._last = [], []
         self.tree.clear()
+        self.on_host.clear()
         self.engine.rows_cleared()
         self.scene.handed_out.clear()
         self.handed_out, self.new_pages = [], []
@@ -423,10 +435,15 @@ class World:
         return record is None or record.dirty
 
     def found(self, request: Request) -> int:
-        """Tokens that the tree has of a request now."""
+        """Tokens that the tree has of a request now, those on the host included."""
         request.extend_path()
         keys = request.page_keys((len(request.tokens) - 1) // PAGE)
-        return PAGE * next((i for i, key in enumerate(keys) if key not in self.tree), len(keys))
+        return PAGE * self._known(keys, self.tree.keys() | self.on_host)
+
+    @staticmethod
+    def _known(keys: list[int], of: Container[int]) -> int:
+        """How many pages from the first on are among those."""
+        return next((i for i, key in enumerate(keys) if key not in of), len(keys))
 
     def pages(self, request: Request, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Pages of token positions [begin, end) of a row, whole ones, int64 [n]."""
@@ -486,15 +503,39 @@ class World:
         if found:
             self.settle()
         table = self.scene.req_to_token[request.row]
-        for i, key in enumerate(request.page_keys(found // PAGE)):
+        keys = request.page_keys(found // PAGE)
+        on_device = self._known(keys, self.tree)
+        for i, key in enumerate(keys[:on_device]):
             table[i * PAGE : (i + 1) * PAGE] = self.tree[key].page * PAGE + torch.arange(PAGE, dtype=torch.int32)
-        self._lock(request, found // PAGE)
+        self._lock(request, on_device)
+        if on_device < len(keys):
+            self._load(request, keys, on_device)
         self.running.append(request)
+
+    def _load(self, request: Request, keys: list[int], on_device: int) -> None:
+        """The tree's pages from there on are on the host: they get new ones, which are written while the forward runs."""
+        self._allocate(request, on_device * PAGE, len(keys) * PAGE)
+        slots = self.scene.req_to_token[request.row, on_device * PAGE : len(keys) * PAGE].long()
+        for i in range(on_device, len(keys)):
+            self._put_into_tree(keys, i, int(slots[(i - on_device) * PAGE]) // PAGE)
+        self._lock(request, len(keys))
+        path = request.path[on_device * PAGE : len(keys) * PAGE]
+        self.written[slots.numpy()] = [token % CONTENTS for token in path]
+        self._loading.append((self.launches + 1 + self.late_loads, slots, path))
+        self.loaded += len(keys) - on_device
+
+    def _put_into_tree(self, keys: list[int], i: int, page: int) -> None:
+        parent = keys[i - 1] if i else None
+        self.tree[keys[i]] = _Node(page, parent)
+        if parent is not None:
+            self.tree[parent].children += 1
 
     def _checkpoint(self, request: Request, tokens: int) -> None:
         """Insert whole pages of a request; where the tree has them already, the row takes the tree's."""
         table, keys = self.scene.req_to_token[request.row], request.page_keys(tokens // PAGE)
-        known = next((i for i, key in enumerate(keys) if key not in self.tree), len(keys))
+        known = self._known(keys, self.tree)
+        # SGLang tells of what is on the host as of what it has, though the row keeps its own pages there.
+        told = self._known(keys, self.tree.keys() | self.on_host)
         protected = request.protected
         if known > protected:
             self.settle()
@@ -502,13 +543,10 @@ class World:
             self._free(int(table[i * PAGE]) // PAGE)
             table[i * PAGE : (i + 1) * PAGE] = self.tree[keys[i]].page * PAGE + torch.arange(PAGE, dtype=torch.int32)
         for i in range(max(known, protected), len(keys)):
-            parent = keys[i - 1] if i else None
-            self.tree[keys[i]] = _Node(int(table[i * PAGE]) // PAGE, parent)
-            if parent is not None:
-                self.tree[parent].children += 1
+            self._put_into_tree(keys, i, int(table[i * PAGE]) // PAGE)
         self._lock(request, max(protected, len(keys)))
-        self.engine.row_rewritten(request.row, protected * PAGE, known * PAGE)
-        if known > protected:
+        self.engine.row_rewritten(request.row, protected * PAGE, told * PAGE)
+        if told > protected:
             request.news_at, request.dense_since_news = self.launches, 0
 
     def _release(self, request: Request) -> None:
@@ -549,6 +587,10 @@ class World:
                 result = begin()
             except RuntimeError as error:
                 raise AssertionError(f"rule 7: an error reached the scheduler: {error}") from error
+        for due, slots, path in self._loading:
+            if due <= self.launches:
+                self.stream.run(self._put, slots, path)
+        self._loading = [load for load in self._loading if load[0] > self.launches]
         if self.tier is not None:
             self.stream.run(self.scene.poison_what_nobody_holds)
             if self._checks:

@@ -35,8 +35,7 @@ class Planner:
         self.records = records
         self.borders = Borders(config, page_size)
         self._reproducible = config.reproducible
-        if config.reproducible:
-            records.keeps_from = lambda record: self.borders.prompt_limit(record) * page_size
+        records.keeps_from = lambda record: self.borders.prompt_limit(record) * page_size
         self._branch_ends = BranchEnds()
         self._last_id = 0
 

@@ -40,7 +40,7 @@ def cluster_own_pages(snapshot: Snapshot, draft: Draft) -> None:
 
 def _make_pieces(snapshot: Snapshot, begin: int, end: int, limit: int, draft: Draft) -> int:
     """Make segments of own pages [begin, end); returns the page where the last one ends (begin if none)."""
-    for b, e in draft.borders.pieces(begin, end, limit, None):
+    for b, e in draft.borders.pieces(begin, end, limit):
         draft.see_also(snapshot.row, draft.claim(snapshot, b, e))
         begin = e
     return begin

@@ -36,7 +36,7 @@ class Records:
             record.void_from = min(record.void_from, begin)
             record.found_end = max(record.found_end, end)
             return False
-        record.dirty = True
+        record.dirty, record.prompt_walked = True, False
         record.changed += 1
         record.found_end = max(record.found_end, end)
         return True

@@ -2,9 +2,8 @@
 else. Segments have up to 256 tokens from the 16 sinks on, windows 64, decoded runs 64.
 
 Red when: a prompt whose beginning was served before ends with other borders than after a flush although its aligned segments
-are complete, or although its last one is whole for a third more tokens than its largest part has; with `reproducible`, a border,
-a dense step or a decoded token's KV tells of anything but the prompt and what runs beside it, or what neighbours force is not
-counted.
+are complete, or although its last one has a third more tokens than its largest part; with `reproducible`, a border, a dense
+step or a decoded token's KV tells of anything but the prompt and what runs beside it, or what neighbours force is not counted.
 """
 
 from __future__ import annotations

@@ -291,12 +291,6 @@ MUTANTS = {
     "a prompt's last segment stays in parts": Mutant(
         "5", _replaced(merging, "_is_worth_it", lambda parts, begin, end: False)
     ),
-    "what is left of a segment stays in the way": Mutant(
-        "5",
-        _replaced(
-            merging, "_is_gap", lambda snapshot, begin, end, draft: draft.view.is_unclustered(snapshot, begin, end)
-        ),
-    ),
     "clusters inside the window": Mutant("6", _window_forgotten),
     "layers' faults reach the scheduler": Mutant(
         "7", _replaced(ClusterEngine, "sparse_layer", _no_net_below_the_layers), faults=True

@@ -40,13 +40,14 @@ class Planner:
         self._last_id = 0
 
     def first_page_to_look_at(self, record: Row) -> int:
-        """Where a snapshot of the row begins: everything for a dirty row, else what follows its last segment."""
+        """Where a snapshot of the row begins: everything for a dirty row and behind its prompt's end, else what follows its last
+        segment."""
         if record.dirty or not record.segments:
             return self.borders.sink_pages
         if self._reproducible:  # its last aligned segment may be made anew
             return self.borders.block(record.segments[-1].begin // self.borders.page_size)
         if self.borders.merges and not record.prefilling and not record.prompt_walked:
-            return self.borders.sink_pages  # gaps of its prompt may go into segments now
+            return self.borders.sink_pages  # its prompt's gaps may go into segments now
         return record.segments[-1].end // self.borders.page_size
 
     def plan(self, snapshots: list[Snapshot]) -> Plan:

@@ -40,8 +40,8 @@ class Planner:
         self._last_id = 0
 
     def first_page_to_look_at(self, record: Row) -> int:
-        """Where a snapshot of the row begins: everything for a dirty row and behind its prompt's end, else what follows its last
-        segment."""
+        """Where a snapshot of the row begins: everything for a dirty row and where its prefill has ended, else what follows its
+        last segment."""
         if record.dirty or not record.segments:
             return self.borders.sink_pages
         if self._reproducible:  # its last aligned segment may be made anew

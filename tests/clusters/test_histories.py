@@ -64,7 +64,7 @@ def test_a_prompts_last_segment_is_whole_where_that_makes_its_largest_part_a_thi
     request = served(world, TEXT[:496])
     assert world.segments(request) == seen
     clustered = world.engine.counters.tokens_clustered
-    world.decode(request, steps=60)
+    world.decode(request, steps=30)
     assert world.segments(request) == seen and world.engine.counters.tokens_clustered == clustered, "once, or never"
 
 
@@ -96,6 +96,18 @@ def test_what_is_left_of_a_segment_that_lost_pages_goes_into_the_whole_one(chunk
     world.extend(request)
     world.decode(request)
     assert world.segments(request) == cold_borders(MERGING, 900, 900)
+
+
+def test_what_is_left_of_an_own_segment_goes_into_the_whole_one_while_decoding() -> None:
+    world = World(MERGING)
+    shorter, request = world.submit(TEXT[:740]), world.submit(TEXT[:900])
+    world.extend(shorter, request)
+    world.decode(shorter, request, steps=3)
+    # It made (528, 784); then it took the shorter one's pages, which that one clustered. Three pages are left of its own segment.
+    assert (528, 784) not in world.segments(request)
+    world.finish(shorter)
+    world.decode(request, steps=100)
+    assert (528, 784) in world.segments(request)
 
 
 def test_gaps_beside_an_aligned_border_go_into_the_segment() -> None:

@@ -47,6 +47,10 @@ class Borders:
         """The page at which the row's window begins."""
         return snapshot.length // self.page_size - self.window_pages
 
+    def known(self, snapshot: Snapshot) -> int:
+        """The page at which the row's window begins, or a rewrite since the snapshot."""
+        return min(self.aged(snapshot), snapshot.first_page + len(snapshot.pages))
+
     def block(self, page: int) -> int:
         """The page at which the aligned segment begins that has this page: the sinks' end and every segment_pages from it."""
         return page - (page - self.sink_pages) % self.segment_pages

@@ -34,7 +34,7 @@ def merge_neighbours(snapshot: Snapshot, draft: Draft) -> None:
     record, records, borders = snapshot.row, draft.records, draft.borders
     if record.prefilling or record.dirty:
         return
-    page, limit = borders.page_size, borders.aged(snapshot)
+    page, limit = borders.page_size, borders.known(snapshot)
     segments = [s for s in record.segments if s.end <= limit * page]
     alone = [records.watchers(s.id) == 1 for s in segments]
     neighbours = [
@@ -61,7 +61,7 @@ def _aligned_ones(snapshot: Snapshot, segments: Sequence[Segment], alone: Sequen
         last = rest[-1] if rest else first
         parts = [(s.begin // page, s.end // page) for s in segments[first : last + 1]]
         end = begin + borders.segment_pages
-        if end > borders.aged(snapshot):
+        if end > borders.known(snapshot):
             end = borders.prompt_limit(snapshot.row)
             if snapshot.row.prompt_walked or not _is_worth_it(parts, begin, end):
                 continue
@@ -83,7 +83,8 @@ def _is_gap(snapshot: Snapshot, begin: int, end: int, draft: Draft) -> bool:
     """Whether pages [begin, end) of a row are too few for a segment, and in none that a running row sees: what is left of one
     that lost pages, say. Other rows may have them too."""
     ids = draft.view.segments(snapshot, begin, end)
-    return end - begin < SEGMENT_VECTOR_PAGES and ids is not None and not any(map(draft.records.watchers, ids))
+    is_short = snapshot.first_page <= begin and end - begin < SEGMENT_VECTOR_PAGES
+    return is_short and not any(map(draft.records.watchers, ids))
 
 
 def _merge(snapshot: Snapshot, parts: Sequence[Segment], begin: int, end: int, draft: Draft) -> None:
@@ -94,7 +95,7 @@ def _merge(snapshot: Snapshot, parts: Sequence[Segment], begin: int, end: int, d
             record.clustered_tokens -= part.tokens
         else:
             draft.forget(part.id)
-    for segment_id in draft.view.segments(snapshot, begin, end) or ():
+    for segment_id in draft.view.segments(snapshot, begin, end):
         if segment_id not in {part.id for part in parts}:  # in a gap
             draft.forget(segment_id)
             draft.view.replace(segment_id, [])

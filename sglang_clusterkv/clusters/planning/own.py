@@ -10,7 +10,7 @@ from sglang_clusterkv.memory.index import UNCLUSTERED
 def cluster_own_pages(snapshot: Snapshot, draft: Draft) -> None:
     """Make the segments that are due, and note from which token on the row's pages wait."""
     record, borders = snapshot.row, draft.borders
-    match_end, prompt_limit, aged = borders.match_end(record), borders.prompt_limit(record), borders.aged(snapshot)
+    match_end, prompt_limit, aged = borders.match_end(record), borders.prompt_limit(record), borders.known(snapshot)
     runs = draft.view.runs(snapshot)
     for run in runs[:-1]:
         if run.id == UNCLUSTERED and run.begin >= match_end:  # between segments: a rewrite left it

@@ -61,11 +61,10 @@ class View:
         inside = state[max(0, begin - snapshot.first_page) : max(0, end - snapshot.first_page), 0]
         return begin == end or begin >= snapshot.first_page and bool((inside == UNCLUSTERED).all())
 
-    def segments(self, snapshot: Snapshot, begin: int, end: int) -> set[int] | None:
-        """Ids of the segments that pages [begin, end) of a row are of; None where these are not known."""
-        if begin < snapshot.first_page or end > snapshot.first_page + len(snapshot.state):
-            return None
-        inside = self._state[id(snapshot.row)][begin - snapshot.first_page : end - snapshot.first_page, 0]
+    def segments(self, snapshot: Snapshot, begin: int, end: int) -> set[int]:
+        """Ids of the segments that pages [begin, end) of a row are of, as far as these pages are known."""
+        state = self._state[id(snapshot.row)]
+        inside = state[max(0, begin - snapshot.first_page) : max(0, end - snapshot.first_page), 0]
         return set(inside[inside != UNCLUSTERED].tolist())
 
     def partings(self, snapshot: Snapshot, begin: int, end: int) -> list[int]:

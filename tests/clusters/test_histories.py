@@ -103,7 +103,7 @@ def test_what_is_left_of_an_own_segment_goes_into_the_whole_one_while_decoding()
     shorter, request = world.submit(TEXT[:740]), world.submit(TEXT[:900])
     world.extend(shorter, request)
     world.decode(shorter, request, steps=3)
-    # It made (528, 784); then it took the shorter one's pages, which that one clustered. Three pages are left of its own segment.
+    # It made (528, 784); then it took the shorter one's pages. Three pages are left of what it made.
     assert (528, 784) not in world.segments(request)
     world.finish(shorter)
     world.decode(request, steps=100)

@@ -92,7 +92,8 @@ FIELD_DOCS: dict[str, str] = {
     "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
     "pages, four or more, at most segment_tokens.",
     "merge_segments": "Cluster neighbouring segments that one running request alone sees again as one, when that at least "
-    "doubles the largest of them, or completes one of segment_tokens; false leaves them as they were made.",
+    "doubles the largest of them, completes one of segment_tokens or adds a third to a prompt's last one; false leaves them "
+    "as they were made.",
     "reproducible": "Requests one after another get the same answer whatever was served before: segments are built again "
     "where another request's differ from those of an empty cache, and answers that were decoded sparsely are not kept in "
     "the prefix cache.",

@@ -134,13 +134,15 @@ def _(found: Any) -> Rows:
     return rows
 
 
-HISTORIES = ["quality-histories-smollm2-20261129-135300"]
-HISTORIES += [f"quality-histories-tiny-20261129-{time}" for time in ("122535", "122202", "121730")]
+# The later file's arm takes the place of the earlier one's.
+HISTORIES = [f"quality-histories-smollm2-20261129-{time}" for time in ("135300", "171505")]
+HISTORIES += [f"quality-histories-tiny-20261129-{time}" for time in ("122535", "173025", "121730")]
 
 
 @figures("histories", QUALITY, *HISTORIES)
 def _(*found: Any) -> Rows:
-    arms = [list(one["arms"].values()) for one in found]
+    models = found[:2], found[2:]
+    by_name = [{name: arm for one in files for name, arm in one["arms"].items()} for files in models]
     return [
         [
             None,
@@ -151,5 +153,6 @@ def _(*found: Any) -> Rows:
             *(f"{arm[key]:,.0f}" for key in ("clustered", "computed")),
             f"{arm['second_token_ms']:.0f}" if arm["second_token_ms"] else "",
         ]
-        for arm in sum(arms, [])
+        for arms in by_name
+        for arm in arms.values()
     ]

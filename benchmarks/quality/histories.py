@@ -127,7 +127,7 @@ def arm(name: str) -> Iterator[None]:
         patch.object(Borders, "last_border", last_border),
         patch.object(Borders, "decoded_run", lambda self, begin: (begin, begin + self.recluster_pages)),
         patch.object(Borders, "block", lambda self, page: self.sink_pages),
-        patch.object(merging, "_complete_ones", lambda *_: []),
+        patch.object(merging, "_aligned_ones", lambda *_: []),
     ):
         yield
 

@@ -70,6 +70,7 @@ class Row:
         void_from: token position from which on a snapshot under way is void.
         segments: what the last walk saw whole, ascending.
         walked: was walked at least once.
+        prompt_walked: was walked, and its segments merged, since its last chunk was launched.
         failures: times in a row that a segment of its last plan was not made.
         waits_from: token position from which own tokens wait to become a segment.
         cached_tokens, clustered_tokens, reused_tokens: for the log and the counters.
@@ -89,6 +90,7 @@ class Row:
     clustered_tokens: int = 0
     reused_tokens: int = 0
     walked: bool = False
+    prompt_walked: bool = False
     announced: bool = False
     failures: int = 0
     waits_from: int = 0

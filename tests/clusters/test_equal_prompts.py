@@ -84,7 +84,7 @@ def assert_found_later(world: World, copies: list[Request], expected: dict) -> N
     world.decode(copies[-1], steps=2)
     world.finish(copies[-1])
     before = world.engine.counters.tokens_reused
-    found = clusters(world, served(world, TEXT + question(1, 60)))
+    found = clusters(world, served(world, TEXT + question(1, 3)))
     assert_equal({border: found[border] for border in list(found)[: len(expected)]}, expected)
     assert world.engine.counters.tokens_reused - before == sum(end - begin for begin, end in expected)
     assert all(m.begin >= max(expected)[1] for m in world.history[made:]), "nothing of it is clustered again"

@@ -2,8 +2,8 @@
 else. Segments have up to 256 tokens from the 16 sinks on, windows 64, decoded runs 64.
 
 Red when: a prompt whose beginning was served before ends with other borders than after a flush although its aligned segments
-are complete; with `reproducible`, a border, a dense step or a decoded token's KV tells of anything but the prompt and what
-runs beside it, or what neighbours force is not counted.
+are complete, or although its last one has a third more tokens than its largest part; with `reproducible`, a border, a dense
+step or a decoded token's KV tells of anything but the prompt and what runs beside it, or what neighbours force is not counted.
 """
 
 from __future__ import annotations
@@ -53,6 +53,61 @@ def test_an_aligned_segment_is_completed_although_its_largest_part_is_not_double
     world.finish(request)
     assert world.segments(served(world, TEXT[:900])) == [(16, 272), (272, 528), (528, 784)]
     assert world.engine.counters.merges == 1
+
+
+@pytest.mark.parametrize(("before", "seen"), [(380, [(16, 432)]), (416, [(16, 352), (352, 416)])])
+def test_a_prompts_last_segment_is_whole_where_that_makes_its_largest_part_a_third_longer(
+    before: int, seen: Pieces
+) -> None:
+    world = World(msgspec.structs.replace(MERGING, segment_tokens=512))
+    serve(world, TEXT[:before])  # makes [16, 304) or [16, 352)
+    request = served(world, TEXT[:496])
+    assert world.segments(request) == seen
+    clustered = world.engine.counters.tokens_clustered
+    world.decode(request, steps=30)
+    assert world.segments(request) == seen and world.engine.counters.tokens_clustered == clustered, "once, or never"
+
+
+def test_a_prompts_last_segment_is_not_made_whole_where_another_running_request_sees_a_part() -> None:
+    world = World(MERGING)
+    other = served(world, TEXT[:700])
+    request = served(world, TEXT[:830])
+    world.decode(other, request)
+    assert (528, 624) in world.segments(request) and (528, 624) in world.segments(other)
+
+
+def test_a_prompts_last_segment_is_not_made_whole_across_a_branchs_end() -> None:
+    """The next branch would cut it again, at each turn of two chats."""
+    world = World(MERGING)
+    serve(world, TEXT[:830])
+    serve(world, TEXT[:640] + question(1, 200))  # cuts (528, 752)
+    assert world.segments(served(world, TEXT[:830]))[2:] == [(528, 640), (640, 752)]
+
+
+@pytest.mark.parametrize("chunks", [(), (272,), (64, 64, 64)])
+def test_what_is_left_of_a_segment_that_lost_pages_goes_into_the_whole_one(chunks: tuple[int, ...]) -> None:
+    world = World(MERGING)
+    serve(world, TEXT[:480])
+    world.evict(len(world.tree) - 19)  # two pages of (272, 416) are left, too few for a segment
+    request = world.submit(TEXT[:900])
+    assert world.found(request) == 304
+    for chunk in chunks:
+        world.extend((request, chunk))
+    world.extend(request)
+    world.decode(request)
+    assert world.segments(request) == cold_borders(MERGING, 900, 900)
+
+
+def test_what_is_left_of_an_own_segment_goes_into_the_whole_one_while_decoding() -> None:
+    world = World(MERGING)
+    shorter, request = world.submit(TEXT[:740]), world.submit(TEXT[:900])
+    world.extend(shorter, request)
+    world.decode(shorter, request, steps=3)
+    # It made (528, 784); then it took the shorter one's pages. Three pages are left of what it made.
+    assert (528, 784) not in world.segments(request)
+    world.finish(shorter)
+    world.decode(request, steps=100)
+    assert (528, 784) in world.segments(request)
 
 
 def test_gaps_beside_an_aligned_border_go_into_the_segment() -> None:

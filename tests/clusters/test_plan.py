@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import torch
 
 from tests.support.rules import assert_whole
 from tests.support.scenes import PAGE
@@ -91,12 +92,12 @@ def test_what_a_chat_left_open_is_a_segment_of_its_own() -> None:
     assert world.segments(second) == [(16, 224), (272, 352), (352, 496)]
 
 
-def test_a_long_run_that_was_found_gets_a_border_before_the_matchs_end() -> None:
+def test_a_long_run_that_was_found_is_one_segment() -> None:
     world = World()
     first = served(world, stream(1, 300), decoded=160)
     world.finish(first)
     second = served(world, first.tokens + question(1, 200))
-    assert world.segments(second) == [(16, 224), (272, 384), (384, 448), (448, 528), (528, 592)]
+    assert world.segments(second) == [(16, 224), (272, 448), (448, 528), (528, 592)]
 
 
 @pytest.mark.parametrize(("own", "running"), [(5, True), (200, False)])
@@ -150,19 +151,31 @@ def test_the_window_is_short_after_a_match(match_pages: int, cached: str, own: i
     assert world.attended(request, request.length) <= SMALL.sink_tokens + own + 1 + WINDOW + 3 * PAGE
 
 
-def test_the_border_lies_a_window_before_the_matchs_end() -> None:
-    for match_end, expected in (
-        (752, [(528, 688), (688, 752)]),  # inside (528, 784)
-        (784, [(528, 720), (720, 784)]),  # at its end
-        (800, [(528, 736)]),  # a page beyond: no segment begins in the last 64 tokens
-        (848, [(528, 784), (784, 848)]),  # a window beyond
-        (864, [(528, 784), (784, 864)]),  # 80 tokens are not long
-        (960, [(528, 784), (784, 896), (896, 960)]),
-    ):
-        world = World()
-        world.finish(served(world, DOCUMENT))
-        request = served(world, DOCUMENT[:match_end] + question(1, 100))
-        assert [s for s in world.segments(request)[2:] if s[0] < match_end] == expected, match_end
+@pytest.mark.parametrize(
+    ("match_end", "own", "expected"),
+    [
+        (752, 100, [(528, 752)]),  # inside (528, 784): what is found of it
+        (752, 20, [(528, 704)]),  # up to the window of such a prompt
+        (784, 1, [(528, 720)]),  # it reaches into the window
+        (784, 40, [(528, 752)]),
+        (784, 70, [(528, 784)]),  # it ends where the window begins
+        (864, 1, [(528, 784)]),  # of (784, 928) a page lies before the window
+        (928, 1, [(528, 784), (784, 864)]),
+    ],
+)
+def test_a_long_segment_ends_where_the_prompts_window_begins(match_end: int, own: int, expected: Pieces) -> None:
+    world = World()
+    world.finish(served(world, DOCUMENT))
+    request = served(world, DOCUMENT[:match_end] + question(1, own))
+    assert [s for s in world.segments(request)[2:] if s[0] < match_end] == expected
+
+
+def test_questions_cut_a_documents_last_segment_a_few_times_in_all() -> None:
+    world = World()
+    world.finish(served(world, DOCUMENT[:784] + question(0, 200)))
+    for number, own in enumerate([70, 50, 60, 40, 50, 30, 1, 20, 40, 1, 60]):
+        world.finish(served(world, DOCUMENT[:784] + question(number + 1, own)))
+    assert world.engine.counters.splits <= SMALL.window_tokens // PAGE, "each at a page before the last one's"
 
 
 def test_what_lies_beyond_a_cut_is_clustered_when_it_is_found_again() -> None:
@@ -242,6 +255,22 @@ def test_what_waits_for_its_owner_is_closed_at_a_match() -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
+def test_a_row_that_takes_the_trees_last_page_is_sparse_all_the_while(overlap: bool) -> None:
+    """A match leaves a prompt's last token out, so whole pages that were served before are written once more."""
+    world = World(overlap=overlap)
+    first = served(world, DOCUMENT)
+    page = world.pages(first, 752, 768)
+    world.finish(first)
+    request = world.submit(DOCUMENT[:768])
+    assert world.found(request) == 752
+    world.extend(request)
+    for _ in range(3):
+        assert world.decode(request).dense is None
+    assert torch.equal(world.pages(request, 752, 768), page), "it took the tree's"
+    assert world.segments(request) == [(16, 272), (272, 528), (528, 704)]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
 def test_equal_prompts_in_one_batch_share_one_ones_clusters(overlap: bool) -> None:
     world = World(overlap=overlap)
     batch = [world.submit(stream(1, 600)) for _ in range(3)]
@@ -317,7 +346,7 @@ def test_an_abort_between_chunks_leaves_what_the_tree_has(inserted: bool) -> Non
     world.extend(again)
     world.decode(again)
     cut = [(16, 272), (272, 528), (528, 592), (592, 784), (784, 928)]
-    assert world.segments(again) == (cut if inserted else [(16, 208), (208, 272), (272, 528), (528, 784), (784, 928)])
+    assert world.segments(again) == (cut if inserted else [(16, 272), (272, 528), (528, 784), (784, 928)])
 
 
 # ---- pages that come back
@@ -332,7 +361,7 @@ def test_evicted_pages_come_back_unclustered_and_the_rest_is_cut() -> None:
     assert world.found(again) == 672
     world.extend(again)
     world.decode(again)
-    assert world.segments(again) == [(16, 272), (272, 528), (528, 608), (608, 672), (672, 784), (784, 928)]
+    assert world.segments(again) == [(16, 272), (272, 528), (528, 672), (672, 784), (784, 928)]
 
 
 def test_a_flush_forgets_everything() -> None:

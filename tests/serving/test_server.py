@@ -47,20 +47,24 @@ def test_a_trace_is_refused_where_none_is_kept(server: Server) -> None:
 def test_a_shared_prefix_is_clustered_once(server: Server, text: list[int]) -> None:
     server.flush()
     start = server.counts()
-    server.generate(text[:1600] + text[3000:3040], 4)
+    server.generate(text[:1600] + text[1800:1840], 4)
     first = server.counts()
     assert grew(start, first, "tokens_clustered") >= 1504
     # Shares 1,504 tokens: at most the segment that the match cuts is clustered again, and what follows it.
-    server.generate(text[:1504] + text[3100:3260], 4)
+    server.generate(text[:1504] + text[1700:1860], 4)
     second = server.counts()
     assert grew(first, second, "tokens_clustered") <= 256 + 160
     assert grew(first, second, "tokens_reused") >= 1504 - 16 - 256
-    # The same match again: nothing of the prefix is clustered again.
-    server.generate(text[:1504] + text[3300:3340], 4)
+    # The same match and a shorter question: the segment that its window begins in is cut there.
+    server.generate(text[:1504] + text[1900:1940], 4)
     third = server.counts()
-    assert grew(second, third, "tokens_clustered") == 0, "a third request clusters nothing"
-    assert grew(second, third, "splits") == 0
-    assert grew(second, third, "sparse_steps") >= 2
+    assert grew(second, third, "tokens_clustered") <= 256 and grew(second, third, "splits") == 1
+    # The same again: nothing of the prefix is clustered again.
+    server.generate(text[:1504] + text[2000:2040], 4)
+    fourth = server.counts()
+    assert grew(third, fourth, "tokens_clustered") == 0, "a fourth request clusters nothing"
+    assert grew(third, fourth, "splits") == 0
+    assert grew(third, fourth, "sparse_steps") >= 2
 
 
 def test_the_next_turn_of_a_chat_clusters_nothing_again(server: Server, text: list[int]) -> None:
@@ -81,7 +85,7 @@ def test_a_branch_from_the_middle_cuts_one_segment(server: Server, text: list[in
     server.flush()
     server.generate(text[:1200], 4)
     before = server.counts()
-    server.generate(text[:704] + text[4000:4080], 4)
+    server.generate(text[:704] + text[1400:1480], 4)
     after = server.counts()
     assert grew(before, after, "splits") <= 1
     assert grew(before, after, "tokens_clustered") <= 256 + 80

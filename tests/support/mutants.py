@@ -23,7 +23,7 @@ from sglang_clusterkv.clusters.counters import Counters
 from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut, PageEvent, PageEvents
-from sglang_clusterkv.clusters.planning import found, reproducible
+from sglang_clusterkv.clusters.planning import found, merging, reproducible
 from sglang_clusterkv.clusters.planning.borders import Borders
 from sglang_clusterkv.clusters.planning.plan import Make
 from sglang_clusterkv.clusters.planning.planner import Planner
@@ -286,6 +286,10 @@ MUTANTS = {
     "built differently each time": Mutant("5", _built_differently_each_time),
     "what was found stays, although nobody else sees it": Mutant(
         "2, 5", _replaced(reproducible, "drop_others", lambda snapshot, draft: None)
+    ),
+    "aligned segments stay in parts": Mutant("5", _replaced(merging, "_aligned_ones", lambda *_: [])),
+    "a prompt's last segment stays in parts": Mutant(
+        "5", _replaced(merging, "_is_worth_it", lambda parts, begin, end: False)
     ),
     "clusters inside the window": Mutant("6", _window_forgotten),
     "layers' faults reach the scheduler": Mutant(

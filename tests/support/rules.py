@@ -41,6 +41,8 @@ def assert_rules(world: World) -> None:
         assert_what_was_found_is_clustered(world, request)
     for request in world.running if world.config.reproducible and not world.may_fault else []:
         assert_borders_follow_from_lengths(world, request)
+    for request in world.running if world.config.merge_segments and not world.may_fault else []:
+        assert_aligned_segments_are_whole(world, request)
     assert_records(world)
 
 
@@ -116,6 +118,28 @@ def assert_borders_follow_from_lengths(world: World, request: Request) -> None:
     assert seen in allowed, (
         f"rule 5: {request.rid} sees {seen}, alone it would see {allowed[0]}: {record_of(world, request)}"
     )
+
+
+def assert_aligned_segments_are_whole(world: World, request: Request) -> None:
+    """Rule 5: where nobody else had its pages, a prompt's aligned segments are whole, and the last one is where that makes its
+    largest part a third longer."""
+    if request.length <= request.prompt_len or world.is_dirty(request) or not request.alone:
+        return
+    limit = request.prompt_len // PAGE * PAGE - world.config.window_tokens
+    seen = record_of(world, request).segments
+    for begin in range(world.config.sink_tokens, limit, world.config.segment_tokens):
+        end = min(begin + world.config.segment_tokens, limit)
+        parts = [s for s in seen if begin <= s.begin < end]
+        sides = [begin, *itertools.chain.from_iterable((s.begin, s.end) for s in parts), end]
+        gaps = [e - b for b, e in zip(sides[::2], sides[1::2], strict=True) if b != e]
+        if not parts or parts[-1].end > end or max(gaps, default=0) >= SEGMENT_VECTOR_PAGES * PAGE:
+            continue  # merged with decoded tokens; or what was left of two segments that lost pages meets
+        largest = max(s.tokens for s in parts)
+        parted = any(s.id in world.engine.planner.branch_ends for s in parts[:-1])
+        may_be_parts = end == limit and (parted or 3 * (end - begin) < 4 * largest)
+        assert may_be_parts or not (gaps or parts[1:]), (
+            f"rule 5: {request.rid} sees [{begin}, {end}) in parts: {record_of(world, request)}"
+        )
 
 
 def cold_borders(config: ClusterKVConfig, prompt_len: int, length: int) -> list[tuple[int, int]]:

@@ -47,6 +47,10 @@ class Borders:
         """The page at which the row's window begins."""
         return snapshot.length // self.page_size - self.window_pages
 
+    def known(self, snapshot: Snapshot) -> int:
+        """The page at which the row's window begins, or a rewrite since the snapshot."""
+        return min(self.aged(snapshot), snapshot.first_page + len(snapshot.pages))
+
     def block(self, page: int) -> int:
         """The page at which the aligned segment begins that has this page: the sinks' end and every segment_pages from it."""
         return page - (page - self.sink_pages) % self.segment_pages
@@ -81,20 +85,14 @@ class Borders:
             pieces += self.cut(begin, begin + self.recluster_pages)
         return Lengths(long_enough(pieces), until)
 
-    def pieces(self, begin: int, end: int, limit: int, match_end: int | None) -> list[tuple[int, int]]:
+    def pieces(self, begin: int, end: int, limit: int) -> list[tuple[int, int]]:
         """Segments to make of pages [begin, end): none across the border of an aligned segment, none beyond `limit`, none
-        shorter than four pages; a border window_pages before `match_end` where a long one would reach beyond that."""
-        end = min(end, limit)
-        pieces = self.cut(begin, end)
-        if match_end is not None and any(self.needs_border(b, e, match_end) for b, e in pieces):
-            border = match_end - self.window_pages
-            pieces = self.cut(begin, border) + self.cut(border, end)
-        return long_enough(pieces)
+        shorter than four pages."""
+        return long_enough(self.cut(begin, min(end, limit)))
 
-    def needs_border(self, begin: int, end: int, match_end: int) -> bool:
-        """Whether a segment would make the window of a short question after the match a long one."""
-        border = match_end - self.window_pages
-        return end - begin > self.recluster_pages and begin + SEGMENT_VECTOR_PAGES <= border < end
+    def lengthens_window(self, begin: int, end: int, limit: int) -> bool:
+        """Whether a segment is long and reaches into the window of a prompt, which begins at page `limit`: attended whole."""
+        return end - begin > self.recluster_pages and begin + SEGMENT_VECTOR_PAGES <= limit < end
 
     def cut(self, begin: int, end: int) -> list[tuple[int, int]]:
         """Pages [begin, end) in parts of aligned segments."""

@@ -13,15 +13,14 @@ from sglang_clusterkv.memory.index import UNCLUSTERED
 
 
 def cut_segments(snapshot: Snapshot, draft: Draft) -> None:
-    """Cut the segments that this row sees in part, and the one that needs a border before the match's end."""
+    """Cut the segments that this row sees in part, and a long one that reaches into the prompt's window."""
     borders = draft.borders
-    match_end = borders.match_end(snapshot.row)
+    match_end, limit = borders.match_end(snapshot.row), borders.prompt_limit(snapshot.row)
     for run in draft.view.runs(snapshot):
         if run.id == UNCLUSTERED or run.id in draft.view.forgotten:
             continue
-        if not run.whole or (run.end <= match_end and borders.needs_border(run.begin, run.end, match_end)):
-            own = borders.pieces(run.begin, run.end, borders.prompt_limit(snapshot.row), match_end)
-            cut(snapshot, run, own, draft)
+        if not run.whole or (run.end <= match_end and borders.lengthens_window(run.begin, run.end, limit)):
+            cut(snapshot, run, borders.pieces(run.begin, run.end, limit), draft)
 
 
 def cut(snapshot: Snapshot, run: Run, own: list[tuple[int, int]], draft: Draft) -> None:
@@ -41,9 +40,7 @@ def cut(snapshot: Snapshot, run: Run, own: list[tuple[int, int]], draft: Draft) 
     if owner is not None:
         ends = [first, *(page for piece in own for page in piece), first + run.pages]
         for begin, end in zip(ends[::2], ends[1::2], strict=True):
-            pieces += [
-                (b - first, e - first, draft.make(owner, b, e)) for b, e in borders.pieces(begin, end, end, None)
-            ]
+            pieces += [(b - first, e - first, draft.make(owner, b, e)) for b, e in borders.pieces(begin, end, end)]
     pieces.sort()
     draft.view.replace(run.id, pieces)
     replacement = [draft.segment(new_id, first + b, first + e) for b, e, new_id in pieces]
@@ -63,7 +60,7 @@ def close_runs(snapshot: Snapshot, draft: Draft) -> None:
     for run in draft.view.runs(snapshot):
         if run.id == UNCLUSTERED and run.begin < match_end:
             limit = borders.prompt_limit(record)
-            for begin, end in borders.pieces(run.begin, min(run.end, match_end), limit, match_end):
+            for begin, end in borders.pieces(run.begin, min(run.end, match_end), limit):
                 draft.claim(snapshot, begin, end)
 
 

@@ -10,7 +10,7 @@ from sglang_clusterkv.memory.index import UNCLUSTERED
 def cluster_own_pages(snapshot: Snapshot, draft: Draft) -> None:
     """Make the segments that are due, and note from which token on the row's pages wait."""
     record, borders = snapshot.row, draft.borders
-    match_end, prompt_limit, aged = borders.match_end(record), borders.prompt_limit(record), borders.aged(snapshot)
+    match_end, prompt_limit, aged = borders.match_end(record), borders.prompt_limit(record), borders.known(snapshot)
     runs = draft.view.runs(snapshot)
     for run in runs[:-1]:
         if run.id == UNCLUSTERED and run.begin >= match_end:  # between segments: a rewrite left it
@@ -40,7 +40,7 @@ def cluster_own_pages(snapshot: Snapshot, draft: Draft) -> None:
 
 def _make_pieces(snapshot: Snapshot, begin: int, end: int, limit: int, draft: Draft) -> int:
     """Make segments of own pages [begin, end); returns the page where the last one ends (begin if none)."""
-    for b, e in draft.borders.pieces(begin, end, limit, None):
+    for b, e in draft.borders.pieces(begin, end, limit):
         draft.see_also(snapshot.row, draft.claim(snapshot, b, e))
         begin = e
     return begin

@@ -35,24 +35,26 @@ class Planner:
         self.records = records
         self.borders = Borders(config, page_size)
         self._reproducible = config.reproducible
-        if config.reproducible:
-            records.keeps_from = lambda record: self.borders.prompt_limit(record) * page_size
-        self._branch_ends = BranchEnds()
+        records.keeps_from = lambda record: self.borders.prompt_limit(record) * page_size
+        self.branch_ends = BranchEnds()
         self._last_id = 0
 
     def first_page_to_look_at(self, record: Row) -> int:
-        """Where a snapshot of the row begins: everything for a dirty row, else what follows its last segment."""
+        """Where a snapshot of the row begins: everything for a dirty row and where its prefill has ended, else what follows its
+        last segment."""
         if record.dirty or not record.segments:
             return self.borders.sink_pages
         if self._reproducible:  # its last aligned segment may be made anew
             return self.borders.block(record.segments[-1].begin // self.borders.page_size)
+        if self.borders.merges and not record.prefilling and not record.prompt_walked:
+            return self.borders.sink_pages  # its prompt's gaps may go into segments now
         return record.segments[-1].end // self.borders.page_size
 
     def plan(self, snapshots: list[Snapshot]) -> Plan:
         """Decide what to make and forget. Snapshots of rows that changed since are ignored: those rows stay dirty."""
         rows = self.records.rows
         current = [s for s in snapshots if rows.get(s.row.row) is s.row and s.changed == s.row.changed]
-        draft = Draft(Plan(), View(current), self.records, self.borders, self._branch_ends, self._next_id)
+        draft = Draft(Plan(), View(current), self.records, self.borders, self.branch_ends, self._next_id)
         # Shorter matches first: what they leave of a run or of a cut segment, the longer ones close.
         dirty = sorted((s for s in current if s.row.dirty), key=lambda s: s.row.found_end)
         if self._reproducible:
@@ -79,6 +81,7 @@ class Planner:
         if self.borders.merges:
             for snapshot in current:
                 merging.merge_neighbours(snapshot, draft)
+                snapshot.row.prompt_walked = not snapshot.row.prefilling
 
     def _plan_by_lengths(self, current: list[Snapshot], draft: Draft) -> None:
         """What a match found becomes what the row would have made."""

@@ -34,8 +34,9 @@ class Records:
             return False
         if self.keeps_from is not None and begin >= max(self.keeps_from(record), *(s.end for s in record.segments), 0):
             record.void_from = min(record.void_from, begin)
+            record.found_end = max(record.found_end, end)
             return False
-        record.dirty = True
+        record.dirty, record.prompt_walked = True, False
         record.changed += 1
         record.found_end = max(record.found_end, end)
         return True

@@ -61,6 +61,12 @@ class View:
         inside = state[max(0, begin - snapshot.first_page) : max(0, end - snapshot.first_page), 0]
         return begin == end or begin >= snapshot.first_page and bool((inside == UNCLUSTERED).all())
 
+    def segments(self, snapshot: Snapshot, begin: int, end: int) -> set[int]:
+        """Ids of the segments that pages [begin, end) of a row are of, as far as these pages are known."""
+        state = self._state[id(snapshot.row)]
+        inside = state[max(0, begin - snapshot.first_page) : max(0, end - snapshot.first_page), 0]
+        return set(inside[inside != UNCLUSTERED].tolist())
+
     def partings(self, snapshot: Snapshot, begin: int, end: int) -> list[int]:
         """Pages inside [begin, end) of a row from which on fewer of the rows that were looked at have its pages."""
         pages = snapshot.pages[begin - snapshot.first_page : end - snapshot.first_page]

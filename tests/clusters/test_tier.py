@@ -20,6 +20,7 @@ import torch
 from sglang_clusterkv.clusters.engine import Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut, PageEvent
 from sglang_clusterkv.clusters.residency import TOUCH_EVERY, TieredResidency
+from sglang_clusterkv.kernels import tier as moves
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.memory.directory import Directory
 from sglang_clusterkv.memory.host import HostRows
@@ -240,7 +241,7 @@ def test_a_batch_that_no_ring_holds_is_refused_and_not_written_to_no_page() -> N
 
 
 OPERATIONS: dict[str, tuple[Any, str]] = {
-    "refill": (Tier, "refill"),
+    "refill": (moves, "refill"),
     "choose": (Directory, "victims"),
     "store": (HostRows, "store"),
     "drop": (Directory, "drop"),

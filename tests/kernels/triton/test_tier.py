@@ -112,6 +112,7 @@ def test_the_detector_of_waits_fires() -> None:
 
 def test_no_move_of_a_head_waits_for_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The directory's own work with it; launches are left out, for the interpreter asks for numbers."""
+    tier = tier_on(small("int8", torch.float32), device)
     launched: list[str] = []
     for name in ("store_kernel", "load_kernel"):
         noted = type(
@@ -119,7 +120,6 @@ def test_no_move_of_a_head_waits_for_the_device(device: str, monkeypatch: pytest
         )
         monkeypatch.setattr(kernels, name, noted())
     monkeypatch.setattr(moves, "_for", lambda tier: kernels)
-    tier = tier_on(small("int8", torch.float32), device)
     kernels._arguments(tier)  # made once
     directory = tier.directory
     none = torch.zeros(0, dtype=torch.int64, device=device)
@@ -205,9 +205,9 @@ def test_a_dense_layer_reads_either_tier(host_dtype: str, dtype: torch.dtype, he
 
 
 def test_a_segment_is_built_from_both_tiers_as_from_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moves, "_for", lambda tier: kernels)
     scene = Scene(CONFIG, pages=25, dtype=torch.float16)
     tier = tier_on(tiered(scene, "auto"), device)
+    monkeypatch.setattr(moves, "_for", lambda tier: kernels)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(2))[:9] + 1
     slots = (order.unsqueeze(1) * PAGE + torch.arange(PAGE)).to(device)
     segments = [slots[:4].flatten(), slots[4:].flatten()]

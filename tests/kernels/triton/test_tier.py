@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.config import ClusterKVConfig
@@ -36,6 +35,7 @@ from sglang_clusterkv.memory.tier import (
 from tests.support.filled import LENGTHS, SCALE, index_on, scene_of, step_on
 from tests.support.scenes import PAGE, Scene
 from tests.support.tiers import tier_on, tiered
+from tests.support.waits import Waits
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 FORMATS = [("auto", torch.float32), ("auto", torch.bfloat16), ("int8", torch.float32), ("int8", torch.float16)]
@@ -89,19 +89,6 @@ def test_rows_are_gathered_from_either_tier_and_counted(host_dtype: str, dtype: 
     reference.gather(expected, 1, slots, *rows[1][:, :, :70], PREFILL_HOST)
     assert_equal([rows[0]], [rows[1]])
     assert ours.reads.tolist() == expected.reads.tolist() and expected.reads[PREFILL_HOST] > 0
-
-
-class Waits(TorchDispatchMode):
-    """Raises where torch would wait for a device: for a number, or for how many of something there are."""
-
-    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique", "aten.equal")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        places = args[1] if str(func).startswith(("aten.index.", "aten.index_put")) else ()
-        masks = [place for place in places if place is not None and place.dtype is torch.bool]
-        if masks or str(func).startswith(self.NAMES):
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_detector_of_waits_fires() -> None:

@@ -154,7 +154,7 @@ def write_in_place(
     else:
         sizes = (2, len(key_buffers), len(batch.slots), *key_buffers[0].shape[1:])
         copies = torch.empty(sizes, dtype=key_buffers[0].dtype, device=batch.slots.device)
-        gather(tier, 0, batch.slots, *copies, BUILD_HOST)
+        gather(tier, 0, batch.slots, copies[0], copies[1], BUILD_HOST)
         keys, values = map(stacked, copies)
     encoding.write(
         keys,

@@ -139,7 +139,8 @@ class HostRows:
 
 def _lock(parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Page-lock uint8 tensors that lie on whole pages of the system; returns them, for `_unlock`."""
-    cudart, locked = torch.cuda.cudart(), []
+    cudart = torch.cuda.cudart()
+    locked: list[torch.Tensor] = []
     for part in parts:
         code = int(cudart.cudaHostRegister(part.data_ptr(), part.numel(), 0))
         if code:

@@ -170,8 +170,8 @@ def _score_tokens(
     at, line, away = find_slots(device_page, slot, live, HEADS, PAGE, TIER)
     if TIER:
         tl.atomic_add(reads + _BASE_HOST, tl.sum((live & away).to(tl.int32)).to(tl.int64))
-    # Of rounded rows 128 channels at a time, for registers hold rows of both tiers.
-    STEP: tl.constexpr = 128 if TIER == ROUNDED and CHANNELS_PAD > 128 else CHANNELS_PAD
+    # Of rounded rows 64 channels at a time, for registers hold rows of both tiers.
+    STEP: tl.constexpr = 64 if TIER == ROUNDED and CHANNELS_PAD > 128 else CHANNELS_PAD
     dots = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
     for first in tl.static_range(0, CHANNELS_PAD, STEP):
         d = first + tl.arange(0, STEP)

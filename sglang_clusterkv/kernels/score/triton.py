@@ -170,7 +170,7 @@ def _score_tokens(
     at, line, away = find_slots(device_page, slot, live, HEADS, PAGE, TIER)
     if TIER:
         tl.atomic_add(reads + _BASE_HOST, tl.sum((live & away).to(tl.int32)).to(tl.int64))
-    # Of rounded rows 64 channels at a time, for registers hold rows of both tiers.
+    # Tiles [STEP, BLOCK] of keys; of rounded ones 64 channels at a time, for registers hold rows of both tiers.
     STEP: tl.constexpr = 64 if TIER == ROUNDED and CHANNELS_PAD > 128 else CHANNELS_PAD
     dots = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
     for first in tl.static_range(0, CHANNELS_PAD, STEP):
@@ -178,22 +178,9 @@ def _score_tokens(
         mask = real_head[:, None] & (d < CHANNELS)[None, :]
         query = tl.load(q + g[:, None] * CHANNELS + d[None, :], mask=mask, other=0.0)
         key = load_rows(
-            keys,
-            host,
-            host_scales,
-            at[None, :],
-            line[None, :],
-            away[None, :],
-            live[None, :],
-            head,
-            d[:, None],
-            0,
-            HEADS,
-            CHANNELS,
-            PAGE,
-            TIER,
-            DOT,
-        )  # [STEP, BLOCK]
+            keys, host, host_scales, at[None, :], line[None, :], away[None, :], live[None, :], head, d[:, None], 0, HEADS,
+            CHANNELS, PAGE, TIER, DOT,
+        )  # fmt: skip
         dots = tl.dot(query.to(DOT), key, dots, input_precision="ieee")
     logit = scale * dots
     tl.store(base_logit + g[:, None] * base_stride + w[None, :], logit, mask=real_head[:, None] & live[None, :])

@@ -200,8 +200,8 @@ def tile_constants(
     """The kernels' constants, by argument name; tier: a value of TIER."""
     # Two stages of keys and values have to fit beside another program's.
     tokens = 64 if channels <= 128 and dtype.itemsize == 2 else 32
-    if tier == ROUNDED.value or (tier == SAME.value and channels <= 64):
-        tokens //= 2  # else registers spill: rounded rows are there beside those of the device
+    if tier == ROUNDED.value:
+        tokens //= 2  # registers hold them beside those of the device
     return {
         "HEADS": heads,
         "GROUP": group,
@@ -213,10 +213,16 @@ def tile_constants(
     }
 
 
+def _stages(channels: int, tier: int) -> int:
+    """Of a launch. With a third one the compiler takes the registers that two tiers' addresses need, instead of spilling."""
+    return 3 if tier == SAME.value and channels <= 64 else 2
+
+
 def _constants(heads: int, group: int, channels: int, dtype: torch.dtype, tier: TierLayer | None) -> dict[str, object]:
-    """Those of a launch."""
+    """A launch's constants and stages."""
     constants = tier_constants(tier)
-    return tile_constants(heads, group, channels, dtype, constants["TIER"]) | constants
+    form = constants["TIER"]
+    return tile_constants(heads, group, channels, dtype, form) | constants | {"num_stages": _stages(channels, form)}
 
 
 def attend(
@@ -245,7 +251,7 @@ def attend(
     attend_kernel[(batch * heads, splits)](
         q, keys, values, *tier_arguments(tier), step.base_slots, step.base_count, w.base_logit, w.recalled, w.recalled_count,
         w.exact_output, w.exact_lse, scale, splits, w.shape.splits, step.base_slots.stride(0), w.shape.base, w.shape.budget,
-        **_constants(heads, group, channels, q.dtype, tier), num_stages=2,
+        **_constants(heads, group, channels, q.dtype, tier),
     )  # fmt: skip
 
 
@@ -271,7 +277,7 @@ def dense_decode(
     lse = torch.empty((batch, heads, splits, group), dtype=torch.float32, device=q.device)
     dense_kernel[(batch * heads, splits)](
         grouped, keys, values, *tier_arguments(tier), slots, seq_lens, output, lse, scale, logit_cap, window, splits,
-        slots.stride(0), CAPPED=logit_cap > 0, **_constants(heads, group, channels, keys.dtype, tier), num_stages=2,
+        slots.stride(0), CAPPED=logit_cap > 0, **_constants(heads, group, channels, keys.dtype, tier),
     )  # fmt: skip
     return merge_parts(output, lse, q.dtype)
 
@@ -298,7 +304,15 @@ def _case(name: str, kernel: Any, channels: int, group: int, tier: int = OFF.val
     aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a == "logit_stride")
     used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     where = {OFF.value: "", SAME.value: " tier", ROUNDED.value: " int8 tier"}[tier]
-    return CompileCase(f"{name} D={channels} G={group}{where}", kernel, signature, used, aligned, num_stages=2, **holds)
+    return CompileCase(
+        f"{name} D={channels} G={group}{where}",
+        kernel,
+        signature,
+        used,
+        aligned,
+        num_stages=_stages(channels, tier),
+        **holds,
+    )
 
 
 COMPILE_CASES = [
@@ -311,7 +325,7 @@ COMPILE_CASES = [
         for d, g in ((64, 3), (128, 4), (256, 4))
     ),
     *(
-        _case(name, kernel, d, g, SAME.value, tensor_cores=8, async_loads_128=8, programs_per_sm=2)
+        _case(name, kernel, d, g, SAME.value, tensor_cores=16, async_loads_128=8, programs_per_sm=2)
         for name, kernel in (("attend", attend_kernel), ("attend dense", dense_kernel))
         for d, g in ((64, 3), (128, 4), (256, 4))
     ),

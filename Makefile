@@ -162,7 +162,7 @@ test-gpu: dev-env
 	$(PY) -m benchmarks.kernels --device cuda --trust
 
 # Every kernel, in a short run. Without the caching allocator, else a read beyond a tensor ends in another one.
-SANITIZED = tests/kernels/triton --device cuda -q -k 'chain_equals or dense_decode_equals or index_holds or duplicate_keys_are_labelled'
+SANITIZED = tests/kernels/triton --device cuda -q -k 'chain_equals or dense_decode_equals or index_holds or duplicate_keys_are_labelled or as_a_cpu or either_tier'
 sanitize: dev-env
 	@find_tool() { command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || \
 		ls $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/compute-sanitizer 2>/dev/null; }; \

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_clusterkv.kernels import encode, kmeans
+from sglang_clusterkv.kernels.tier import gather
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import BUILD_HOST, Tier, TierLayer
 
@@ -107,8 +108,7 @@ def build_segment(
     """
     pages = slots[:: index.geometry.page_size] // index.geometry.page_size
     if slots.device.type == "cuda":
-        assert tier is None, "Triton's kernels read the device alone"
-        write_in_place(index, [slots], key_buffers, value_buffers)
+        write_in_place(index, [slots], key_buffers, value_buffers, tier)
         index.mark(segment_id, pages)
         return
     for first in range(0, len(key_buffers), layers_per_call):
@@ -125,32 +125,42 @@ def write_in_place(
     segments: list[torch.Tensor],
     key_buffers: list[torch.Tensor],
     value_buffers: list[torch.Tensor],
+    tier: Tier | None = None,
 ) -> None:
     """Cluster segments by Triton's kernels, all layers and heads of them in each launch, and write their tables.
 
-    Reads the pool where it lies. Scratch: a quarter of the segments' keys in bf16, at 8 tokens per cluster.
+    Reads the pool where it lies. Scratch: a quarter of the segments' keys in bf16, at 8 tokens per cluster. With a tier their
+    keys and values are copied first, from wherever they are, for they are read some ten times: twice their bytes more.
 
     Args:
         index: the index to write; its pages are not marked.
         segments: int64 [M] each, the slots of whole pages in sequence order; of different lengths.
         key_buffers: as in `build_segment`; all of one stride.
         value_buffers: likewise.
+        tier: where the keys and values of some slots are on the host.
     """
     from sglang_clusterkv.kernels.encode import triton as encoding
     from sglang_clusterkv.kernels.encode.triton.target import target_of
     from sglang_clusterkv.kernels.kmeans import triton as clustering
-    from sglang_clusterkv.kernels.kmeans.triton.segments import pool_of, segments_of
+    from sglang_clusterkv.kernels.kmeans.triton.segments import pool_of, segments_of, stacked
 
-    pools = ("pools", *(buffer.data_ptr() for buffer in (*key_buffers, *value_buffers)))
-    if pools not in index.scratch:
-        index.scratch[pools] = pool_of(key_buffers), pool_of(value_buffers)
-    keys, values = index.scratch[pools]
-    batch = segments_of(segments, index.config.tokens_per_cluster, index.config.outlier_share)
+    config = index.config
+    batch = segments_of(segments, config.tokens_per_cluster, config.outlier_share, copied=tier is not None)
+    if tier is None:
+        pools = ("pools", *(buffer.data_ptr() for buffer in (*key_buffers, *value_buffers)))
+        if pools not in index.scratch:
+            index.scratch[pools] = pool_of(key_buffers), pool_of(value_buffers)
+        keys, values = index.scratch[pools]
+    else:
+        sizes = (2, len(key_buffers), len(batch.slots), *key_buffers[0].shape[1:])
+        copies = torch.empty(sizes, dtype=key_buffers[0].dtype, device=batch.slots.device)
+        gather(tier, 0, batch.slots, copies[0], copies[1], BUILD_HOST)
+        keys, values = map(stacked, copies)
     encoding.write(
         keys,
         values,
         batch,
-        clustering.cluster(keys, batch, index.config.kmeans_passes),
+        clustering.cluster(keys, batch, config.kmeans_passes),
         target_of(index.arrays, index.row_codec, index.token_codec),
         page_size=index.geometry.page_size,
         clusters_per_page=index.clusters_per_page,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.clusters.handed_out import HandedOut, PageEvent
+from sglang_clusterkv.kernels import tier as moves
 from sglang_clusterkv.memory.directory import stamp
 from sglang_clusterkv.memory.step import to_device
 
@@ -166,7 +167,7 @@ class TieredResidency(Residency):
         self, count: int, tail: int, last: torch.Tensor, new: list[torch.Tensor], clean_only: bool = False
     ) -> int:
         """Device work of `refill`."""
-        return self._tier.refill(count, tail, torch.cat((self._pages(last), *new)), clean_only)
+        return moves.refill(self._tier, count, tail, torch.cat((self._pages(last), *new)), clean_only)
 
     def row_freed(self, row: int) -> None:
         """The row's request ended."""
@@ -215,7 +216,7 @@ class TieredResidency(Residency):
         self._stream.run(self._bring_pages, self._at(rows, positions), first)
 
     def _bring_pages(self, at: torch.Tensor, first: int) -> None:
-        self._tier.bring(self._pages(at), first)
+        moves.bring(self._tier, self._pages(at), first)
 
     def _touch(self, rows: np.ndarray, positions: np.ndarray, latest: bool = False) -> None:
         """Pages of rows at positions count as of this launch. Only their order hangs on it, so it may fail."""

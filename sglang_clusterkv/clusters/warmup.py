@@ -16,6 +16,7 @@ from sglang_clusterkv.config import MIN_SEGMENT_PAGES, ClusterKVConfig
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
+from sglang_clusterkv.kernels.tier import fetch, store
 from sglang_clusterkv.memory.device import Geometry, index_pages
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
@@ -54,7 +55,7 @@ def compile_kernels(
         dtype: of the KV pool.
         context_tokens: the longest request.
         query_dtype: of the model; None: the pool's.
-        host_dtype: of a host tier's rows, on a CPU; None: there is no tier.
+        host_dtype: of a host tier's rows; None: there is no tier.
     """
     begin = time.perf_counter()
     by_size = _compiles_by_size(device)
@@ -113,8 +114,9 @@ def _all_on_the_host(keys: torch.Tensor, values: torch.Tensor, page_size: int, h
     """A tier over one layer's buffers, of which every page is read from the host."""
     pages = len(keys) // page_size
     tier = Tier([keys], [values], page_size=page_size, pages=pages, ring_pages=1, host_dtype=host_dtype)
-    by_page = (buffer.unflatten(0, (pages, page_size)) for buffer in (keys, values))
-    tier.host.store(0, torch.arange(pages), *by_page)
+    every = torch.arange(pages, device=keys.device)
+    store(tier, every, every)
+    fetch(tier, every, every)
     return tier
 
 

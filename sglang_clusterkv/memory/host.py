@@ -2,14 +2,22 @@
 
 A row is a page: per kv head and token, its key and its value side by side. Formats: "auto" has the pool's bytes; "int8" rounds
 each key and each value to 8 bits with one float32 scale: D levels of the key, D of the value, then the two scales.
+
+For a GPU the rows are page-locked, so that its kernels read and write them where they lie. torch's allocator of such memory
+rounds up to a power of two, so ordinary memory is registered with CUDA instead.
 """
 
 from __future__ import annotations
 
+import mmap
+import weakref
+
 import torch
 
+from sglang_clusterkv.config import ConfigError
+
 HOST_DTYPES = ("auto", "int8")
-_LEVELS = 127.0
+LEVELS = 127.0
 
 
 def host_row_bytes(head_dim: int, kv_dtype: torch.dtype, host_dtype: str) -> int:
@@ -35,9 +43,13 @@ class HostRows:
         pages: rows, page 0 included.
         dtype: of the pool.
         host_dtype: "auto" or "int8".
+        device: type of the pool's device, whose kernels read the rows; "cuda": they are page-locked.
 
     Attributes:
         rows: per layer uint8 [pages, kv_heads, page_size, row_bytes]; uninitialised but for row 0.
+        layer_bytes: from a layer's rows to the next one's, a multiple of the system's page.
+
+    Raises ConfigError where memory cannot be page-locked.
     """
 
     def __init__(
@@ -49,15 +61,24 @@ class HostRows:
         pages: int,
         dtype: torch.dtype,
         host_dtype: str,
+        device: str = "cpu",
     ) -> None:
         self.kv_heads, self.head_dim, self.page_size = kv_heads, head_dim, page_size
         self.dtype, self.host_dtype = dtype, host_dtype
         self.row_bytes = host_row_bytes(head_dim, dtype, host_dtype)
         self.page_bytes = layers * kv_heads * page_size * self.row_bytes
-        shape = (pages, kv_heads, page_size, self.row_bytes)
-        self.rows = [torch.empty(shape, dtype=torch.uint8) for _ in range(layers)]
+        size = pages * kv_heads * page_size * self.row_bytes
+        # Whole pages of the system: what is registered with CUDA may not share one.
+        self.layer_bytes = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = torch.empty(layers * self.layer_bytes + mmap.PAGESIZE, dtype=torch.uint8)
+        begin = -memory.data_ptr() % mmap.PAGESIZE
+        by_layer = memory[begin : begin + layers * self.layer_bytes].view(layers, self.layer_bytes)
+        self.rows = [rows[:size].view(pages, kv_heads, page_size, self.row_bytes) for rows in by_layer]
         for rows in self.rows:
             rows[0].zero_()  # what pads a list is read as zeros
+        if device == "cuda":
+            unlock = weakref.finalize(self, _unlock, _lock(list(by_layer)))
+            unlock.atexit = False  # the process's end does it
 
     @property
     def bytes(self) -> int:
@@ -82,9 +103,9 @@ class HostRows:
         if self.host_dtype == "auto":
             return both.contiguous().flatten(3).view(torch.uint8)
         wide = both.float()
-        scales = wide.abs().amax(-1) / _LEVELS
+        scales = wide.abs().amax(-1) / LEVELS
         levels = wide / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
-        levels = levels.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8).flatten(3)
+        levels = levels.round_().clamp_(-LEVELS, LEVELS).to(torch.int8).flatten(3)
         return torch.cat((levels.view(torch.uint8), scales.contiguous().view(torch.uint8)), -1)
 
     def load(self, layer: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,3 +135,28 @@ class HostRows:
         if self.host_dtype == "int8":
             rows = rows.float() * self.scales(layer)[..., part - 2][at].unsqueeze(-1)
         return rows
+
+
+def _lock(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Page-lock uint8 tensors that lie on whole pages of the system; returns them, for `_unlock`."""
+    cudart = torch.cuda.cudart()
+    locked: list[torch.Tensor] = []
+    for part in parts:
+        code = int(cudart.cudaHostRegister(part.data_ptr(), part.numel(), 0))
+        if code:
+            _unlock(locked)
+            total = sum(part.numel() for part in parts)
+            raise ConfigError(
+                f"the host tier's {total / 1e9:.1f} GB could not be page-locked (CUDA's error {code} after "
+                f"{sum(part.numel() for part in locked) / 1e9:.1f} GB): lower --max-total-tokens or host_ratio, or raise the "
+                "limit of locked memory (ulimit -l)"
+            )
+        locked.append(part)
+    return locked
+
+
+def _unlock(parts: list[torch.Tensor]) -> None:
+    """Undo `_lock`."""
+    cudart = torch.cuda.cudart()
+    for part in parts:
+        cudart.cudaHostUnregister(part.data_ptr())

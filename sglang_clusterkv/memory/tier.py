@@ -1,11 +1,12 @@
 """Keys and values in two tiers: a pool's buffers with few device pages, and host rows of all logical pages.
 
 Every reader reads a page from either tier; only a write needs a device page. Slots are logical everywhere but at a write.
+What moves pages and rows between the tiers: kernels/tier/.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,18 @@ from sglang_clusterkv.memory.host import HostRows
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig
+
+
+class TierTensors(NamedTuple):
+    """A layer's tier as kernels of the pool's device read it; host rows are in page-locked memory for a GPU."""
+
+    device_page: torch.Tensor  # int64 [L + 1]
+    rows: torch.Tensor  # [L + 1, H, page_size, 2 D or more]: levels (int8), or the pool's dtype
+    scales: (
+        torch.Tensor | None
+    )  # float32 [L + 1, H, page_size, row_bytes / 4]; int8 rows end with two scales; else None
+    page_size: int
+    reads: torch.Tensor  # int64 [len(Reads._fields)], all layers', added to
 
 
 class TierArrays(NamedTuple):
@@ -47,27 +60,41 @@ class TierLayer:
     """What the readers of one layer's keys and values take besides its buffers.
 
     Attributes:
-        arrays: the same for the CPU kernels.
+        tensors: for the kernels of the pool's device.
     """
 
     def __init__(self, tier: Tier, layer: int) -> None:
         self._directory, self._host, self._layer = tier.directory, tier.host, layer
-        channels = tier.host.channels(layer)
         self._reads = tier.reads
-        self.arrays = TierArrays(
-            device_page=tier.directory.device_page.numpy(),
-            rows=(channels.view(torch.uint16) if channels.dtype is torch.bfloat16 else channels).flatten(1, 2).numpy(),
-            scales=tier.host.scales(layer).flatten(1, 2).numpy(),
-            page_size=tier.directory.page_size,
-            row_bytes=tier.host.row_bytes,
-            rounded=tier.host.host_dtype == "int8",
-            reads=tier.reads,
+        channels, rounded = tier.host.channels(layer), tier.host.host_dtype == "int8"
+        scales = tier.host.scales(layer)
+        self.tensors = TierTensors(
+            tier.directory.device_page, channels, scales if rounded else None, tier.directory.page_size, tier.reads
         )
+        self._arrays: TierArrays | None = None
+        if tier.device == "cpu":
+            self._arrays = TierArrays(
+                device_page=tier.directory.device_page.numpy(),
+                rows=(channels.view(torch.uint16) if channels.dtype is torch.bfloat16 else channels)
+                .flatten(1, 2)
+                .numpy(),
+                scales=scales.flatten(1, 2).numpy(),
+                page_size=tier.directory.page_size,
+                row_bytes=tier.host.row_bytes,
+                rounded=rounded,
+                reads=tier.reads.numpy(),
+            )
+
+    @property
+    def arrays(self) -> TierArrays:
+        """For the CPU kernels; only where the pool is on a CPU."""
+        assert self._arrays is not None, "a GPU's kernels take tensors"
+        return self._arrays
 
     def gather(
         self, buffer: torch.Tensor, part: int, slots: torch.Tensor, heads: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Rows of listed tokens from either tier.
+        """Rows of listed tokens from either tier, of a pool on a CPU; `kernels.tier.gather` is for any device.
 
         Args:
             buffer: [device slots, H, D], the layer's keys or values.
@@ -97,7 +124,7 @@ class TierLayer:
     def count(self, kind: int, slots: torch.Tensor) -> None:
         """Note that the rows of these logical slots (int64 [n]) were read, of all kv heads; one of `Reads`, of the host's."""
         page = torch.div(slots, self._directory.page_size, rounding_mode="floor")
-        away = int((self._directory.device_page.index_select(0, page) == 0).sum())
+        away = (self._directory.device_page.index_select(0, page) == 0).sum()
         self._reads[kind] += away * self._host.kv_heads
 
 
@@ -113,9 +140,11 @@ class Tier:
         host_dtype: "auto" (bit for bit) or "int8".
 
     Attributes:
-        reads: int64, by the fields of `Reads`, since the start.
+        device: type of the pool's device, "cpu" or "cuda", where the tables are too.
+        reads: int64 on the device, by the fields of `Reads`, since the start.
         refills: how often the ring was filled.
-        stored_pages: pages written to the host, all layers each.
+        stored_pages: int64 [] on the device, pages written to the host, all layers each.
+        scratch: what kernels keep with the tier.
     """
 
     def __init__(
@@ -129,14 +158,18 @@ class Tier:
         host_dtype: str = "auto",
     ) -> None:
         slots, kv_heads, head_dim = key_buffers[0].shape
-        if key_buffers[0].device.type != "cpu":
-            raise ValueError("the host tier runs on a CPU only")
+        self.device = key_buffers[0].device.type
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"a host tier below {self.device} is not served: a CPU's or CUDA's memory")
         self.keys, self.values = key_buffers, value_buffers
-        self.directory = Directory(pages - 1, slots // page_size - 1, ring_pages, page_size, "cpu")
+        at = str(key_buffers[0].device)
+        self.directory = Directory(pages - 1, slots // page_size - 1, ring_pages, page_size, at)
         dtype = key_buffers[0].dtype
-        self.host = HostRows(len(key_buffers), kv_heads, head_dim, page_size, pages, dtype, host_dtype)
-        self.reads = np.zeros(len(Reads._fields), np.int64)
-        self.refills = self.stored_pages = 0
+        self.host = HostRows(len(key_buffers), kv_heads, head_dim, page_size, pages, dtype, host_dtype, self.device)
+        self.reads = torch.zeros(len(Reads._fields), dtype=torch.int64, device=at)
+        self.refills = 0
+        self.stored_pages = torch.zeros((), dtype=torch.int64, device=at)
+        self.scratch: dict[Any, Any] = {}
         self._layers = [TierLayer(self, layer) for layer in range(len(key_buffers))]
 
     def layer(self, layer: int) -> TierLayer:
@@ -148,55 +181,9 @@ class Tier:
         """Bytes of tables and host rows."""
         return self.directory.bytes + self.host.bytes
 
-    def refill(self, count: int, tail: int, pinned: torch.Tensor, clean_only: bool = False) -> int:
-        """Device work: take the `count` device pages of least value from their pages and append them to the ring at `tail`.
-
-        Where it raises before its end nothing has left the device, and host rows that were written are those of their pages.
-
-        Args:
-            count: at most as many pages as are neither in the ring nor pinned.
-            tail: the ring's place, as of the launch.
-            pinned: int64 [n], logical pages that stay.
-            clean_only: take only pages that are free or stored.
-
-        Returns:
-            The pages appended: `count`, or fewer with `clean_only`.
-        """
-        directory = self.directory
-        victims = directory.victims(count, pinned, clean_only)
-        pages = directory.pages_on(victims)
-        unsaved = (pages > 0) & ~directory.stored.index_select(0, pages)
-        saved, at = pages[unsaved], victims[unsaved]
-        if saved.numel():
-            for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-                self.host.store(layer, saved, self._pages(keys, at), self._pages(values, at))
-        directory.drop(victims)
-        directory.append(victims, tail)
-        self.stored_pages += saved.numel()
-        self.refills += 1
-        return victims.numel()
-
-    def bring(self, pages: torch.Tensor, first: int) -> None:
-        """Device work: pages (int64 [n]) that the forward writes to, but were not handed out to it, get device copies.
-
-        Args:
-            pages: different ones, full or partial.
-            first: the place in the ring from which one page each was taken; those not needed are free afterwards.
-        """
-        at = self.directory.missing(pages, first)
-        lacking, at = pages[at > 0], at[at > 0]
-        if lacking.numel():
-            for layer, buffers in enumerate(zip(self.keys, self.values, strict=True)):
-                for buffer, rows in zip(buffers, self.host.load(layer, lacking), strict=True):
-                    buffer.unflatten(0, (-1, self.directory.page_size)).index_copy_(0, at, rows)
-
-    def _pages(self, buffer: torch.Tensor, device_pages: torch.Tensor) -> torch.Tensor:
-        """Whole pages of a buffer, [n, page_size, H, D]."""
-        return buffer.unflatten(0, (-1, self.directory.page_size)).index_select(0, device_pages)
-
     def server_info(self) -> dict[str, int]:
         """Counts as they are now; waits for the device."""
-        directory, reads = self.directory, Reads(*(int(count) for count in self.reads))
+        directory, reads = self.directory, Reads(*self.reads.tolist())
         resident = directory.device_page > 0
         decode_rows = reads.recalled_host + reads.base_host + reads.dense_host
         return {
@@ -207,7 +194,7 @@ class Tier:
             "ring_pages": directory.ring_pages,
             "ring_level": directory.ring_level,
             "refills": self.refills,
-            "written_bytes": self.stored_pages * self.host.page_bytes,
+            "written_bytes": int(self.stored_pages) * self.host.page_bytes,
             "read_bytes_decode": decode_rows * self.host.row_bytes,
             "read_bytes_prefill": reads.prefill_host * self.host.row_bytes,
             "read_bytes_build": reads.build_host * self.host.row_bytes,

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_clusterkv.config import ConfigError
+from sglang_clusterkv.kernels.tier import gather
 from sglang_clusterkv.memory.tier import PREFILL_HOST
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    from sglang_clusterkv.memory.tier import Tier, TierLayer
+    from sglang_clusterkv.memory.tier import Tier
     from sglang_clusterkv.serving.pool import ClusterKVAllocator, ClusterKVPool
     from sglang_clusterkv.serving.translator import TierTranslator
 
@@ -106,11 +107,9 @@ class TierPrefill:
             return
         assert self._rows is not None and self._pool.tier is not None
         local = layer_id - self._pool.start_layer
-        rows = tuple(rows[: self._slots.numel()] for rows in self._rows)
-        gather_prefix(
-            self._pool.tier.layer(local), (self._pool.k_buffer[local], self._pool.v_buffer[local]), self._slots, rows
-        )
-        with self._pool.answering(*rows):
+        keys, values = (rows[: self._slots.numel()] for rows in self._rows)
+        gather(self._pool.tier, local, self._slots, keys.unsqueeze(0), values.unsqueeze(0), PREFILL_HOST)
+        with self._pool.answering(keys, values):
             yield
 
     def _listed(self, rows: torch.Tensor, lengths: torch.Tensor, begins: torch.Tensor, total: int) -> torch.Tensor:
@@ -127,25 +126,6 @@ class TierPrefill:
             shape = (tokens, self._pool.head_num, self._pool.head_dim)
             keys, values = (torch.empty(shape, dtype=self._pool.dtype, device=self._pool.device) for _ in range(2))
             self._rows = keys, values
-
-
-def gather_prefix(
-    tier: TierLayer,
-    buffers: tuple[torch.Tensor, torch.Tensor],
-    slots: torch.Tensor,
-    out: tuple[torch.Tensor, ...],
-) -> None:
-    """Copy keys and values of listed tokens from either tier to one place.
-
-    Args:
-        tier: of the layer.
-        buffers: its keys and values, [device slots, H, D] each.
-        slots: int64 [P], logical.
-        out: [P, H, D] each, in the pool's dtype, which int8 rows are rounded to.
-    """
-    for part, (buffer, place) in enumerate(zip(buffers, out, strict=True)):
-        place.copy_(tier.gather(buffer, part, slots))
-    tier.count(PREFILL_HOST, slots)
 
 
 def of(runner: ModelRunner, backend: Any) -> TierPrefill | None:

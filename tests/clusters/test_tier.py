@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from sglang_clusterkv.clusters.engine import Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut, PageEvent
 from sglang_clusterkv.clusters.residency import TOUCH_EVERY, TieredResidency
+from sglang_clusterkv.kernels import tier as moves
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.memory.directory import Directory
 from sglang_clusterkv.memory.host import HostRows
@@ -27,6 +28,7 @@ from sglang_clusterkv.memory.step import dense_step
 from sglang_clusterkv.memory.tier import Tier
 from tests.support import rules
 from tests.support.scenes import PAGE, Scene, Tiers
+from tests.support.waits import Waits
 from tests.support.world import SMALL, Request, World, stream
 
 CONFIG = msgspec.structs.replace(SMALL, merge_segments=True, recluster_every=64)
@@ -239,8 +241,32 @@ def test_a_batch_that_no_ring_holds_is_refused_and_not_written_to_no_page() -> N
         scene.engine.begin_extend([Extend(1, "s", 0, 200, 200, True)])
 
 
+def test_no_head_waits_for_the_device() -> None:
+    """But in what copies pages, which is a GPU's kernels'."""
+    scene, _ = tiered_scene()
+    residency = scene.engine.residency
+    with patch.object(moves, "_for", lambda tier: Mock()), Waits():
+        for begin in (0, 160):
+            give(scene, 1, begin, list(range(begin // PAGE + 1, begin // PAGE + 11)))
+            residency.extend([Extend(1, "r", begin, begin + 160, 320, begin == 160)])
+            residency.fill()
+        for length in range(321, 321 + 2 * TOUCH_EVERY):
+            if length % PAGE == 1:
+                give(scene, 1, length - 1, [length // PAGE + 1])
+            residency.decode(np.array([1]), np.array([length]))
+            residency.fill()
+        residency.extend([Extend(1, "r", 350, 352, 352, True)])
+        residency.fill()
+        scene.handed_out.freed(torch.tensor([1, 2]))
+        residency.decode(np.array([1]), np.array([353]))
+        residency.fill()
+        scene.handed_out.clear()
+        residency.decode(np.array([1]), np.array([1]))
+    assert not scene.engine.counters.faults
+
+
 OPERATIONS: dict[str, tuple[Any, str]] = {
-    "refill": (Tier, "refill"),
+    "refill": (moves, "refill"),
     "choose": (Directory, "victims"),
     "store": (HostRows, "store"),
     "drop": (Directory, "drop"),

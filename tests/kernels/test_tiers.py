@@ -31,6 +31,7 @@ from sglang_clusterkv.memory.tier import (
     Tier,
 )
 from tests.support.scenes import PAGE, Scene
+from tests.support.tiers import tiered
 
 SCALE, HEADS = 0.2, 4
 DTYPES = [torch.float32, torch.bfloat16]
@@ -78,35 +79,6 @@ def case_of(dtype: torch.dtype, host_dtype: str = "auto") -> Case:
     assert step.sparse is not None and step.dense is None
     q = scene.queries(2, HEADS).to(dtype)
     return Case(scene, tiered(scene, host_dtype), step.sparse, torch.tensor(lengths) + 1, q)
-
-
-def tiered(scene: Scene, host_dtype: str) -> Tier:
-    """The scene's pages, written through a tier that keeps a third of them on the device, poison elsewhere."""
-    pages = scene.index.geometry.pages
-    shape = ((pages // 3 + 1) * PAGE, *scene.keys[0].shape[1:])
-    buffers = [torch.full(shape, torch.nan, dtype=scene.keys[0].dtype) for _ in range(2 * len(scene.keys))]
-    layers = len(scene.keys)
-    tier = Tier(buffers[:layers], buffers[layers:], page_size=PAGE, pages=pages, ring_pages=8, host_dtype=host_dtype)
-    for rows in tier.host.rows:
-        rows[1:] = 0xFF  # NaN, in every format
-    for buffer in buffers:
-        buffer[:PAGE] = 0
-    directory = tier.directory
-    order = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(3)) + 1
-    for launch, some in enumerate(order.split(8)):
-        directory.map(some, launch << 20)
-        slots = (some.unsqueeze(1) * PAGE + torch.arange(PAGE)).flatten()
-        at = directory.translate(slots)
-        for buffer, rows in zip(buffers, (*scene.keys, *scene.values), strict=True):
-            buffer[at] = rows[slots]
-        count = directory.ring_pages - directory.ring_level
-        tier.refill(count, directory.tail, torch.zeros(0, dtype=torch.int64))
-        directory.filled(count)
-    for buffer in buffers:
-        buffer.unflatten(0, (-1, PAGE))[directory.page_of < 0] = torch.nan
-        buffer[:PAGE] = 0
-    assert 0 < int((directory.device_page > 0).sum()) < pages // 3
-    return tier
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -296,8 +296,8 @@ def test_the_table_lists_every_series(rank: Rank) -> None:
 
 def test_a_host_tiers_counts_are_counted_once(rank: Rank) -> None:
     tier = rank.engine.tier = small_tier()
-    tier.reads[:] = range(1, 1 + len(tier.reads))
-    tier.refills, tier.stored_pages = 7, 3
+    tier.reads[:] = torch.arange(1, 1 + len(tier.reads))
+    tier.refills, tier.stored_pages = 7, torch.tensor(3)
     tier.directory.map(torch.tensor([4, 9]))
     for _ in range(2):
         rank.exporter.refresh(rank.pool)

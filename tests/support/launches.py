@@ -20,11 +20,15 @@ from triton.backends.compiler import GPUTarget
 from sglang_clusterkv.clusters import build, warmup
 from sglang_clusterkv.clusters.build import write_in_place
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels import tier as moves
 from sglang_clusterkv.kernels.attend.triton import dense_decode
 from sglang_clusterkv.kernels.decode.triton import sparse_decode
+from sglang_clusterkv.kernels.tier import triton as moving
 from sglang_clusterkv.memory.device import index_pages
+from sglang_clusterkv.memory.host import HOST_DTYPES
 from sglang_clusterkv.memory.index import ClusterIndex
-from tests.support.scenes import PAGE, Scene
+from sglang_clusterkv.memory.tier import PREFILL_HOST, Tier
+from tests.support.scenes import PAGE, Scene, Tiers
 
 HEADS, GROUP, HEAD_DIM, DTYPE = 2, 4, 128, torch.bfloat16
 CONTEXT = 10240
@@ -70,19 +74,28 @@ def build_segment(
     keys: Any,
     values: Any,
     layers_per_call: int,
-    tier: None = None,
+    tier: Tier | None = None,
 ) -> None:
     """What `build.build_segment` does on a GPU."""
-    write_in_place(index, [slots], keys, values)
+    write_in_place(index, [slots], keys, values, tier)
     index.mark(segment_id, slots[::PAGE] // PAGE)
 
 
-def decode(config: ClusterKVConfig, lengths: list[int], waiting: int = 0, dtype: torch.dtype = DTYPE) -> None:
-    """One sparse and one dense step of the second of two layers, for requests of these lengths, and tokens that wait."""
-    pages = sum(lengths) // PAGE + 2 * len(lengths) + 1
+def decode(
+    config: ClusterKVConfig,
+    lengths: list[int],
+    waiting: int = 0,
+    dtype: torch.dtype = DTYPE,
+    host_dtype: str | None = None,
+) -> None:
+    """One sparse and one dense step of the second of two layers, for requests of these lengths, and tokens that wait.
+
+    With a host tier of this format also what moves pages, and what a prefill reads.
+    """
+    pages = index_pages(sum(lengths) // PAGE + 2 * len(lengths) + 1)
     scene = Scene(
-        config, layers=2, kv_heads=HEADS, head_dim=HEAD_DIM, pages=index_pages(pages), rows=len(lengths) + 1, context=CONTEXT,
-        dtype=DTYPE,
+        config, layers=2, kv_heads=HEADS, head_dim=HEAD_DIM, pages=pages, rows=len(lengths) + 1, context=CONTEXT,
+        dtype=DTYPE, tiers=None if host_dtype is None else Tiers(pages - 1, 1, host_dtype),
     )  # fmt: skip
     rows = [*range(1, len(lengths) + 1)]
     for row, length in zip(rows, lengths, strict=True):
@@ -90,9 +103,17 @@ def decode(config: ClusterKVConfig, lengths: list[int], waiting: int = 0, dtype:
     step = scene.decode(rows, [length + waiting for length in lengths])
     assert step.sparse is not None and step.dense is None, "it must decode sparsely"
     q = torch.zeros(len(rows), HEADS * GROUP, HEAD_DIM, dtype=dtype)
-    sparse_decode(q, scene.keys[1], scene.values[1], scene.index, 1, step.sparse, 0.1)
+    layer = scene.engine.residency.layer(1)
+    sparse_decode(q, scene.keys[1], scene.values[1], scene.index, 1, step.sparse, 0.1, **layer)
     slots = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    dense_decode(q, scene.keys[1], scene.values[1], slots, torch.tensor(lengths), 0.1)
+    dense_decode(q, scene.keys[1], scene.values[1], slots, torch.tensor(lengths), 0.1, **layer)
+    if scene.tier is not None:
+        for count in (1, 16, 21):
+            some = torch.arange(count + 1)[1:]
+            moves.store(scene.tier, some, some)
+            moves.fetch(scene.tier, some, some)
+            workspace = torch.empty(2, 1, count, HEADS, HEAD_DIM, dtype=DTYPE)
+            moves.gather(scene.tier, 1, some, *workspace, PREFILL_HOST)
 
 
 def cluster(config: ClusterKVConfig, lengths: list[int]) -> None:
@@ -103,6 +124,22 @@ def cluster(config: ClusterKVConfig, lengths: list[int]) -> None:
     write_in_place(scene.index, list(segments), scene.keys, scene.values)
 
 
+def warm_up(config: ClusterKVConfig, query_dtype: torch.dtype, host_dtype: str | None = None) -> None:
+    """What a server does at start."""
+    warmup.compile_kernels(
+        config,
+        "cpu",
+        page_size=PAGE,
+        kv_heads=HEADS,
+        group=GROUP,
+        head_dim=HEAD_DIM,
+        dtype=DTYPE,
+        context_tokens=CONTEXT,
+        query_dtype=query_dtype,
+        host_dtype=host_dtype,
+    )
+
+
 def main() -> None:
     """Warm up, then everything else."""
     compiled = Compiled()
@@ -110,17 +147,7 @@ def main() -> None:
     own, half = ClusterKVConfig(estimate_clusters=100), torch.float16
     # Requests with fewer clusters than have their own mean value, and more; a model in another dtype than its KV.
     for config, dtype in ((ClusterKVConfig(), DTYPE), (own, DTYPE), (ClusterKVConfig(), half)):
-        warmup.compile_kernels(
-            config,
-            "cpu",
-            page_size=PAGE,
-            kv_heads=HEADS,
-            group=GROUP,
-            head_dim=HEAD_DIM,
-            dtype=DTYPE,
-            context_tokens=CONTEXT,
-            query_dtype=dtype,
-        )
+        warm_up(config, dtype)
         at_start += len(compiled.late)
         compiled.late.clear()
         for lengths in ([700], [3001], [9000], [701, 1500], [2000, 900, 5017], [1000] * 8, [777] * 33):
@@ -128,6 +155,15 @@ def main() -> None:
                 f"decode {lengths[:8]}, estimate_clusters {config.estimate_clusters}, queries in {dtype}"
             )
             decode(config, lengths, dtype=dtype)
+        late += compiled.late
+        compiled.late.clear()
+    for host_dtype in HOST_DTYPES:
+        warm_up(ClusterKVConfig(), DTYPE, host_dtype)
+        at_start += len(compiled.late)
+        compiled.late.clear()
+        for lengths in ([700], [9000], [701, 1500]):
+            compiled.occasion = f"decode {lengths} over a host tier, {host_dtype}"
+            decode(ClusterKVConfig(), lengths, host_dtype=host_dtype)
         late += compiled.late
         compiled.late.clear()
     for waiting in (500, 1000, 1800):
@@ -143,9 +179,10 @@ def main() -> None:
 if __name__ == "__main__":
     with (
         patch.object(build, "build_segment", build_segment),
+        patch.object(moves, "_for", lambda tier: moving),
         patch.object(warmup, "_compiles_by_size", lambda device: True),
-        patch.object(warmup, "sparse_decode", lambda *arguments, tier: sparse_decode(*arguments)),
-        patch.object(warmup, "dense_decode", lambda *arguments, tier: dense_decode(*arguments)),
+        patch.object(warmup, "sparse_decode", sparse_decode),
+        patch.object(warmup, "dense_decode", dense_decode),
         patch.object(warmup, "extend", lambda *_, tier: None),
     ):
         main()

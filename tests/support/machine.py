@@ -274,7 +274,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not records.rows and not tables.known.any(), "records of rows that ended"
         assert not records._seen_by, f"segments that nobody sees any more: {records._seen_by}"
         if self.world.tier is not None and not self.midway:
-            COUNTS["stored"] += self.world.tier.stored_pages
+            COUNTS["stored"] += int(self.world.tier.stored_pages)
             rules.assert_tiers(self.world)
             rules.assert_plans_do_not_depend_on_the_tier(self.world)
         COUNTS["loaded"] += self.world.loaded

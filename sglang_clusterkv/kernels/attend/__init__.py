@@ -24,15 +24,12 @@ def dense_decode(
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
 ) -> torch.Tensor:
-    """One query per request over all its tokens; see `reference.dense_decode`. On a GPU tier is None."""
+    """One query per request over all its tokens; see `reference.dense_decode`."""
     if q.device.type == "cuda":
         from sglang_clusterkv.kernels.attend import triton
 
-        assert tier is None, "Triton's kernels read the device alone"
-        return triton.dense_decode(
-            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap
-        )
-    if q.device.type == "cpu":
+        chosen = triton.dense_decode
+    elif q.device.type == "cpu":
         from sglang_clusterkv.kernels.attend import cpu
 
         chosen = cpu.dense_decode

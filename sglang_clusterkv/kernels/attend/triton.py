@@ -4,6 +4,7 @@ The list of a (request, kv head) is the always-attended tokens, shared by the kv
 cut into `splits` parts of whole tiles; one program attends to one part with all query heads of the kv head, so every key
 and value row is read once. The always-attended tokens' logits are taken from score, which has read their keys already: the
 4 bytes of each query head are fewer than a key row. Dense decode is the same with the request's whole list and no logits.
+With a host tier a program reads each row from where it is, and counts what it read from the host.
 
 Parts are merged in the order of the splits (kernels/merge/triton.py), so the result is a function of the inputs alone.
 """
@@ -21,24 +22,41 @@ from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.merge.triton import merge_parts
 from sglang_clusterkv.kernels.triton_rows import dot_dtype, padded_group
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise
+from sglang_clusterkv.kernels.triton_tier import (
+    OFF,
+    ROUNDED,
+    SAME,
+    find_slots,
+    load_rows,
+    tier_arguments,
+    tier_case,
+    tier_constants,
+)
+from sglang_clusterkv.memory.tier import DENSE_HOST, RECALLED_DEVICE, RECALLED_HOST
 
 if TYPE_CHECKING:
     from sglang_clusterkv.kernels.workspace import Workspace
     from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.tier import TierLayer
 
+_RECALLED_DEVICE, _RECALLED_HOST = tl.constexpr(RECALLED_DEVICE), tl.constexpr(RECALLED_HOST)
+_DENSE_HOST = tl.constexpr(DENSE_HOST)
 NO_WINDOW = 2**30  # tokens before the query's own that a layer without a sliding window sees
 
 
 @triton.jit
 def key_logits(
-    query, keys, slots, listed, h, scale, cap, HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAPPED: tl.constexpr, DOT: tl.constexpr,
+    query, keys, host, host_scales, at, line, away, listed, h, scale, cap,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr,
+    TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2 [G, N] of a query tile [G, D] and the keys at slots int64 [N]; -inf where a slot is not listed."""
-    d = tl.arange(0, BLOCK_D)
-    at = keys + (slots[None, :] * HEADS + h) * CHANNELS + d[:, None]
-    key = tl.load(at, mask=listed[None, :] & (d < CHANNELS)[:, None], other=0.0)  # [D, N]
-    logits = tl.dot(query, key.to(DOT), input_precision="ieee") * scale
+    """Logits in base 2 [G, N] of a query tile [G, D] and the keys of N tokens, found by `find_slots`; -inf if not listed."""
+    d = tl.arange(0, BLOCK_D)[:, None]
+    key = load_rows(
+        keys, host, host_scales, at[None, :], line[None, :], away[None, :], listed[None, :], h, d, 0, HEADS, CHANNELS, PAGE,
+        TIER, DOT,
+    )  # fmt: skip
+    logits = tl.dot(query, key, input_precision="ieee") * scale
     if CAPPED:  # cap tanh(logit / cap), with tanh(x) = 1 - 2 / (exp(2x) + 1)
         logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2_E / cap)) + 1.0))
     return tl.where(listed[None, :], logits * LOG2_E, float("-inf"))
@@ -46,20 +64,25 @@ def key_logits(
 
 @triton.jit
 def value_rows(
-    values, slots, listed, h, HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr
+    values, host, host_scales, at, line, away, listed, h,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
-    """Value rows [N, D] at slots int64 [N]; 0 where a slot is not listed."""
-    d = tl.arange(0, BLOCK_D)
-    at = values + (slots[:, None] * HEADS + h) * CHANNELS + d[None, :]
-    return tl.load(at, mask=listed[:, None] & (d < CHANNELS)[None, :], other=0.0)
+    """Value rows [N, D] of N tokens, found by `find_slots`; 0 where one is not listed."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return load_rows(
+        values, host, host_scales, at[:, None], line[:, None], away[:, None], listed[:, None], h, d, 1, HEADS, CHANNELS, PAGE,
+        TIER, DOT,
+    )  # fmt: skip
 
 
 @triton.jit
 def attend_part(
-    pair, split, splits, q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, output, lse,
-    scale, cap, window, capacity, base_stride, logit_stride, recalled_stride,
+    pair, split, splits, q, keys, values, device_page, host, host_scales, reads, base_slots, base_count, base_logit,
+    recalled, recalled_count, output, lse, scale, cap, window, capacity, base_stride, logit_stride, recalled_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, SCORED: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, SCORED: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """What one program does: attend to the split-th part of the list of the pair-th (request, kv head); pair is int64.
 
@@ -85,17 +108,28 @@ def attend_part(
     sums = tl.zeros((GROUP_PAD, BLOCK_D), tl.float32)
     peak = tl.full((GROUP_PAD,), LOWEST, tl.float32)
     weight = tl.zeros((GROUP_PAD,), tl.float32)
+    if TIER:
+        from_host = tl.zeros((BLOCK_N,), tl.int32)
+        found = 0
     for tile in range(begin_tile, tl.minimum(end_tile, base_tiles)):
         t = first + tile * BLOCK_N + n
         listed = t < end
         slots = tl.load(base_slots + b * base_stride + t, mask=listed, other=0)
+        at, line, away = find_slots(device_page, slots, listed, HEADS, PAGE, TIER)
         if SCORED:
-            at = base_logit + (pair * GROUP + g)[:, None] * logit_stride + t[None, :]
-            logits = tl.load(at, mask=(g < GROUP)[:, None] & listed[None, :], other=0.0) * LOG2_E
+            scored = base_logit + (pair * GROUP + g)[:, None] * logit_stride + t[None, :]
+            logits = tl.load(scored, mask=(g < GROUP)[:, None] & listed[None, :], other=0.0) * LOG2_E
             logits = tl.where(listed[None, :], logits, float("-inf"))
         else:
-            logits = key_logits(query, keys, slots, listed, h, scale, cap, HEADS, CHANNELS, BLOCK_D, CAPPED, DOT)
-        rows = value_rows(values, slots, listed, h, HEADS, CHANNELS, BLOCK_D)
+            logits = key_logits(
+                query, keys, host, host_scales, at, line, away, listed, h, scale, cap,
+                HEADS, CHANNELS, BLOCK_D, CAPPED, PAGE, TIER, DOT,
+            )  # fmt: skip
+            if TIER:
+                from_host += (listed & away).to(tl.int32)
+        rows = value_rows(
+            values, host, host_scales, at, line, away, listed, h, HEADS, CHANNELS, BLOCK_D, PAGE, TIER, DOT
+        )
         sums, peak, weight = add_tile(sums, peak, weight, logits, rows, DOT)
     if SCORED:
         query = tl.load(queries, mask=real, other=0.0).to(DOT)
@@ -103,57 +137,92 @@ def attend_part(
             t = (tile - base_tiles) * BLOCK_N + n
             listed = t < chosen
             slots = tl.load(recalled + pair * recalled_stride + t, mask=listed, other=0)
-            logits = key_logits(query, keys, slots, listed, h, scale, cap, HEADS, CHANNELS, BLOCK_D, CAPPED, DOT)
-            rows = value_rows(values, slots, listed, h, HEADS, CHANNELS, BLOCK_D)
+            at, line, away = find_slots(device_page, slots, listed, HEADS, PAGE, TIER)
+            logits = key_logits(
+                query, keys, host, host_scales, at, line, away, listed, h, scale, cap,
+                HEADS, CHANNELS, BLOCK_D, CAPPED, PAGE, TIER, DOT,
+            )  # fmt: skip
+            rows = value_rows(
+                values, host, host_scales, at, line, away, listed, h, HEADS, CHANNELS, BLOCK_D, PAGE, TIER, DOT
+            )
             sums, peak, weight = add_tile(sums, peak, weight, logits, rows, DOT)
+            if TIER:
+                from_host += (listed & away).to(tl.int32)
+                found += tl.minimum(chosen - (tile - base_tiles) * BLOCK_N, BLOCK_N)
 
     row = (pair * capacity + split) * GROUP + g
     tl.store(output + row[:, None] * CHANNELS + d[None, :], normalise(sums, weight), mask=real)
     tl.store(lse + row, natural_lse(peak, weight), mask=g < GROUP)
+    if TIER:
+        away_rows = tl.sum(from_host).to(tl.int64)
+        if SCORED:
+            tl.atomic_add(reads + _RECALLED_HOST, away_rows)
+            tl.atomic_add(reads + _RECALLED_DEVICE, found - away_rows)
+        else:
+            tl.atomic_add(reads + _DENSE_HOST, away_rows)
 
 
 # What differs from step to step must not make a variant of the kernel: it would be compiled while serving.
 @triton.jit(do_not_specialize=["splits", "capacity", "base_stride"])
 def attend_kernel(
-    q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, output, lse, scale, splits, capacity,
-    base_stride, logit_stride, recalled_stride,
+    q, keys, values, device_page, host, host_scales, reads, base_slots, base_count, base_logit, recalled, recalled_count,
+    output, lse, scale, splits, capacity, base_stride, logit_stride, recalled_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, splits): one part of the always-attended and the recalled tokens."""
     attend_part(
-        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, base_slots, base_count, base_logit,
-        recalled, recalled_count, output, lse, scale, 0.0, 1 << 30, capacity, base_stride, logit_stride, recalled_stride,
-        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, True, False, DOT,
+        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, device_page, host, host_scales, reads,
+        base_slots, base_count, base_logit, recalled, recalled_count, output, lse, scale, 0.0, 1 << 30, capacity,
+        base_stride, logit_stride, recalled_stride,
+        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, True, False, PAGE, TIER, DOT,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["window", "splits", "slots_stride"])
 def dense_kernel(
-    q, keys, values, slots, seq_lens, output, lse, scale, cap, window, splits, slots_stride,
+    q, keys, values, device_page, host, host_scales, reads, slots, seq_lens, output, lse, scale, cap, window, splits,
+    slots_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, splits): one part of a request's whole list, or of its last `window` + 1 tokens."""
     attend_part(
-        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, slots, seq_lens, None, None, None,
-        output, lse, scale, cap, window, splits, slots_stride, 0, 0,
-        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, False, CAPPED, DOT,
+        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, device_page, host, host_scales, reads,
+        slots, seq_lens, None, None, None, output, lse, scale, cap, window, splits, slots_stride, 0, 0,
+        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, False, CAPPED, PAGE, TIER, DOT,
     )  # fmt: skip
 
 
-def tile_constants(heads: int, group: int, channels: int, dtype: torch.dtype) -> dict[str, object]:
-    """The kernels' constants, by argument name."""
+def tile_constants(
+    heads: int, group: int, channels: int, dtype: torch.dtype, tier: int = OFF.value
+) -> dict[str, object]:
+    """The kernels' constants, by argument name; tier: a value of TIER."""
+    # Two stages of keys and values have to fit beside another program's.
+    tokens = 64 if channels <= 128 and dtype.itemsize == 2 else 32
+    if tier == ROUNDED.value:
+        tokens //= 2  # registers hold them beside those of the device
     return {
         "HEADS": heads,
         "GROUP": group,
         "GROUP_PAD": padded_group(group),
         "CHANNELS": channels,
         "BLOCK_D": triton.next_power_of_2(channels),
-        # Two stages of keys and values have to fit beside another program's.
-        "BLOCK_N": 64 if channels <= 128 and dtype.itemsize == 2 else 32,
+        "BLOCK_N": tokens,
         "DOT": dot_dtype(dtype),
     }
+
+
+def _stages(channels: int, tier: int) -> int:
+    """Of a launch. With a third one the compiler takes the registers that two tiers' addresses need, instead of spilling."""
+    return 3 if tier == SAME.value and channels <= 64 else 2
+
+
+def _constants(heads: int, group: int, channels: int, dtype: torch.dtype, tier: TierLayer | None) -> dict[str, object]:
+    """A launch's constants and stages."""
+    constants = tier_constants(tier)
+    form = constants["TIER"]
+    return tile_constants(heads, group, channels, dtype, form) | constants | {"num_stages": _stages(channels, form)}
 
 
 def attend(
@@ -164,6 +233,7 @@ def attend(
     scale: float,
     w: Workspace,
     splits: int,
+    tier: TierLayer | None = None,
 ) -> None:
     """Attend to sinks, window and recalled tokens: `exact_output` and `exact_lse` of the workspace, the first `splits`.
 
@@ -175,12 +245,13 @@ def attend(
         scale: of the logits.
         w: holds `base_logit` and `recalled`.
         splits: parts of a list, at most the workspace's.
+        tier: where some slots' keys and values are on the host.
     """
     batch, heads, group, channels = q.shape
     attend_kernel[(batch * heads, splits)](
-        q, keys, values, step.base_slots, step.base_count, w.base_logit, w.recalled, w.recalled_count, w.exact_output,
-        w.exact_lse, scale, splits, w.shape.splits, step.base_slots.stride(0), w.shape.base, w.shape.budget,
-        **tile_constants(heads, group, channels, q.dtype), num_stages=2,
+        q, keys, values, *tier_arguments(tier), step.base_slots, step.base_count, w.base_logit, w.recalled, w.recalled_count,
+        w.exact_output, w.exact_lse, scale, splits, w.shape.splits, step.base_slots.stride(0), w.shape.base, w.shape.budget,
+        **_constants(heads, group, channels, q.dtype, tier),
     )  # fmt: skip
 
 
@@ -194,6 +265,7 @@ def dense_decode(
     *,
     sliding_window: int = -1,
     logit_cap: float = 0.0,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """See `reference.dense_decode`; two launches."""
     batch, heads, channels = q.shape[0], keys.shape[1], keys.shape[2]
@@ -204,8 +276,8 @@ def dense_decode(
     output = torch.empty((batch, heads, splits, group, channels), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch, heads, splits, group), dtype=torch.float32, device=q.device)
     dense_kernel[(batch * heads, splits)](
-        grouped, keys, values, slots, seq_lens, output, lse, scale, logit_cap, window, splits, slots.stride(0),
-        CAPPED=logit_cap > 0, **tile_constants(heads, group, channels, keys.dtype), num_stages=2,
+        grouped, keys, values, *tier_arguments(tier), slots, seq_lens, output, lse, scale, logit_cap, window, splits,
+        slots.stride(0), CAPPED=logit_cap > 0, **_constants(heads, group, channels, keys.dtype, tier),
     )  # fmt: skip
     return merge_parts(output, lse, q.dtype)
 
@@ -221,15 +293,26 @@ _TYPES = {
 }
 
 
-def _case(name: str, kernel: Any, channels: int, group: int, **holds: Any) -> CompileCase:
-    """A case of 8 kv heads in bf16."""
-    constants = tile_constants(8, group, channels, torch.bfloat16) | {
-        "DOT": tl.bfloat16, "CAPPED": False,
+def _case(name: str, kernel: Any, channels: int, group: int, tier: int = OFF.value, **holds: Any) -> CompileCase:
+    """A case of 8 kv heads in bf16; tier: a value of TIER."""
+    tier_types, tier_values = tier_case(tier)
+    constants = tile_constants(8, group, channels, torch.bfloat16, tier) | {
+        "DOT": tl.bfloat16, "CAPPED": False, **tier_values,
     }  # fmt: skip
-    signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument in _TYPES}
+    types = _TYPES | tier_types
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
     aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a == "logit_stride")
     used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
-    return CompileCase(f"{name} D={channels} G={group}", kernel, signature, used, aligned, num_stages=2, **holds)
+    where = {OFF.value: "", SAME.value: " tier", ROUNDED.value: " int8 tier"}[tier]
+    return CompileCase(
+        f"{name} D={channels} G={group}{where}",
+        kernel,
+        signature,
+        used,
+        aligned,
+        num_stages=_stages(channels, tier),
+        **holds,
+    )
 
 
 COMPILE_CASES = [
@@ -239,6 +322,16 @@ COMPILE_CASES = [
     ),
     *(
         _case("attend dense", dense_kernel, d, g, tensor_cores=16, async_loads_128=8, programs_per_sm=2)
+        for d, g in ((64, 3), (128, 4), (256, 4))
+    ),
+    *(
+        _case(name, kernel, d, g, SAME.value, tensor_cores=16, async_loads_128=8, programs_per_sm=2)
+        for name, kernel in (("attend", attend_kernel), ("attend dense", dense_kernel))
+        for d, g in ((64, 3), (128, 4), (256, 4))
+    ),
+    *(
+        _case(name, kernel, d, g, ROUNDED.value, tensor_cores=8, async_loads_128=8, programs_per_sm=2)
+        for name, kernel in (("attend", attend_kernel), ("attend dense", dense_kernel))
         for d, g in ((64, 3), (128, 4), (256, 4))
     ),
 ]

@@ -57,7 +57,7 @@ def sparse_decode(
         layer: counted from this rank's first.
         step: the lists of this step.
         scale: of the logits.
-        tier: where some slots' keys and values are on the host; on a GPU None.
+        tier: where some slots' keys and values are on the host.
 
     Returns:
         [B, heads, D] in q's dtype.
@@ -69,8 +69,7 @@ def sparse_decode(
     if q.device.type == "cuda":
         from sglang_clusterkv.kernels.decode import triton
 
-        assert tier is None, "Triton's kernels read the device alone"
-        return triton.sparse_decode(q, keys, values, index, layer, step, scale)
+        return triton.sparse_decode(q, keys, values, index, layer, step, scale, tier)
     return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier)
 
 

@@ -27,6 +27,7 @@ from sglang_clusterkv.kernels.workspace import Allocate, Workspace, WorkspaceSha
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.tier import TierLayer
 
 NO_PARTS = grids.EstimateParts(0, 0)
 
@@ -102,9 +103,11 @@ class TritonDecoder:
         assert self._step is not None, "prepare comes first"
         return self._step
 
-    def score(self, q: torch.Tensor, keys: torch.Tensor, layer: int, scale: float) -> None:
+    def score(
+        self, q: torch.Tensor, keys: torch.Tensor, layer: int, scale: float, tier: TierLayer | None = None
+    ) -> None:
         """Clusters and always-attended tokens against the queries [B, H, G, D]."""
-        score_triton.score(q, keys, self.index, layer, self.step, scale, self.workspace)
+        score_triton.score(q, keys, self.index, layer, self.step, scale, self.workspace, tier)
 
     def select(self) -> None:
         """The clusters whose tokens are candidates."""
@@ -122,9 +125,11 @@ class TritonDecoder:
         else:
             refine_triton.recall_all(self.index, layer, self.step, self.limit, self.workspace)
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
+    def attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tier: TierLayer | None = None
+    ) -> None:
         """Exact attention over always-attended and recalled tokens."""
-        attend_triton.attend(q, keys, values, self.step, scale, self.workspace, self.splits)
+        attend_triton.attend(q, keys, values, self.step, scale, self.workspace, self.splits, tier)
 
     def estimate(self, layer: int, dtype: torch.dtype) -> None:
         """What was not recalled, by clusters, multiplied as queries of `dtype` are; nothing where nothing is estimated."""
@@ -154,17 +159,18 @@ def sparse_decode(
     layer: int,
     step: SparseStep,
     scale: float,
+    tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
     # No copies where the queries have the pool's dtype and lie together, as they do while serving.
     grouped = q.to(keys.dtype).unflatten(1, (keys.shape[1], -1)).contiguous()
     decoder = decoder_of(index, grouped.shape[2])
     decoder.prepare(step)
-    decoder.score(grouped, keys, layer, scale)
+    decoder.score(grouped, keys, layer, scale, tier)
     decoder.select()
     decoder.refine(layer, scale, grouped.dtype)
     decoder.recall(layer)
-    decoder.attend(grouped, keys, values, scale)
+    decoder.attend(grouped, keys, values, scale, tier)
     decoder.estimate(layer, grouped.dtype)
     return decoder.merge(layer, q.dtype)
 

@@ -28,15 +28,28 @@ from sglang_clusterkv.kernels.triton_rows import (
     slice_levels,
     slice_scales,
 )
+from sglang_clusterkv.kernels.triton_tier import (
+    OFF,
+    ROUNDED,
+    SAME,
+    find_slots,
+    load_rows,
+    tier_arguments,
+    tier_case,
+    tier_constants,
+)
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.memory.codec import RowCodec
 from sglang_clusterkv.memory.masses import SPREAD_CAP
 from sglang_clusterkv.memory.rotation import rotation_matrix
+from sglang_clusterkv.memory.tier import BASE_HOST
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.tier import TierLayer
 
+_BASE_HOST = tl.constexpr(BASE_HOST)
 CAP = tl.constexpr(SPREAD_CAP)
 
 
@@ -144,22 +157,32 @@ def _score_clusters(
 
 @triton.jit
 def _score_tokens(
-    q, keys, slots, base_logit, choice_lse, estimate_lse,
+    q, keys, device_page, host, host_scales, reads, slots, base_logit, choice_lse, estimate_lse,
     head, tile, tokens, base_stride, lse_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr,
-    CHANNELS_PAD: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+    CHANNELS_PAD: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of always-attended tokens: their exact logits."""
+    """One tile of always-attended tokens: their exact logits. Of a host tier's, what is read from the host is counted here."""
     g = tl.arange(0, GROUP_PAD)
-    d = tl.arange(0, CHANNELS_PAD)
     w = tile * BLOCK + tl.arange(0, BLOCK)
-    real_head, inner, live = g < GROUP, d < CHANNELS, w < tokens
+    real_head, live = g < GROUP, w < tokens
     slot = tl.load(slots + w, mask=live, other=0)
-    query = tl.load(q + g[:, None] * CHANNELS + d[None, :], mask=real_head[:, None] & inner[None, :], other=0.0)
-    key = tl.load(
-        keys + (slot[None, :] * HEADS + head) * CHANNELS + d[:, None], mask=live[None, :] & inner[:, None], other=0.0
-    )  # [CHANNELS_PAD, BLOCK]
-    logit = scale * tl.dot(query.to(DOT), key.to(DOT), input_precision="ieee")
+    at, line, away = find_slots(device_page, slot, live, HEADS, PAGE, TIER)
+    if TIER:
+        tl.atomic_add(reads + _BASE_HOST, tl.sum((live & away).to(tl.int32)).to(tl.int64))
+    # Tiles [STEP, BLOCK] of keys; of rounded ones 64 channels at a time, for registers hold rows of both tiers.
+    STEP: tl.constexpr = 64 if TIER == ROUNDED and CHANNELS_PAD > 128 else CHANNELS_PAD
+    dots = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+    for first in tl.static_range(0, CHANNELS_PAD, STEP):
+        d = first + tl.arange(0, STEP)
+        mask = real_head[:, None] & (d < CHANNELS)[None, :]
+        query = tl.load(q + g[:, None] * CHANNELS + d[None, :], mask=mask, other=0.0)
+        key = load_rows(
+            keys, host, host_scales, at[None, :], line[None, :], away[None, :], live[None, :], head, d[:, None], 0, HEADS,
+            CHANNELS, PAGE, TIER, DOT,
+        )  # fmt: skip
+        dots = tl.dot(query.to(DOT), key, dots, input_precision="ieee")
+    logit = scale * dots
     tl.store(base_logit + g[:, None] * base_stride + w[None, :], logit, mask=real_head[:, None] & live[None, :])
     lse = log_sum_exp(tl.where(live[None, :], logit, float("-inf")))
     tl.store(choice_lse + g * lse_stride, lse, mask=real_head)
@@ -194,14 +217,15 @@ def _rotate(
 
 @triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride", "base_slots_stride", "lse_stride", "base_tiles"])
 def score_kernel(
-    q, keys, rows, row_scales, spread, cluster_end, vectors, signs,
+    q, keys, device_page, host, host_scales, reads, rows, row_scales, spread, cluster_end, vectors, signs,
     pages, segment_of_page, segment_begin, page_count, base_slots, base_count,
     rotated, segment_bonus, dot, spread_out, base_logit, choice_lse, estimate_lse, left,
     pages_stride, segment_begin_stride, base_slots_stride,
     clusters_stride, segments_stride, base_stride, lse_stride, base_tiles, scale, choice_spread, estimate_spread, norm,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
     CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
-    PER_PAGE: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, ROTATE: tl.constexpr, DOT: tl.constexpr,
+    PER_PAGE: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, ROTATE: tl.constexpr, PAGE: tl.constexpr,
+    TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, tiles, requests): kv heads first, for their rows of one cluster share cache lines.
 
@@ -231,9 +255,9 @@ def score_kernel(
             tokens = tl.load(base_count + request).to(tl.int32)
             if tile * TOKENS < tokens:
                 _score_tokens(
-                    q, keys, base_slots + request * base_slots_stride, base_logit + queries * base_stride,
-                    choice_lse, estimate_lse, head, tile, tokens, base_stride, lse_stride, scale,
-                    HEADS, GROUP, GROUP_PAD, CHANNELS, CHANNELS_PAD, TOKENS, DOT,
+                    q, keys, device_page, host, host_scales, reads, base_slots + request * base_slots_stride,
+                    base_logit + queries * base_stride, choice_lse, estimate_lse, head, tile, tokens, base_stride,
+                    lse_stride, scale, HEADS, GROUP, GROUP_PAD, CHANNELS, CHANNELS_PAD, TOKENS, PAGE, TIER, DOT,
                 )  # fmt: skip
         else:
             tile -= base_tiles
@@ -285,7 +309,14 @@ def cluster_tiles(step: SparseStep, clusters_per_page: int) -> int:
 
 
 def score(
-    q: torch.Tensor, keys: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep, scale: float, w: Workspace
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    index: ClusterIndex,
+    layer: int,
+    step: SparseStep,
+    scale: float,
+    w: Workspace,
+    tier: TierLayer | None = None,
 ) -> None:
     """Score all clusters and always-attended tokens of a step; writes what `Workspace` says score writes.
 
@@ -297,6 +328,7 @@ def score(
         step: the lists of this step.
         scale: of the logits.
         w: large enough for the step.
+        tier: where some slots' keys are on the host.
     """
     arrays, config, shape = layer_arrays(index, layer), index.config, w.shape
     _, heads, group, channels = q.shape
@@ -304,13 +336,15 @@ def score(
     tokens = base_tiles(step)
     grid = (heads, int(config.refine) + tokens + cluster_tiles(step, index.clusters_per_page), step.batch)
     score_kernel[grid](
-        q, keys, arrays.key_rows, arrays.key_scales, arrays.spread, arrays.cluster_end, arrays.vectors, signs,
+        q, keys, *tier_arguments(tier), arrays.key_rows, arrays.key_scales, arrays.spread, arrays.cluster_end,
+        arrays.vectors, signs,
         step.pages, step.segment_of_page, step.segment_begin, step.page_count, step.base_slots, step.base_count,
         w.rotated, w.segment_bonus, w.dot, w.spread, w.base_logit, w.choice_lse, w.estimate_lse, w.left,
         step.pages.stride(0), step.segment_begin.stride(0), step.base_slots.stride(0),
         shape.clusters, shape.segments, shape.base, shape.tiles, tokens, scale, config.choice_spread,
         config.estimate_spread, norm,
         DOT=dot_dtype(q.dtype), **constants(index.row_codec, heads, group, index.clusters_per_page, config.refine),
+        **tier_constants(tier),
     )  # fmt: skip
 
 
@@ -325,16 +359,18 @@ _TYPES = {
 }
 
 
-def _case(codec: RowCodec, group: int, **holds: Any) -> CompileCase:
-    """A case of 2 clusters per page that rotates the query."""
+def _case(codec: RowCodec, group: int, tier: int = OFF.value, **holds: Any) -> CompileCase:
+    """A case of 2 clusters per page that rotates the query; tier: a value of TIER."""
     row_types, no_scales = row_arguments(codec)
-    types = _TYPES | row_types
+    tier_types, tier_values = tier_case(tier)
+    types = _TYPES | row_types | tier_types
     strides = ("clusters_stride", "segments_stride", "base_stride")
+    where = {OFF.value: "", SAME.value: " tier", ROUNDED.value: " int8 tier"}[tier]
     return CompileCase(
-        f"score {codec.name} D={codec.head_dim} G={group}",
+        f"score {codec.name} D={codec.head_dim} G={group}{where}",
         score_kernel,
         types,
-        constants(codec, 8, group, 2, True) | no_scales | {"DOT": tl.bfloat16},
+        constants(codec, 8, group, 2, True) | no_scales | tier_values | {"DOT": tl.bfloat16},
         (*(name for name, kind in types.items() if kind[0] == "*"), *strides),
         tensor_cores=48,
         **holds,
@@ -350,4 +386,9 @@ COMPILE_CASES = [
     _case(RowCodec("int4", 256), 4, loads_128=106, programs_per_sm=2),
     _case(RowCodec("int8", 128), 4, loads_128=42, programs_per_sm=4),
     _case(RowCodec("bf16", 128), 4, loads_128=50, programs_per_sm=4),
+    *(
+        _case(RowCodec("int4", d), g, tier, loads_128=16, programs_per_sm=programs)
+        for tier in (SAME.value, ROUNDED.value)
+        for d, g, programs in ((64, 3, 3), (128, 4, 3), (256, 4, 2))
+    ),
 ]

@@ -50,6 +50,11 @@ class Call(NamedTuple):
         return self.keys.first.stride(0), self.keys.first.stride(1)
 
     @property
+    def read_slots(self) -> torch.Tensor | None:
+        """Where a kernel reads keys and values; None: where it writes."""
+        return None if self.segments.read_slots is self.segments.slots else self.segments.read_slots
+
+    @property
     def ranges(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A kernel's arguments by which it finds a segment's tokens and clusters."""
         return self.segments.token_begin, self.segments.cluster_begin
@@ -94,14 +99,21 @@ def slice_columns(head_dim: int) -> int:
 
 
 def case(
-    kernel: Any, head_dim: int, tiles: dict[str, int], row_format: str = "int4", bits: int = 2, **holds: Any
+    kernel: Any,
+    head_dim: int,
+    tiles: dict[str, int],
+    row_format: str = "int4",
+    bits: int = 2,
+    copied: bool = False,
+    **holds: Any,
 ) -> CompileCase:
-    """A case of one kernel at Llama's shape, or at another head_dim or format."""
+    """A case of one kernel at Llama's shape, or at another head_dim or format; copied: see `segments_of`."""
     codec = RowCodec(row_format, head_dim)
     packed, scales = {"int4": "*i32", "int8": "*i8", "bf16": "*i16"}[row_format], ("key_scales_ptr", "value_scales_ptr")
     types = {
         "keys_ptr": "*bf16", "key_offsets_ptr": "*i64", "values_ptr": "*bf16", "value_offsets_ptr": "*i64",
         "layer_offsets_ptr": "*i64", "slot_stride": "i32", "head_stride": "i32", "slots_ptr": "*i64",
+        **({"read_slots_ptr": "*i64"} if copied else {}),
         "token_begin_ptr": "*i32", "cluster_begin_ptr": "*i32", "center_ptr": "*fp32", "labels_ptr": "*i16",
         "members_ptr": "*i16", "cluster_end_ptr": "*i32", "key_rows_ptr": packed, "value_rows_ptr": packed,
         "ends_ptr": "*i16", "variance_ptr": "*fp32", "parts_ptr": "*fp32", "spread_ptr": "*i16", "vectors_ptr": "*i16",
@@ -113,10 +125,12 @@ def case(
         "H": 8, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "PAGE": 16, "PER_PAGE": 2,
         "PAD": slice_columns(head_dim), "FORMAT": row_format, "SCALES": codec.scales,
         "BITS": bits, **tiles, **dict.fromkeys(() if codec.scales else scales),
+        **({} if copied else {"read_slots_ptr": None}),
     }  # fmt: skip
     signature = {name: types[name] for name in kernel.arg_names if name in types}
     return CompileCase(
-        f"encode {kernel.__name__.removesuffix('_kernel')} {row_format} {bits} D={head_dim}",
+        f"encode {kernel.__name__.removesuffix('_kernel')} {row_format} {bits} D={head_dim}"
+        + (" copied" if copied else ""),
         kernel,
         signature,
         {name: sizes[name] for name in kernel.arg_names if name in sizes},

@@ -24,7 +24,7 @@ _DESCRIBED = 64  # clusters per step of the last pass over a segment
 @triton.jit(do_not_specialize=SIZES)
 def describe_kernel(
     keys_ptr, key_offsets_ptr, values_ptr, value_offsets_ptr, slot_stride, head_stride,
-    slots_ptr, token_begin_ptr, cluster_begin_ptr, center_ptr, members_ptr, cluster_end_ptr,
+    slots_ptr, read_slots_ptr, token_begin_ptr, cluster_begin_ptr, center_ptr, members_ptr, cluster_end_ptr,
     key_rows_ptr, key_scales_ptr, value_rows_ptr, value_scales_ptr, ends_ptr, variance_ptr, parts_ptr,
     tokens_of_call, clusters, tiles, rows_of_layer,
     H: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, PAGE: tl.constexpr, PER_PAGE: tl.constexpr,
@@ -32,8 +32,9 @@ def describe_kernel(
 ):  # fmt: skip
     """Centroids, mean values and ends of CLUSTERS clusters, written to their rows.
 
-    One program reads the keys of its clusters' members twice and their values once. It leaves each cluster's variance, and
-    the sums of its squares and of its values by channel, for `finish_kernel`.
+    One program reads the keys of its clusters' members twice and their values once, at `read_slots_ptr`, or where that is None
+    at the segment's slots. It leaves each cluster's variance, and the sums of its squares and of its values by channel, for
+    `finish_kernel`.
     """
     n, segment = tl.program_id(1), tl.program_id(2)
     token_begin, _ = segment_range(token_begin_ptr, segment)
@@ -47,6 +48,10 @@ def describe_kernel(
     center = tl.load(center_ptr + channels, mask=real, other=0.0)
     members_ptr += n.to(tl.int64) * tokens_of_call + token_begin
     slots_ptr += token_begin
+    if read_slots_ptr is None:
+        source_ptr = slots_ptr
+    else:
+        source_ptr = read_slots_ptr + token_begin
     keys_ptr = head_pointer(keys_ptr, key_offsets_ptr, n, head_stride, H)
     values_ptr = head_pointer(values_ptr, value_offsets_ptr, n, head_stride, H)
     longest = tl.max(size)
@@ -56,7 +61,7 @@ def describe_kernel(
     for i in range(longest):
         mask = (i < size)[:, None] & real[None, :]
         member = tl.load(members_ptr + begin + i, mask=i < size, other=0)
-        slots = tl.load(slots_ptr + member, mask=i < size, other=0)
+        slots = tl.load(source_ptr + member, mask=i < size, other=0)
         keys = load_columns(keys_ptr, slots, channels, mask, slot_stride)
         sums += tl.where(mask, keys - center[None, :], 0.0)
         values += load_columns(values_ptr, slots, channels, mask, slot_stride)
@@ -67,7 +72,7 @@ def describe_kernel(
     for i in range(longest):
         mask = (i < size)[:, None] & real[None, :]
         member = tl.load(members_ptr + begin + i, mask=i < size, other=0)
-        slots = tl.load(slots_ptr + member, mask=i < size, other=0)
+        slots = tl.load(source_ptr + member, mask=i < size, other=0)
         keys = load_columns(keys_ptr, slots, channels, mask, slot_stride)
         apart = tl.where(mask, (keys - center[None, :]) - centroid, 0.0)
         squares += apart * apart
@@ -140,7 +145,7 @@ def describe(call: Call) -> None:
     parts = torch.empty((call.rows, segments.count, tiles, 2, head_dim), device=device)
     describe_kernel[call.grid(segments.max_clusters, _CLUSTERS)](
         call.keys.first, call.keys.layer_offsets, call.values.first, call.values.layer_offsets, *call.strides,
-        segments.slots, *call.ranges, found.center, found.members, found.cluster_end,
+        segments.slots, call.read_slots, *call.ranges, found.center, found.members, found.cluster_end,
         target.key_rows, target.key_scales, target.value_rows, target.value_scales, target.cluster_end, variance, parts,
         call.tokens, clusters, tiles, call.rows_of_layer,
         **call.sizes, **call.pages, **call.form, CLUSTERS=_CLUSTERS, num_warps=_warps(head_dim),
@@ -163,5 +168,7 @@ COMPILE_CASES = [
     case(describe_kernel, 128, _TILES, programs_per_sm=2),
     case(describe_kernel, 256, _TILES, "int8", num_warps=_warps(256)),
     case(describe_kernel, 256, _TILES, "bf16", num_warps=_warps(256)),
+    case(describe_kernel, 128, _TILES, copied=True, programs_per_sm=2),
+    case(describe_kernel, 256, _TILES, copied=True, num_warps=_warps(256)),
     case(finish_kernel, 128, _TILES, num_warps=1),
 ]

@@ -45,7 +45,7 @@ def members_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def code_kernel(
     keys_ptr, layer_offsets_ptr, slot_stride, head_stride,
-    slots_ptr, token_begin_ptr, center_ptr, labels_ptr, members_ptr, key_rows_ptr, key_scales_ptr,
+    slots_ptr, read_slots_ptr, token_begin_ptr, center_ptr, labels_ptr, members_ptr, key_rows_ptr, key_scales_ptr,
     rotation_ptr, codes_ptr, scales_ptr,
     tokens_of_call, rows_of_layer, slots_of_layer,
     H: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, PAGE: tl.constexpr, PER_PAGE: tl.constexpr,
@@ -54,7 +54,8 @@ def code_kernel(
 ):  # fmt: skip
     """Codes of TOKENS tokens in the order of the member list, written to the segment's slots.
 
-    One program reads its tokens' keys and their clusters' rows once and the rotation once, CHANNELS channels at a time.
+    One program reads its tokens' keys and their clusters' rows once and the rotation once, CHANNELS channels at a time; keys at
+    `read_slots_ptr`, or where that is None at the segment's slots.
     """
     n, segment = tl.program_id(1), tl.program_id(2)
     token_begin, tokens = segment_range(token_begin_ptr, segment)
@@ -66,7 +67,11 @@ def code_kernel(
     member = tl.load(members_ptr + head + position, mask=live, other=0)
     cluster = tl.load(labels_ptr + head + member, mask=live, other=0).to(tl.int32)
     slots_ptr += token_begin
-    slots = tl.load(slots_ptr + member, mask=live, other=0)
+    if read_slots_ptr is None:
+        source_ptr = slots_ptr
+    else:
+        source_ptr = read_slots_ptr + token_begin
+    slots = tl.load(source_ptr + member, mask=live, other=0)
     row = ((n // H).to(tl.int64) * rows_of_layer + pool_row(slots_ptr, cluster, live, PAGE, PER_PAGE)) * H + n % H
     keys_ptr = head_pointer(keys_ptr, layer_offsets_ptr, n, head_stride, H)
     center_ptr += (n.to(tl.int64) * tl.num_programs(2) + segment) * D
@@ -118,8 +123,8 @@ def code(call: Call) -> None:
     """Write all tokens' codes; after `describe`, for they are relative to the rows as stored."""
     segments, found, target = call.segments, call.found, call.target
     code_kernel[call.grid(segments.max_tokens, _TOKENS)](
-        call.keys.first, call.keys.layer_offsets, *call.strides, segments.slots, segments.token_begin, found.center,
-        found.labels, found.members, target.key_rows, target.key_scales,
+        call.keys.first, call.keys.layer_offsets, *call.strides, segments.slots, call.read_slots, segments.token_begin,
+        found.center, found.labels, found.members, target.key_rows, target.key_scales,
         rotation_matrix(call.head_dim, str(call.keys.first.device)), target.codes, target.code_scales,
         call.tokens, call.rows_of_layer, call.slots_of_layer,
         **call.sizes, **call.pages, **call.form, BITS=call.token_codec.bits, TOKENS=_TOKENS,
@@ -133,5 +138,8 @@ COMPILE_CASES = [
     case(code_kernel, 128, _TILES, num_warps=8, num_stages=2, tensor_cores=1, async_loads_128=14),
     case(code_kernel, 96, _TILES, "int8", 1, num_warps=8, num_stages=2, tensor_cores=1),
     case(code_kernel, 128, _TILES, "bf16", num_warps=8, num_stages=2, tensor_cores=1),
+    case(
+        code_kernel, 128, _TILES, copied=True, num_warps=8, num_stages=2, tensor_cores=1, async_loads_128=14
+    ),  # fmt: skip
     case(code_kernel, 256, _TILES, "int4", 2, num_warps=8, num_stages=2, tensor_cores=1),
 ]

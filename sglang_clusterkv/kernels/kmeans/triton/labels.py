@@ -61,7 +61,7 @@ def assign(call: Call) -> None:
     """Label all keys, and note how far each is from its centroid."""
     segments, found = call.segments, call.found
     assign_kernel[call.grid(segments.max_tokens, ROWS)](
-        *call.pool, segments.slots, *call.ranges, found.center, call.centroids, call.norms, found.labels, call.distance,
+        *call.pool, segments.read_slots, *call.ranges, found.center, call.centroids, call.norms, found.labels, call.distance,
         call.tokens, segments.clusters,
         **call.sizes, ROWS=ROWS, **scoring_constants(call.head_dim), **scoring_options(call.head_dim),
     )  # fmt: skip

@@ -54,8 +54,8 @@ def update(call: Call) -> None:
     """Move all centroids to their members' means."""
     segments, found = call.segments, call.found
     update_kernel[call.grid(segments.max_clusters, MEANS)](
-        *call.pool, segments.slots, *call.ranges, found.center, found.members, found.cluster_end, call.centroids, call.norms,
-        call.tokens, segments.clusters, **call.sizes, MEANS=MEANS, num_warps=4,
+        *call.pool, segments.read_slots, *call.ranges, found.center, found.members, found.cluster_end, call.centroids,
+        call.norms, call.tokens, segments.clusters, **call.sizes, MEANS=MEANS, num_warps=4,
     )  # fmt: skip
 
 

@@ -192,7 +192,7 @@ def move_to_outliers(call: Call) -> None:
             RANKED=_RANKED, num_warps=4,
         )  # fmt: skip
     outlier_kernel[call.grid(segments.max_outliers, MEANS)](
-        *call.pool, segments.slots, *call.ranges, segments.outlier_begin, gains, call.found.center, far, moved,
+        *call.pool, segments.read_slots, *call.ranges, segments.outlier_begin, gains, call.found.center, far, moved,
         call.centroids, call.norms, clusters, segments.outliers, **call.sizes, MEANS=MEANS, num_warps=4,
     )  # fmt: skip
 

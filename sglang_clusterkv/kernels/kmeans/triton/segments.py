@@ -34,7 +34,8 @@ class Pool(NamedTuple):
 class Segments(NamedTuple):
     """The segments of one call; segment s has the tokens token_begin[s] to token_begin[s + 1] of `slots`."""
 
-    slots: torch.Tensor  # int64 [T]
+    slots: torch.Tensor  # int64 [T], where tables go
+    read_slots: torch.Tensor  # int64 [T], where keys and values are read; the same, or their places in a copy of them
     token_begin: torch.Tensor  # int32 [S + 1]
     cluster_begin: torch.Tensor  # int32 [S + 1]
     outlier_begin: torch.Tensor  # int32 [S + 1]
@@ -72,13 +73,21 @@ def pool_of(buffers: list[torch.Tensor]) -> Pool:
     return Pool(first, torch.tensor([offset // item for offset in offsets], dtype=torch.int64).to(first.device))
 
 
-def segments_of(slots: list[torch.Tensor], tokens_per_cluster: int, outlier_share: float = 0.0) -> Segments:
+def stacked(rows: torch.Tensor) -> Pool:
+    """Address rows [L, n, H, D] of all layers, which lie together, from the first layer's; does not wait for the device."""
+    return Pool(rows[0], torch.arange(len(rows), device=rows.device) * rows.stride(0))
+
+
+def segments_of(
+    slots: list[torch.Tensor], tokens_per_cluster: int, outlier_share: float = 0.0, copied: bool = False
+) -> Segments:
     """Put segments together for one call; does not wait for the device.
 
     Args:
         slots: int64 [M] per segment, in sequence order.
         tokens_per_cluster: on average; a segment of M tokens has M // tokens_per_cluster clusters.
         outlier_share: of them, given to outliers.
+        copied: keys and values are read from a copy of these tokens, one after the other.
     """
     tokens = [segment.numel() for segment in slots]
     clusters = [count // tokens_per_cluster for count in tokens]
@@ -92,7 +101,9 @@ def segments_of(slots: list[torch.Tensor], tokens_per_cluster: int, outlier_shar
     if device.type != "cpu":
         begins = begins.pin_memory().to(device, non_blocking=True)
     longest, sums = (max(tokens), max(clusters), max(outliers)), (sum(clusters), sum(outliers))
-    return Segments(torch.cat(slots), *begins[:, : len(slots) + 1].unbind(), *longest, *sums)
+    listed = torch.cat(slots)
+    read = torch.arange(len(listed), device=device) if copied else listed
+    return Segments(listed, read, *begins[:, : len(slots) + 1].unbind(), *longest, *sums)
 
 
 @triton.jit

@@ -57,10 +57,10 @@ def place_first(call: Call) -> None:
     """Find each segment's mean key and place its first centroids."""
     segments, center = call.segments, call.found.center
     center_kernel[call.grid(1, 1)](
-        *call.pool, segments.slots, segments.token_begin, center, **call.sizes, ROWS=ROWS, num_warps=4
+        *call.pool, segments.read_slots, segments.token_begin, center, **call.sizes, ROWS=ROWS, num_warps=4
     )
     start_kernel[call.grid(segments.max_clusters, MEANS)](
-        *call.pool, segments.slots, *call.ranges, center, call.centroids, call.norms, segments.clusters,
+        *call.pool, segments.read_slots, *call.ranges, center, call.centroids, call.norms, segments.clusters,
         **call.sizes, MEANS=MEANS, num_warps=4,
     )  # fmt: skip
 

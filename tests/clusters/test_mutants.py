@@ -13,4 +13,4 @@ FIRST, *OTHERS = MUTANTS
 
 @pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def test_the_state_machine_notices(name: str) -> None:
-    assert verdict(MUTANTS[name], worlds=300), f"{name} survived"
+    assert verdict(MUTANTS[name], worlds=1000), f"{name} survived"

@@ -130,7 +130,7 @@ class ReferenceWorld(TracedWorld):
 def everything(world: TracedWorld) -> tuple[Request, int]:
     """Shared prefixes, a cut, merges of a chat's turns and of decoded runs, and a rewritten row, while one request decodes."""
     first = served(world, stream(1, 500), decoded=3)
-    second = served(world, stream(1, 300) + stream(2, 150), decoded=2)  # cuts what the first made
+    second = served(world, stream(1, 370) + stream(2, 150), decoded=2)  # cuts what the first made
     twins = [world.submit(stream(3, 400)), world.submit(stream(3, 400))]
     world.extend(*twins)
     world.decode(first, second, *twins, steps=4)  # one of them takes the other's pages

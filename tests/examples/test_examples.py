@@ -21,6 +21,7 @@ import pytest
 
 from benchmarks.servers import Server, free_port
 from sglang_clusterkv.tools.haystack import FACTS
+from tests.support.servers import DEMO_CONFIG
 
 pytestmark = pytest.mark.server
 
@@ -99,11 +100,14 @@ class TestAgainstAServer:
         after = server.counts()
         for name in ("tokens_clustered", "tokens_reused", "splits"):
             assert numbers(output, name) == [grew(before, after, name)]
-        (clustered,) = numbers(output, "tokens_clustered")
-        assert clustered in ONE_COPY
+        # A question whose window begins earlier than those before it cuts the document's last segment there.
+        (clustered,), (splits,) = numbers(output, "tokens_clustered"), numbers(output, "splits")
+        assert splits <= 3 and clustered in range(
+            ONE_COPY.start, ONE_COPY.stop + splits * DEMO_CONFIG["segment_tokens"]
+        )
         # The first branch finds what the document's own request clustered; two branches and the choice find all of it.
         (reused,) = numbers(output, "tokens_reused")
-        assert 3 * clustered < reused < 4 * clustered
+        assert 3 * ONE_COPY.start < reused < 4 * clustered
         assert facts_found(output) >= 3, output
 
     def test_agents_share_the_document_and_the_turn(self, server: Server) -> None:

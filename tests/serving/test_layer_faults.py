@@ -52,7 +52,7 @@ class Served:
             get_kv_buffer=lambda layer: (self.scene.keys[layer], self.scene.values[layer])
         )
         self.backend.engine = self.engine
-        self.backend.first_layer, self.backend.prefill = 0, None
+        self.backend.first_layer, self.backend.prefill, self.backend._tier_prefill = 0, None, None
         self.backend._threads = self.backend._prefill_threads = torch.get_num_threads()
         self.backend._said = set()
         self.layers = [RadixAttention(KV_HEADS * GROUP, HEAD_DIM, SCALE, KV_HEADS, layer) for layer in range(LAYERS)]

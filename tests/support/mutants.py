@@ -341,7 +341,7 @@ def verdict(mutant: Mutant, worlds: int) -> str | None:
     return None
 
 
-def main(worlds: int = 400) -> int:
+def main(worlds: int = 1000) -> int:
     """Print the table."""
     from tests.support.machine import COUNTS
 

@@ -62,7 +62,7 @@ def _(found: Any) -> Rows:
     return [list(row) for row in tier_table(hits_in(found, config.budget_tokens), Model(), config)]
 
 
-@figures("host-tier", MEMORY, "host-tier-20261129-164709")
+@figures("host-tier", MEMORY, "host-tier-20261129-184733")
 def _(found: Any) -> Rows:
     rows: Rows = []
     for pair in zip(found["without"]["cells"], found["tier"]["cells"], strict=True):

@@ -41,17 +41,19 @@ async function draw() {
   const mass = sparse === null ? new Float64Array(tokens) : await massOf(view, sparse);
   const above = sparse !== null && byId("above").checked;
   const usual = above ? await meanMassOf(view) : null;
-  const values = !chosen ? await recalledOf(view) : above ? mass.map((value, at) => Math.max(0, value - usual[at])) : mass;
+  const weighed = chosen || byId("weighed").checked;
+  const values = !weighed ? await recalledOf(view) : !chosen ? await meanMassOf(view)
+    : above ? mass.map((value, at) => Math.max(0, value - usual[at])) : mass;
   const shares = sparse === null ? null : await sharesOf(view, sparse);
   if (mine !== drawing) return; // another choice was made meanwhile
-  const largest = shade(values, chosen);
+  const largest = shade(values, weighed);
   const traced = facts.steps.filter((one) => one.dense === null);
   const always = traced.map((one) => inRanges(one.base));
   setClass(step ? inRanges(step.base) : (token) => always.length > 0 && always.every((has) => has(token)), "base");
   drawWindow(step, traced);
-  drawLegend(chosen, above, largest);
+  drawLegend(chosen, weighed, above, largest);
   drawChosen(step, sparse, shares, mass);
-  drawPassages(values, chosen, sparse);
+  drawPassages(values, weighed, chosen && sparse === null);
   drawPointer();
   document.body.dataset.drawn = String(mine);
 }
@@ -63,11 +65,12 @@ function drawWindow(step, traced) {
   setClass((token) => token < border && !sinks(token), "beyond");
 }
 
-function drawLegend(chosen, above, largest) {
+function drawLegend(chosen, weighed, above, largest) {
   const key = (style, text) => made("span", {class: `key ${style}`}, text);
   const dark = key("token", percent(largest));
   dark.style.setProperty("--shade", 0.9);
-  const meaning = !chosen ? "how often a token was recalled, of all steps, layers and heads"
+  const meaning = !weighed ? "how often a token was recalled, of all steps, layers and heads"
+    : !chosen ? "share of the attention mass, mean over the answer's sparse steps (root scale)"
     : `share of the step's attention mass${above ? " beyond the answer's mean" : ""} (root scale)`;
   const parts = [`Darkness: ${meaning}; the darkest `, dark, ". ", key("token base", "Dotted"),
     chosen ? ": sinks, window and gaps, read by this step in any case. " : ": read by every sparse step in any case. "];
@@ -114,19 +117,19 @@ function drawChosen(step, sparse, shares, mass) {
     `A window of the same size would have missed ${percent(missed)} of the mass: it was recalled from before its border.`), paragraph(bytes));
 }
 
-function drawPassages(values, chosen, sparse) {
+function drawPassages(values, weighed, nothing) {
   const sums = new Float64Array(passageSpans.length);
   // Mass adds up, how often does not: there, it is the mean over a passage's tokens.
-  values.forEach((value, token) => { sums[passageOf[token]] += chosen ? value : value / (begins[passageOf[token] + 1] - begins[passageOf[token]]); });
+  values.forEach((value, token) => { sums[passageOf[token]] += weighed ? value : value / (begins[passageOf[token] + 1] - begins[passageOf[token]]); });
   const order = [...sums.keys()].filter((passage) => sums[passage] > 0).sort((a, b) => sums[b] - sums[a]).slice(0, 10);
-  byId("passages-title").textContent = chosen ? "Passages with most attention mass" : "Passages that were recalled most";
+  byId("passages-title").textContent = weighed ? "Passages with most attention mass" : "Passages that were recalled most";
   byId("passages").replaceChildren(...order.map((passage) => {
     const begin = facts.passages[passage], end = facts.passages[passage + 1] ?? tokens;
     const button = made("button", {type: "button", "data-passage": passage}, made("strong", {}, percent(sums[passage])), ` ${textOf(begin, end).trim()}`);
     button.addEventListener("click", () => showPassage(passage));
     return made("li", {}, button);
   }));
-  if (chosen && sparse === null) byId("passages-title").textContent = "Nothing was recalled";
+  if (nothing) byId("passages-title").textContent = "Nothing was recalled";
 }
 
 const HIGH = 50, BYTES = 26, GAP = 6;
@@ -276,7 +279,7 @@ function fillControls() {
   };
   for (const id of ["layers", "heads"]) byId(id).addEventListener("change", follow);
   for (const id of ["cluster-layer", "cluster-head"]) byId(id).addEventListener("change", drawCluster);
-  for (const id of ["window", "above"]) byId(id).addEventListener("change", draw);
+  for (const id of ["window", "weighed", "above"]) byId(id).addEventListener("change", draw);
 }
 
 function writeAbout() {

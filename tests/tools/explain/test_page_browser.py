@@ -69,7 +69,7 @@ def page(shared: Watched) -> Any:
     """A wide page as it opens: nothing chosen, everything shown."""
     for control, value in (("layers", "all"), ("heads", "-1"), ("cluster-layer", "0"), ("cluster-head", "0")):
         shared.page.select_option(f"#{control}", value)
-    for control in ("window", "above"):
+    for control in ("window", "weighed", "above"):
         shared.page.uncheck(f"#{control}")
     for text in ("prompt", "answer"):
         shared.page.focus(f"#{text}")
@@ -250,6 +250,18 @@ def test_what_exceeds_the_answers_mean_can_be_had_alone(page: Any, trace: dict[s
     beyond = np.maximum(0, mass[sparse] - mass.mean(0))[begin:end].sum()
     first = page.locator("#passages button").first.inner_text()
     assert first.endswith(NEEDLE.strip()) and float(first.split(" %")[0]) == pytest.approx(100 * beyond, rel=0.1)
+
+
+def test_the_whole_answer_can_be_shaded_by_mass(page: Any, trace: dict[str, Any]) -> None:
+    checked = Trace(trace)
+    page.check("#weighed")
+    settle(page)
+    mean = sums(checked, [checked.layer(index) for index in range(len(checked.layers))]).mass.mean(0)
+    needle = needle_span(trace["pieces"])
+    first = page.locator("#passages button").first.inner_text()
+    assert first.endswith(NEEDLE.strip())
+    assert float(first.split(" %")[0]) == pytest.approx(100 * mean[needle.start : needle.stop].sum(), rel=0.1)
+    assert "mean over the answer" in page.inner_text("#legend")
 
 
 def test_a_prompt_tokens_cluster_is_shown_in_context(page: Any, trace: dict[str, Any]) -> None:

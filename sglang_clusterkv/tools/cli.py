@@ -207,7 +207,8 @@ def _demo_model(args: argparse.Namespace) -> int:
 
 
 def _needle(args: argparse.Namespace) -> int:
-    from sglang_clusterkv.tools.needle import NeedleError, run
+    from sglang_clusterkv.tools.json_server import ServerError
+    from sglang_clusterkv.tools.needle import run
     from sglang_clusterkv.tools.needle_report import Settings
 
     settings = Settings(
@@ -223,7 +224,7 @@ def _needle(args: argparse.Namespace) -> int:
     )
     try:
         run(settings, args.out or Path(time.strftime("needle-%Y%m%d-%H%M%S")), args.json)
-    except NeedleError as error:
+    except ServerError as error:
         print(f"sglang-clusterkv: {error}", file=sys.stderr)
         return 1
     return 0
@@ -231,6 +232,7 @@ def _needle(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     from sglang_clusterkv.tools.explain import client
+    from sglang_clusterkv.tools.json_server import ServerError
 
     try:
         messages = client.messages_of(args.document, args.question, args.chat)
@@ -249,7 +251,7 @@ def _explain(args: argparse.Namespace) -> int:
             f"sglang-clusterkv: cannot write {error.filename} ({error.strerror}): pass another --out", file=sys.stderr
         )
         return 1
-    except (client.ExplainError, ValueError) as error:
+    except (ServerError, ValueError) as error:
         print(f"sglang-clusterkv: {error}", file=sys.stderr)
         return 1
     print(out.resolve())

@@ -7,36 +7,30 @@ ones, and the deepest needles are asked for first: a radix cache finds long pref
 
 from __future__ import annotations
 
-import http.client
-import json
 import random
-import re
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from sglang_clusterkv.tools.haystack import CITIES, Fact, haystack, hide, magic_number
+from sglang_clusterkv.tools.json_server import Advice, JsonServer, PromptTooLong, ServerError
 from sglang_clusterkv.tools.needle_report import Answer, Result, Settings, show, write
 
 # Long enough that the tokens of a sample's first and last word do not show in the ratio.
 _SAMPLE_CHARS = 4000
-# How servers say that a prompt does not fit: SGLang, vLLM, OpenAI, llama.cpp.
-_TOO_LONG = re.compile(
-    r"context.?(length|window|size)|context_length_exceeded|max_model_len|maximum allowed length|too (long|large)", re.I
+_ADVICE = Advice(
+    kind="an OpenAI-compatible server",
+    shorter="shorter --lengths",
+    fewer="pass fewer --needles or --depths",
+    request="--model and --max-tokens",
 )
 
 
-class NeedleError(RuntimeError):
+class NeedleError(ServerError):
     """Something that the user can change; the message is one sentence with the fix."""
 
 
-class PromptTooLong(NeedleError):
-    """The server refuses a prompt for its length."""
-
-
-class Endpoint:
+class Endpoint(JsonServer):
     """An OpenAI-compatible server.
 
     Args:
@@ -46,17 +40,14 @@ class Endpoint:
     """
 
     def __init__(self, base_url: str, api_key: str, timeout_s: float) -> None:
-        url = base_url.rstrip("/").removesuffix("/v1")
-        self.url = (url if "://" in url else f"http://{url}") + "/v1"
-        self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {api_key}"}
-        self._timeout_s = timeout_s
+        super().__init__(base_url, api_key, timeout_s, _ADVICE)
 
     def models(self) -> list[dict[str, Any]]:
         """The served models: `id`, and `max_model_len` where the server says it."""
-        reply = self._request("/models", None)
+        reply = self.request("/v1/models")
         cards = reply.get("data") if isinstance(reply, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
-            raise NeedleError(f"{self.url}/models lists no models: --base-url must be an OpenAI-compatible server")
+            raise NeedleError(f"{self.url}/v1/models lists no models: --base-url must be an OpenAI-compatible server")
         return cards
 
     def ask(self, model: str, prompt: str, max_tokens: int) -> tuple[str, int]:
@@ -67,7 +58,7 @@ class Endpoint:
             "max_tokens": max_tokens,
             "temperature": 0,
         }
-        reply = self._request("/chat/completions", body)
+        reply = self.request("/v1/chat/completions", body)
         try:
             # A model that was stopped before it said anything answers with null.
             return reply["choices"][0]["message"]["content"] or "", int(reply["usage"]["prompt_tokens"])
@@ -75,51 +66,6 @@ class Endpoint:
             raise NeedleError(
                 f"{self.url} answered without choices or usage.prompt_tokens: --base-url must be an OpenAI-compatible server"
             ) from error
-
-    def _request(self, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            request = urllib.request.Request(self.url + path, data, self._headers)
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as reply:
-                text = reply.read()
-        except urllib.error.HTTPError as error:
-            raise _refusal(self.url + path, error.code, error.read().decode(errors="replace")) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise NeedleError(
-                    f"no answer from {self.url} within {self._timeout_s:g} s: pass a longer --timeout or shorter --lengths"
-                ) from error
-            raise NeedleError(
-                f"no server answers at {self.url} ({reason}): start one (`make serve`), or pass its address with --base-url"
-            ) from error
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise NeedleError(
-                f"{self.url + path} did not answer with JSON: --base-url must be an OpenAI-compatible server"
-            ) from error
-
-
-def _refusal(url: str, status: int, text: str) -> NeedleError:
-    """The error for a reply with a 4xx or 5xx status."""
-    try:
-        body = json.loads(text)
-        inner = body.get("error", body)
-        message = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
-    except (ValueError, AttributeError):
-        message = text
-    message = " ".join(message.split())[:300].rstrip(".") or "no reason given"
-    if status in (400, 413, 422) and _TOO_LONG.search(message):
-        return PromptTooLong(f"the server refused a prompt for its length ({message}): pass shorter --lengths")
-    if status in (401, 403):
-        return NeedleError(f"{url} refused the key ({message}): pass one with --api-key")
-    if status == 404:
-        return NeedleError(f"{url} was not found ({message}): check --base-url and --model")
-    if status == 429:
-        return NeedleError(f"{url} wants fewer requests ({message}): wait, or pass fewer --needles or --depths")
-    fix = "its log says why" if status >= 500 else "check --model and --max-tokens"
-    return NeedleError(f"{url} refused a request with status {status} ({message}): {fix}")
 
 
 def needle_of(settings: Settings, length: int, depth: int, number: int) -> Fact:
@@ -206,7 +152,7 @@ def run(settings: Settings, out: Path, as_json: bool) -> None:
     endpoint = Endpoint(settings.base_url, settings.api_key, settings.timeout_s)
     cards = endpoint.models()
     if settings.model is None and not cards:
-        raise NeedleError(f"{endpoint.url}/models lists no models: name one with --model")
+        raise NeedleError(f"{endpoint.url}/v1/models lists no models: name one with --model")
     model = settings.model or cards[0]["id"]
     result = Result(settings, model)
     contexts = [card.get("max_model_len") for card in cards if card["id"] == model]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sglang_clusterkv.tools.haystack import FACTS, make_document
+from sglang_clusterkv.tools.json_server import Advice, JsonServer, ServerError
 
 KEY = "clusterkv_trace"
 DEMO_TOKENS = 6000  # as in examples/agent.py
@@ -20,7 +18,15 @@ _WINDOW = 12  # tokens that are detokenized together with each: a character may 
 _BROKEN = "\ufffd"  # what part of a character is detokenized to
 
 
-class ExplainError(RuntimeError):
+_ADVICE = Advice(
+    kind="a SGLang server",
+    shorter="a shorter document",
+    fewer="ask again later",
+    request="--max-tokens",
+)
+
+
+class ExplainError(ServerError):
     """Something that the user can change; the message is one sentence with the fix."""
 
 
@@ -33,7 +39,7 @@ class Answer(NamedTuple):
     trace: dict[str, Any] | None
 
 
-class Server:
+class Server(JsonServer):
     """A SGLang server.
 
     Args:
@@ -43,18 +49,15 @@ class Server:
     """
 
     def __init__(self, base_url: str, api_key: str = "EMPTY", timeout_s: float = 600) -> None:
-        url = base_url.rstrip("/").removesuffix("/v1")
-        self.url = url if "://" in url else f"http://{url}"
-        self._headers = {"Content-Type": "application/json", "Authorization": f"Bearer {api_key}"}
-        self._timeout_s = timeout_s
+        super().__init__(base_url, api_key, timeout_s, _ADVICE)
 
     def model(self) -> str:
         """The name of the served model."""
-        return str(self._field(self._request("/v1/models"), "data", 0, "id"))
+        return str(self._field(self.request("/v1/models"), "data", 0, "id"))
 
     def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
         """The token ids of a chat's prompt, by the server's chat template."""
-        return list(self._field(self._request("/tokenize", {"messages": messages}), "tokens"))
+        return list(self._field(self.request("/tokenize", {"messages": messages}), "tokens"))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, special ones included; that of a character of several tokens is at its last one."""
@@ -63,7 +66,7 @@ class Server:
         if not listed:
             return []
         body = {"tokens": listed, "skip_special_tokens": False}
-        texts = self._field(self._request("/detokenize", body), "text")
+        texts = self._field(self.request("/detokenize", body), "text")
         before = ["" if len(window) == 1 else texts[2 * at] for at, window in enumerate(windows)]
         return pieces_of(before, texts[1::2])
 
@@ -82,7 +85,7 @@ class Server:
         body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling}
         if logprobs:
             body |= {"return_logprob": True, "top_logprobs_num": _TOP}
-        reply = self._request("/generate", body)
+        reply = self.request("/generate", body)
         meta = self._field(reply, "meta_info")
         found = (meta.get(KEY) or [None])[-1]
         if trace and not isinstance(found, dict):
@@ -110,40 +113,6 @@ class Server:
                 f"{self.url} answered without {path[-1]}: --base-url and --compare must be SGLang servers"
             ) from error
         return reply
-
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            request = urllib.request.Request(self.url + path, data, self._headers)
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as reply:
-                return json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            raise ExplainError(f"{self.url}{path} refused ({error.code}): {_reason(error.read())}") from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise ExplainError(
-                    f"no answer from {self.url} within {self._timeout_s:g} s: pass a longer --timeout"
-                ) from error
-            raise ExplainError(
-                f"no server answers at {self.url} ({reason}): start one, or pass its address with --base-url"
-            ) from error
-        except ValueError as error:
-            raise ExplainError(
-                f"{self.url}{path} did not answer with JSON: --base-url must be a SGLang server"
-            ) from error
-
-
-def _reason(reply: bytes) -> str:
-    """What a server says of its refusal."""
-    text = reply.decode(errors="replace")
-    try:
-        body = json.loads(text)
-        inner = body.get("error", body)
-        text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:400] or "no reason given"
 
 
 def pieces_of(before: Sequence[str], with_it: Sequence[str]) -> list[str]:

@@ -40,8 +40,8 @@ from benchmarks.kernel_scene import (
     make_scene,
 )
 from benchmarks.results_file import command_of, write_results
-from benchmarks.step_model import BANDWIDTHS_TBS
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.step_model import BANDWIDTHS_TBS
 
 ROOT = Path(__file__).parents[1]
 CLUSTERING = {"k-means", "encode"}

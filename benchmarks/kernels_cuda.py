@@ -22,12 +22,12 @@ from benchmarks.kernel_scene import (
     key_objective,
     step_bytes,
 )
-from benchmarks.step_model import BANDWIDTHS_TBS, Launch, StepShape, dense_launches, sparse_launches
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.kernels.attend.triton import dense_decode
 from sglang_clusterkv.kernels.decode import triton as chain
 from sglang_clusterkv.kernels.kmeans.triton import cluster
 from sglang_clusterkv.kernels.kmeans.triton.segments import pool_of, segments_of
+from sglang_clusterkv.kernels.step_model import BANDWIDTHS_TBS, Launch, StepShape, dense_launches, sparse_launches
 
 KV_SPLITS = (8, 16, 32, 64)  # of SGLang's decode; its server's default is 8
 FLASHINFER_WORKSPACE_BYTES = 256 << 20

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tier_model [--recency RESULT.json] [--host-ratio 4] [--host-kv-dtype int8]
 
-A step reads the weights, and in every layer what benchmarks/step_model.py counts; recalled rows that are not on the device come
+A step reads the weights, and in every layer what kernels/step_model.py counts; recalled rows that are not on the device come
 over the bus instead, whose time is added, because which rows they are follows from the layer's own query. How many they are is
 measured: `--recency` names a result of benchmarks.quality.recency. A tier is compared with requests that wait: as many as fit
 the device decode at a time. Nothing here was measured on a GPU. Not in it: prefill, and the stores of new pages.
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.step_model import BUSES_GBS, Launch, StepShape, lists_of, sparse_launches
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.step_model import BUSES_GBS, Launch, StepShape, lists_of, sparse_launches
 from sglang_clusterkv.memory.device import metadata_bytes_per_token
 
 

@@ -1,7 +1,7 @@
 """How many programs the Triton launches of a decode step have: from the shapes of its lists alone, so graphs can be captured.
 
 attend, estimate and the chain (decode/triton.py) count with these, and so does the model of the step
-(`benchmarks/step_model.py`): nothing of Triton is imported here.
+(`kernels/step_model.py`): nothing of Triton is imported here.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.step_model import Launch, StepShape, sparse_launches
 from benchmarks.tier_model import (
     CELLS,
     Hits,
@@ -25,6 +24,7 @@ from benchmarks.tier_model import (
     waiting_speed,
 )
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.step_model import Launch, StepShape, sparse_launches
 
 CONFIG = ClusterKVConfig()
 LLAMA = StepShape(layers=32, heads=32, kv_heads=8, head_dim=128, batch=8, context=32_768)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.step_model import StepShape, sparse_launches
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, last_read, sparse_decode
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
+from sglang_clusterkv.kernels.step_model import StepShape, sparse_launches
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.rotation import rotation_signs
 from sglang_clusterkv.memory.step import SparseStep

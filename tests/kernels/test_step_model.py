@@ -10,7 +10,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from benchmarks.step_model import (
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.step_model import (
     Launch,
     StepShape,
     dense_launches,
@@ -18,7 +19,6 @@ from benchmarks.step_model import (
     sparse_launches,
     table,
 )
-from sglang_clusterkv.config import ClusterKVConfig
 
 CONFIG = ClusterKVConfig()
 LLAMA = StepShape(layers=32, heads=32, kv_heads=8, head_dim=128, batch=8, context=32_768)

@@ -19,10 +19,8 @@ from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 SMS = 132  # of an H100 or H200
 BANDWIDTHS_TBS = (3.35, 4.8)  # H100 SXM, H200
-BUSES_GBS = (
-    50.0,
-    10.0,
-)  # rows from pinned memory over PCIe 5: as long copies, and a fifth of it, as scattered rows may be
+# Rows from pinned memory over PCIe 5: as long copies, and a fifth of it, as scattered rows may be.
+BUSES_GBS = (50.0, 10.0)
 LAUNCH_US = 2.5  # inside a captured graph
 REFINE_CANDIDATES = 64  # candidates per program of refine's values
 _INT, _LONG, _FLOAT, _HALF = 4, 8, 4, 2  # bytes

@@ -78,7 +78,7 @@ class Admission:
 
     def begin_pass(self) -> bool:
         """A prefill pass begins; whether it may take anything. Waits for the other ranks, which call this as well."""
-        self.waits = not _on_all_ranks(self._ring_is_full())
+        self.waits = not least_of_ranks(self._ring_is_full())
         return not self.waits
 
     def _ring_is_full(self) -> bool:
@@ -100,14 +100,14 @@ class Admission:
         return filled
 
 
-def _on_all_ranks(yes: bool) -> bool:
-    """Whether it is so on every tensor-parallel rank."""
+def least_of_ranks(number: int) -> int:
+    """The least that a tensor-parallel rank says; waits for all of them."""
     parallel = get_parallel()
     if parallel.tp_size == 1:
-        return yes
-    votes = torch.tensor([yes], dtype=torch.int32)
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=parallel.tp_group.cpu_group)
-    return bool(votes)
+        return number
+    least = torch.tensor([number], dtype=torch.int64)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=parallel.tp_group.cpu_group)
+    return int(least)
 
 
 def ask_again(scheduler: Any) -> None:

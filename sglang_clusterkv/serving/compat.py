@@ -305,11 +305,6 @@ HOST_TIER_REFUSALS: tuple[Refusal, ...] = (
         "host_ratio and --enable-hierarchical-cache would both keep pages on the host: leave one of them out",
     ),
     Refusal(
-        "host tier on a GPU",
-        lambda a, m: (a.device or "cpu") != "cpu",
-        "the kernels for a GPU read keys and values on the device only in this release: leave out host_ratio",
-    ),
-    Refusal(
         "host tier without chunks",
         lambda a, m: a.chunked_prefill_size is not None and a.chunked_prefill_size <= 0,
         "a host tier takes prompts in chunks that fit the device: leave out --chunked-prefill-size or use 512 or more",

@@ -43,6 +43,11 @@ BESIDE: tuple[Beside, ...] = (
         f"refused on a CPU; on a GPU {_READ}: a released server keeps its clusters' memory, 13 to 15 % of the KV cache",
     ),
     Beside(
+        "`host_ratio` above 1 on a GPU, `--tp-size` beside it",
+        f"{_READ}; its seams are tested with stand-ins (tests/serving/test_host_tier_cuda.py), its kernels in Triton's "
+        "interpreter. Prefill CUDA graphs are off with it",
+    ),
+    Beside(
         "`--enable-hierarchical-cache`",
         f"refused on a CPU; on a GPU {_READ}; its seams are tested with stand-ins (tests/serving/test_hicache.py). What comes "
         "back from the host is clustered anew",

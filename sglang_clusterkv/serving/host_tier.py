@@ -14,6 +14,7 @@ import psutil  # type: ignore[import-untyped]
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.memory.host import host_row_bytes
 from sglang_clusterkv.memory.tier import least_device_pages
+from sglang_clusterkv.serving.admission import least_of_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -32,23 +33,30 @@ def device_pages(config: ClusterKVConfig, pages: int) -> int:
 
 
 def bytes_per_token(
-    config: ClusterKVConfig, *, device: int, kv_heads: int, layers: int, head_dim: int, dtype: torch.dtype
+    config: ClusterKVConfig,
+    *,
+    device_type: str,
+    device: int,
+    kv_heads: int,
+    layers: int,
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> int:
-    """Bytes of keys and values per logical token, over all layers and kv heads of a rank, rounded up.
+    """Bytes of the device's memory that keys and values take per logical token, over a rank's layers and kv heads, rounded up.
 
-    Host rows count, for where a tier is served, on a CPU, both tiers are the same memory.
+    On a CPU both tiers are the same memory, so host rows count there. On a GPU they do not: `check_memory` asks for them.
 
     Args:
         config: with a tier.
+        device_type: of the pool, "cpu" or "cuda".
         device: bytes of a token that is on the device.
         kv_heads: of this rank.
         layers: likewise.
         head_dim: channels of a head.
         dtype: of the KV pool.
     """
-    return math.ceil(device / config.host_ratio) + layers * kv_heads * host_row_bytes(
-        head_dim, dtype, config.host_kv_dtype
-    )
+    host = layers * kv_heads * host_row_bytes(head_dim, dtype, config.host_kv_dtype) if device_type == "cpu" else 0
+    return math.ceil(device / config.host_ratio) + host
 
 
 def rows_that_fit(config: ClusterKVConfig, *, tokens: int, chunk_tokens: int, page_size: int, rows: int) -> int:
@@ -118,14 +126,17 @@ def _too_small(config: ClusterKVConfig, pages: int, tokens: int, chunk_tokens: i
 def check_memory(config: ClusterKVConfig, *, tokens: int, host: int, others: int, ranks: int) -> None:
     """Raise ConfigError where the machine has no room for the host rows, with the number of tokens that fits.
 
+    Call it on all tensor-parallel ranks before one of them takes any. It waits until each has asked: page-locked memory is
+    taken at once, so a rank that asks late would find less.
+
     Args:
         config: for the sentence.
         tokens: logical, of the KV cache.
         host: bytes of the host tier of this rank.
-        others: bytes of this rank's device buffers and clusters that are not touched yet and lie in the same memory.
+        others: bytes of this rank's buffers and clusters that are not touched yet and lie in the same memory: 0 on a GPU.
         ranks: processes on this machine that take as much.
     """
-    available = psutil.virtual_memory().available
+    available = least_of_ranks(psutil.virtual_memory().available)
     needed = ranks * (host + others)
     if needed <= available:
         return

@@ -135,6 +135,20 @@ def _declare_defaults(server_args: Any, previous: Callable[[Any], None]) -> None
         )
         if view.device != "cpu":  # there are none on the CPU in any case
             logger.info("Decode CUDA graphs are off: --attention-backend %s does not support them yet", BACKEND)
+    if _load(server_args).host_ratio > 1:
+        _leave_out_prefill_graphs(server_args)
+
+
+def _leave_out_prefill_graphs(server_args: Any) -> None:
+    """With a host tier a prefill may read a prefix from elsewhere in every pass, and no graph of one has been looked at."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    graphs = resolved_view(server_args).cuda_graph_config
+    if graphs is not None and graphs.prefill.backend != Backend.DISABLED:
+        off = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
+        declare_resolution(server_args, BACKEND, cuda_graph_config=off)
+        logger.info("Prefill CUDA graphs are off: a host tier does not support them yet")
 
 
 def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -81,11 +81,12 @@ class ClusterKVPool(MHATokenToKVPool):
         """
         assert self.tiered and self.tier is None and self.cluster_index is not None
         keys, values = super().get_kv_size_bytes()
+        in_ram = torch.device(self.device).type == "cpu"
         host_tier.check_memory(
             self.config,
             tokens=self.size,
             host=self.size * self.host_bytes_per_token,
-            others=keys + values + self.cluster_index.bytes,
+            others=keys + values + self.cluster_index.bytes if in_ram else 0,
             ranks=ranks,
         )
         self.tier = Tier(

@@ -152,6 +152,7 @@ def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) 
     config = active.active_config()
     if config is None:
         return None
+    import torch
     from sglang.srt.runtime_context import get_parallel, get_schedule
 
     from sglang_clusterkv.memory.device import metadata_bytes_per_token
@@ -170,6 +171,7 @@ def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) 
         return result + index
     return index + host_tier.bytes_per_token(
         config,
+        device_type=torch.device(kvc.device).type,
         device=result,
         kv_heads=kv_heads,
         layers=num_layers,

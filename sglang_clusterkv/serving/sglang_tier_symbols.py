@@ -24,6 +24,7 @@ HOST_TIER = (
         "asks for them",
         mentions=("config.max_running_requests = self.resolve_max_num_reqs(",),
     ),
+    Symbol("mem_cache.kv_cache_configurator.KVCacheConfigurator", "whose memory it sizes", attributes="device"),
     Symbol(
         "model_executor.model_runner.ModelRunner.init_kv_index_translator",
         "where the tier is made",

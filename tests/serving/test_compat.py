@@ -151,8 +151,6 @@ def test_each_row_refuses_its_case_and_no_other(monkeypatch, name, arguments, fa
 
 
 HOST_TIER_CASES = [
-    ("host tier on a GPU", {"device": "cuda"}, {}),
-    ("host tier on a GPU", {"device": "cuda:1"}, {}),
     ("host tier and HiCache", HICACHE | {"device": "cuda"}, {}),
     ("host tier without chunks", {"chunked_prefill_size": -1}, {}),
     ("host tier and shared KV", {}, {"shared_kv": True}),
@@ -163,12 +161,11 @@ HOST_TIER_CASES = [
 def test_a_host_tier_is_refused_where_all_on_the_device_is_served(name, arguments, facts):
     changed, model = SimpleNamespace(**SERVED | arguments), replace(MODEL, **facts)
     rows = [row for row in HOST_TIER_REFUSALS if row.applies(changed, model)]
-    # HiCache is served on a GPU alone, where a host tier is not.
-    assert rows[0].name == name and (len(rows) == 1 or name == "host tier and HiCache")
+    assert [row.name for row in rows] == [name]
     said = compat.refusal(changed, model, host_tier=True)
     assert said == f"--attention-backend clusterkv cannot serve this: {rows[0].sentence}"
     assert compat.refusal(changed, model) is None
-    for served in ({}, {"tp_size": 2}):
+    for served in ({}, {"tp_size": 2}, {"device": "cuda"}, {"device": "cuda:1", "tp_size": 4}):
         assert compat.refusal(SimpleNamespace(**SERVED | served), MODEL, host_tier=True) is None
 
 
@@ -268,6 +265,14 @@ def test_the_flag_reaches_every_process(resolve, monkeypatch):
     assert active.config_of(pickle.loads(pickle.dumps(record))).budget_tokens == 200
     record, _ = resolve(*CLUSTERKV)
     assert active.config_of(record).budget_tokens == 100
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_with_a_host_tier_prefill_graphs_are_off(resolve, ratio):
+    config = json.dumps({"host_ratio": ratio})
+    tokens = ("--max-total-tokens", "65536", "--chunked-prefill-size", "512")
+    _, view = resolve(*CLUSTERKV, *tokens, "--clusterkv-config", config, "--cuda-graph-backend-prefill", "breakable")
+    assert view.cuda_graph_config.prefill.backend == ("breakable" if ratio == 1 else "disabled")
 
 
 def test_arguments_that_were_resolved_without_the_plugin_end_the_start(resolve):

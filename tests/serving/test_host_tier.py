@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang_clusterkv.clusters.handed_out import PageEvent
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.memory.tier import least_device_pages, ring_target
-from sglang_clusterkv.serving import active, host_tier, scheduler_hooks
+from sglang_clusterkv.serving import active, admission, host_tier, scheduler_hooks
 from sglang_clusterkv.serving.pool import ClusterKVAllocator, ClusterKVPool
 from sglang_clusterkv.serving.translator import TierTranslator
 
@@ -35,6 +35,7 @@ MakePool = Callable[[ClusterKVConfig], ClusterKVPool]
 @pytest.fixture
 def make_pool(monkeypatch: pytest.MonkeyPatch) -> MakePool:
     """A pool as SGLang makes it, of `PAGES` pages, in a process with a configuration."""
+    alone(monkeypatch)
 
     def make(config: ClusterKVConfig) -> ClusterKVPool:
         monkeypatch.setattr(active, "active_config", lambda: config)
@@ -50,6 +51,11 @@ def make_pool(monkeypatch: pytest.MonkeyPatch) -> MakePool:
         )
 
     return make
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no other rank."""
+    monkeypatch.setattr(admission, "get_parallel", lambda: SimpleNamespace(tp_size=1))
 
 
 def allocator_of(pool: ClusterKVPool) -> ClusterKVAllocator:
@@ -315,15 +321,21 @@ def test_a_model_whose_prompts_sglang_takes_in_one_piece_after_all_is_refused(
     ("host_dtype", "kv_dtype", "row"),
     [("auto", torch.float32, 2 * 64 * 4), ("auto", torch.bfloat16, 2 * 64 * 2), ("int8", torch.float32, 2 * 64 + 8)],
 )
-def test_a_token_takes_its_share_of_the_device_and_a_host_row(host_dtype: Any, kv_dtype: torch.dtype, row: int) -> None:
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_token_takes_its_share_of_the_device_and_on_a_cpu_a_host_row(
+    device_type: str, host_dtype: Any, kv_dtype: torch.dtype, row: int
+) -> None:
     config = ClusterKVConfig(host_ratio=4, host_kv_dtype=host_dtype)
     device = 10 * 3 * 2 * 64 * kv_dtype.itemsize
-    taken = host_tier.bytes_per_token(config, device=device, kv_heads=3, layers=10, head_dim=64, dtype=kv_dtype)
-    assert taken == device // 4 + 10 * 3 * row
+    taken = host_tier.bytes_per_token(
+        config, device_type=device_type, device=device, kv_heads=3, layers=10, head_dim=64, dtype=kv_dtype
+    )
+    assert taken == device // 4 + (10 * 3 * row if device_type == "cpu" else 0)
 
 
 def test_memory_that_is_short_is_refused_with_the_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_tier.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    alone(monkeypatch)
 
     def check(tokens: int, ranks: int) -> None:
         host_tier.check_memory(TIERED, tokens=tokens, host=tokens * 900, others=tokens * 300, ranks=ranks)

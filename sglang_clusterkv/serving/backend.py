@@ -21,7 +21,8 @@ from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.memory.step import DenseStep, dense_step
-from sglang_clusterkv.serving import runtime, tier_prefill, trace
+from sglang_clusterkv.serving import prefill_backend, runtime, tier_prefill, trace
+from sglang_clusterkv.serving.active import active_config
 from sglang_clusterkv.serving.platform import prefill_threads
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def create_backend(runner: ModelRunner) -> AttentionBackend:
     return backend
 
 
-class ClusterKVAttnBackend(AttentionBackend):
+class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
     """SGLang's side of ClusterKV.
 
     Prefill runs on SGLang's own backend of the platform, on the CPU on ours. A pool without a cluster index (SGLang's
@@ -80,15 +81,14 @@ class ClusterKVAttnBackend(AttentionBackend):
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.engine = runtime.attach_engine(runner)
         self.first_layer = getattr(self.token_to_kv_pool, "start_layer", 0) or 0
-        self.prefill = None if torch.device(runner.device).type == "cpu" else _platform_backend(runner)
+        on_cpu = torch.device(runner.device).type == "cpu"
+        self.prefill = None if on_cpu else prefill_backend.create(runner, active_config())
         # SGLang's backend knows nothing of a host tier; ours on the CPU does.
         self._tier_prefill = None if self.prefill is None else tier_prefill.of(runner, self.prefill)
         self._threads = torch.get_num_threads()
         arguments = runner.server_args
         ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
         self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks, self._threads)
-        # SGLang's warm-ups ask for the second; the inner backend knows.
-        self.extend_dummy_seqs_capped_by_req_pool = getattr(self.prefill, "extend_dummy_seqs_capped_by_req_pool", False)
         if self.engine is not None:
             _warm_up(runner, self.engine)
         self._step: DecodeStep | None = None
@@ -323,11 +323,3 @@ def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:
         query_dtype=runner.model_config.dtype,
         host_dtype=None if engine.tier is None else engine.tier.host.host_dtype,
     )
-
-
-def _platform_backend(runner: ModelRunner) -> AttentionBackend:
-    """SGLang's backend for prefill on an accelerator: FlashInfer where it is installed, else Triton."""
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-    from sglang.srt.utils import is_flashinfer_available
-
-    return ATTENTION_BACKENDS["flashinfer" if is_flashinfer_available() else "triton"](runner)

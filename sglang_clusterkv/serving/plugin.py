@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
-from sglang_clusterkv.serving import compat, sglang_differences, sglang_symbols
+from sglang_clusterkv.serving import compat, prefill_backend, sglang_differences, sglang_symbols
 from sglang_clusterkv.serving.active import config_of, keep_config
 from sglang_clusterkv.serving.compat import BACKEND
 from sglang_clusterkv.serving.late_refusal import sentence_alone
@@ -166,6 +166,7 @@ def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     try:
         validate(config, view.page_size, facts.head_dim, facts.layers)
         _check_host_tier(config, view)
+        config = prefill_backend.resolve(config, server_args, view)
     except ConfigError as error:
         _refuse(server_args, str(error))
     keep_config(server_args, config)

@@ -3,6 +3,7 @@
 `sglang_differences.check` compares this table with the installed SGLang. Nothing of SGLang is imported here.
 """
 
+from sglang_clusterkv.serving.sglang_gpu_symbols import PREFILL
 from sglang_clusterkv.serving.sglang_tier_symbols import HICACHE, HOST_TIER
 from sglang_clusterkv.serving.symbol import Symbol
 
@@ -350,7 +351,6 @@ BACKEND = (
     ),
     Symbol("layers.radix_attention.AttentionType", "only causal layers", attributes="DECODER"),
     Symbol("layers.attention.attention_registry.ATTENTION_BACKENDS", "prefill on an accelerator", attributes="get"),
-    Symbol("utils.is_flashinfer_available", "prefill on an accelerator", ""),
     Symbol(
         "model_executor.forward_batch_info.ForwardMode",
         "phases",
@@ -382,4 +382,5 @@ SYMBOLS = (
     + TRACE
     + METRICS
     + BACKEND
+    + PREFILL
 )

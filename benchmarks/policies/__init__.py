@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from benchmarks.policies.anchors import CODEBOOKS, ENTRIES, LISTS, TOKENS_PER_CENTROID, DoubleP, PqHsa, VAttention
 from benchmarks.policies.baselines import (
     PUBLISHED_TOKENS_PER_CLUSTER,
     QUEST_PAGE,
@@ -116,6 +117,18 @@ def _published(reading: Reading) -> float:
     return clusters * (2 * reading.head_dim + 4) + 2 * reading.config.budget_tokens
 
 
+def _pq_hsa(reading: Reading) -> float:
+    """Lists' directions and mean values in bf16, codebooks; of every token its list, half a byte per codebook, its length."""
+    rows = LISTS * 2 * 2 * reading.head_dim + ENTRIES * 2 * reading.head_dim
+    return rows + reading.clustered * (2 + CODEBOOKS / 2 + 2)
+
+
+def _double_p(reading: Reading) -> float:
+    """Centroids and mean values in bf16, sizes, and the places of the tokens that are read."""
+    clusters = reading.clustered / TOKENS_PER_CENTROID
+    return clusters * (2 * 2 * reading.head_dim + 4) + 2 * reading.config.budget_tokens
+
+
 def _codes(reading: Reading) -> float:
     return reading.clustered * (TokenCodec(1, reading.head_dim).code_bytes + 2)
 
@@ -138,6 +151,9 @@ POLICIES: dict[str, Policy] = {
         "ClusterKV as published, 2 dense layers", _published, {"dense_layers": 2}, make=PublishedClusterKV
     ),
     "codes": Policy("1-bit codes of all tokens", _codes, make=BinaryCodes),
+    "pq-hsa": Policy("PQ-HSA", _pq_hsa, make=PqHsa),
+    "double-p": Policy("Double-P", _double_p, make=DoubleP),
+    "vattention": Policy("vAttention, over ours", _ours, {"estimate": False}, make=lambda budget: VAttention()),
     "ours": Policy("ours", _ours),
     "ours-no-estimate": Policy("ours without the estimate", _ours, {"estimate": False}),
     "ours-no-spread": Policy("ours without spread", _ours, {"choice_spread": 0.0, "estimate_spread": 0.0}),

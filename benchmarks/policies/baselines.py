@@ -72,12 +72,20 @@ class PublishedClusters(NamedTuple):
 
 
 class PublishedTables(KeyTables):
-    """k-means over a whole prompt by cosine similarity, about 80 tokens per cluster; later tokens in clusters of their own."""
+    """k-means over a whole prompt by cosine similarity; later tokens in clusters of their own.
+
+    Args:
+        tokens_per_cluster: on average.
+    """
+
+    def __init__(self, tokens_per_cluster: int = PUBLISHED_TOKENS_PER_CLUSTER) -> None:
+        super().__init__()
+        self._tokens_per_cluster = tokens_per_cluster
 
     def build(self, keys: torch.Tensor) -> PublishedClusters:
         """Cluster one run, [H, T, D]."""
         heads, tokens, channels = keys.shape
-        clusters = max(1, tokens // PUBLISHED_TOKENS_PER_CLUSTER)
+        clusters = max(1, tokens // self._tokens_per_cluster)
         directions = torch.nn.functional.normalize(keys, dim=-1)
         centroids = keys[:, torch.arange(clusters, device=keys.device) * tokens // clusters]
         labels = torch.zeros((heads, tokens), dtype=torch.int64, device=keys.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.policies.anchors import StandIns
 from benchmarks.policies.estimates import ChangedEstimate
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
 from sglang_clusterkv.clusters.engine import SparseDecode
@@ -94,7 +95,7 @@ def recalled_slots(
         group: query heads per kv head.
         keys: the layer's pool.
     """
-    if isinstance(decode, TokenPolicy | ChangedEstimate):
+    if isinstance(decode, TokenPolicy | ChangedEstimate | StandIns):
         return decode.recalled
     buffers = cpu.decoder_of(index, group, keys.dtype is torch.bfloat16).buffers
     return torch.from_numpy(buffers.recalled), torch.from_numpy(buffers.recalled_count)

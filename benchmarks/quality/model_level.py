@@ -11,8 +11,8 @@ decode step, layer and kv head as bf16 KV would have them: metadata, recalled to
 KL by how unsure dense is of the next token (its entropy), continuation and answers together; `--kind` takes a text that is
 easier (source code) or harder (random digits) than prose.
 
-`equal-bytes` rows give the published policy the budget at which it reads what ours reads. Intervals are 95 %, by bootstrap over
-parts of 8 tokens. "Over ours" is a KL over that of ours at the same budget (or bytes), paired by part. Writes JSON, Markdown
+`equal-bytes` rows give the published policy, or those that `--equal-bytes` names, the budget at which it reads what ours reads.
+Intervals are 95 %, by bootstrap over parts of 8 tokens. "Over ours" is a KL over that of ours at the same budget (or bytes), paired by part. Writes JSON, Markdown
 and SVG to benchmarks/results/.
 
     python -m benchmarks.quality.model_level --join RESULT.json RESULT.json
@@ -181,7 +181,7 @@ def sizes_of(server_counts: dict[str, Any], document: Document, model: dict[str,
 
 
 def run_document(
-    server: Server, document: Document, arms: list[Arm], model: dict[str, Any], equal: bool, again: bool
+    server: Server, document: Document, arms: list[Arm], model: dict[str, Any], equal: Sequence[str], again: bool
 ) -> dict[str, Any]:
     """All arms over one document.
 
@@ -190,7 +190,7 @@ def run_document(
         document: with what is decoded.
         arms: policies at their budgets.
         model: what `Sizes` knows beside the tokens.
-        equal: add the published policy at the bytes of each of ours.
+        equal: policies to add at the bytes of each of ours.
         again: decode densely twice, for the largest KL between the two.
     """
     server.flush()
@@ -220,9 +220,10 @@ def run_document(
             "options": arm.options,
             "bytes": step_bytes(arm, sizes),
         }
-        if equal and arm.policy == OURS and not changed(arm.options):
-            queue.append(equal_bytes("published", arm, sizes))
-            bar.total += 1
+        if arm.policy == OURS and not changed(arm.options):
+            more = [equal_bytes(policy, arm, sizes) for policy in equal]
+            queue += more
+            bar.total += len(more)
         bar.update()
     bar.close()
     found["sizes"] = sizes._asdict() if sizes else None
@@ -350,12 +351,17 @@ def main() -> None:
     parser.add_argument(
         "--config", type=json.loads, default={}, help="JSON, the server's configuration beside the budget"
     )
-    parser.add_argument("--no-equal-bytes", action="store_true", help="leave out the published policy at our bytes")
+    parser.add_argument(
+        "--equal-bytes", nargs="+", choices=POLICIES, default=["published"], help="policies to run at our bytes too"
+    )
+    parser.add_argument("--no-equal-bytes", action="store_true", help="leave them out")
     parser.add_argument("--quick", action="store_true", help="one shorter document, one budget, few policies")
     parser.add_argument("--join", nargs="+", type=Path, help="results of runs to put together; runs nothing")
     args = parser.parse_args()
     if args.text and args.kind != PROSE:
         parser.error(f"--text names a file to be read as {PROSE}: leave out --kind {args.kind}")
+    if args.no_equal_bytes:
+        args.equal_bytes = []
     if args.quick:
         args.documents, args.tokens, args.natural = 1, min(args.tokens, 2500), 32
         args.budgets, args.policies = [256], QUICK_POLICIES
@@ -436,7 +442,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for i, document in enumerate(made):
-                documents.append(run_document(server, document, arms, model, not args.no_equal_bytes, not args.quick))
+                documents.append(run_document(server, document, arms, model, args.equal_bytes, not args.quick))
                 print(f"document {args.first + i + 1}:\n{table(summary(documents[-1:]), documents[-1:])}", flush=True)
         except KeyboardInterrupt:
             if not documents:

@@ -12,8 +12,8 @@ KL by how unsure dense is of the next token (its entropy), continuation and answ
 easier (source code) or harder (random digits) than prose.
 
 `equal-bytes` rows give the published policy, or those that `--equal-bytes` names, the budget at which it reads what ours reads.
-Intervals are 95 %, by bootstrap over parts of 8 tokens. "Over ours" is a KL over that of ours at the same budget (or bytes), paired by part. Writes JSON, Markdown
-and SVG to benchmarks/results/.
+Intervals are 95 %, by bootstrap over parts of 8 tokens. "Over ours" is a KL over that of ours at the same budget (or bytes),
+paired by part. Writes JSON, Markdown and SVG to benchmarks/results/.
 
     python -m benchmarks.quality.model_level --join RESULT.json RESULT.json
 

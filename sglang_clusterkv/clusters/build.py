@@ -1,4 +1,4 @@
-"""Build a segment: cluster the keys of its pages, for every layer and kv head, and write the rows of its pages.
+"""Build a segment: cluster the keys of its pages, for every kv head of the layers that recall, and write the rows of its pages.
 
 Runs on the device at the head of a forward, eagerly. The same keys give the same tables in every batch: a segment is
 built alone, so that no matrix shape depends on what else is built.
@@ -6,6 +6,7 @@ built alone, so that no matrix shape depends on what else is built.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ def build_segment(
     layers_per_call: int,
     tier: Tier | None = None,
 ) -> None:
-    """Cluster the tokens at `slots` in every layer, write the tables, and mark the pages.
+    """Cluster the tokens at `slots` in every layer that has clusters, write the tables, and mark the pages.
 
     Args:
         index: the index to write.
@@ -111,12 +112,13 @@ def build_segment(
         write_in_place(index, [slots], key_buffers, value_buffers, tier)
         index.mark(segment_id, pages)
         return
-    for first in range(0, len(key_buffers), layers_per_call):
-        layers = range(first, min(first + layers_per_call, len(key_buffers)))
+    clustered = index.geometry.clustered_layers
+    for first in range(0, len(clustered), layers_per_call):
+        layers = clustered[first : first + layers_per_call]
         hosts = [None if tier is None else tier.layer(layer) for layer in layers]
         keys = _heads_first([key_buffers[layer] for layer in layers], slots, hosts, 0)
         values = _heads_first([value_buffers[layer] for layer in layers], slots, hosts, 1)
-        _write(index, layers, pages, slots, cluster_segment(index, keys, values))
+        _write(index, slice(first, first + len(layers)), pages, slots, cluster_segment(index, keys, values))
     index.mark(segment_id, pages)
 
 
@@ -127,7 +129,7 @@ def write_in_place(
     value_buffers: list[torch.Tensor],
     tier: Tier | None = None,
 ) -> None:
-    """Cluster segments by Triton's kernels, all layers and heads of them in each launch, and write their tables.
+    """Cluster segments by Triton's kernels, all heads and layers with clusters in each launch, and write their tables.
 
     Reads the pool where it lies. Scratch: a quarter of the segments' keys in bf16, at 8 tokens per cluster. With a tier their
     keys and values are copied first, from wherever they are, for they are read some ten times: twice their bytes more.
@@ -144,7 +146,8 @@ def write_in_place(
     from sglang_clusterkv.kernels.kmeans import triton as clustering
     from sglang_clusterkv.kernels.kmeans.triton.segments import pool_of, segments_of, stacked
 
-    config = index.config
+    config, layers = index.config, index.geometry.clustered_layers
+    key_buffers, value_buffers = ([buffers[layer] for layer in layers] for buffers in (key_buffers, value_buffers))
     batch = segments_of(segments, config.tokens_per_cluster, config.outlier_share, copied=tier is not None)
     if tier is None:
         pools = ("pools", *(buffer.data_ptr() for buffer in (*key_buffers, *value_buffers)))
@@ -154,7 +157,8 @@ def write_in_place(
     else:
         sizes = (2, len(key_buffers), len(batch.slots), *key_buffers[0].shape[1:])
         copies = torch.empty(sizes, dtype=key_buffers[0].dtype, device=batch.slots.device)
-        gather(tier, 0, batch.slots, copies[0], copies[1], BUILD_HOST)
+        for part, first in _runs(layers):
+            gather(tier, first, batch.slots, copies[0, part], copies[1, part], BUILD_HOST)
         keys, values = map(stacked, copies)
     encoding.write(
         keys,
@@ -185,15 +189,23 @@ def _heads_first(
     return rows.float().transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _write(index: ClusterIndex, layers: range, pages: torch.Tensor, slots: torch.Tensor, tables: SegmentTables) -> None:
-    """Write one segment's tables at the rows of its pages and slots, for a range of layers."""
+def _runs(layers: tuple[int, ...]) -> Iterator[tuple[slice, int]]:
+    """Runs of consecutive layers: their places in the list, and the first of them."""
+    begin = 0
+    for end in range(1, len(layers) + 1):
+        if end == len(layers) or layers[end] != layers[end - 1] + 1:
+            yield slice(begin, end), layers[begin]
+            begin = end
+
+
+def _write(index: ClusterIndex, span: slice, pages: torch.Tensor, slots: torch.Tensor, tables: SegmentTables) -> None:
+    """Write one segment's tables at the rows of its pages and slots, for consecutive layers of the index."""
     arrays = index.arrays
-    span = slice(layers.start, layers.stop)
     rows = index.cluster_rows(pages).flatten()
 
     def by_layer(table: torch.Tensor) -> torch.Tensor:
         """[layers * H, X, ...] -> [layers, X, H, ...]."""
-        return table.unflatten(0, (len(layers), -1)).transpose(1, 2)
+        return table.unflatten(0, (span.stop - span.start, -1)).transpose(1, 2)
 
     for name, where, table in (
         ("key_rows", rows, tables.key_rows),

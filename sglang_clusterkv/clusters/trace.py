@@ -6,7 +6,7 @@ docs/explain.md has the format. Everything is told by position in the request: n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ class Step:
 
 
 class SegmentClusters(NamedTuple):
-    """A segment's clusters in all layers, on the host; M tokens, C clusters."""
+    """A segment's clusters in the layers that have any, on the host; M tokens, C clusters."""
 
     begin: int  # position of its first token
     members: torch.Tensor  # int16 [L, M, H], offsets in the segment, sorted by cluster
@@ -127,7 +127,7 @@ def clusters_of(segments: list[SegmentClusters], layer: int, tokens: int) -> tup
 
     Args:
         segments: in sequence order; their clusters are numbered one after the other.
-        layer: of the index.
+        layer: place in `SegmentClusters`.
         tokens: of the prompt.
 
     Returns:
@@ -156,6 +156,7 @@ def document(
     server: dict[str, Any],
     request: dict[str, Any],
     step_bytes: Callable[[Step, int], tuple[int, int]],
+    row_of: Mapping[int, int],
     encode: Callable[[bytes], str],
 ) -> dict[str, Any]:
     """A trace as docs/explain.md has it.
@@ -167,6 +168,7 @@ def document(
         server: what is said of the server.
         request: what is said of the request, beside its lengths.
         step_bytes: of a step and how many layers recall, -> bytes read, and those that a dense step would read.
+        row_of: place of a layer in `SegmentClusters`, by its number.
         encode: bytes -> base64 text.
     """
     tokens = len(prompt) + len(answer)
@@ -176,7 +178,7 @@ def document(
     position_bytes = 2 if tokens <= 1 << 16 else 4
     places = range(len(layers))
     segments = [trace.segments[id_] for id_ in trace.seen if id_ in trace.segments]
-    clusters = [clusters_of(segments, layer, len(prompt)) for layer in layers]
+    clusters = [clusters_of(segments, row_of[layer], len(prompt)) for layer in layers]
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -25,6 +25,7 @@ class Geometry:
         head_dim: channels of a key and of a value.
         page_size: tokens per page.
         pages: pages of the pool, its padding page 0 included; see `index_pages`.
+        clustered: the layers that have clusters, ascending, counted from this rank's first; None: all of them.
     """
 
     layers: int
@@ -32,6 +33,12 @@ class Geometry:
     head_dim: int
     page_size: int
     pages: int
+    clustered: tuple[int, ...] | None = None
+
+    @property
+    def clustered_layers(self) -> tuple[int, ...]:
+        """`clustered`, spelt out: the i-th row of the index's arrays is of the i-th of these."""
+        return tuple(range(self.layers)) if self.clustered is None else self.clustered
 
     @property
     def slots(self) -> int:
@@ -52,14 +59,15 @@ def index_shapes(config: ClusterKVConfig, geometry: Geometry) -> dict[str, tuple
     g = geometry
     rows = RowCodec(config.centroid_dtype, g.head_dim)
     tokens = TokenCodec(config.code_bits, g.head_dim)
-    clusters = (g.layers, g.pages * (g.page_size // config.tokens_per_cluster), g.kv_heads)
-    slots = (g.layers, g.slots, g.kv_heads)
+    layers = len(g.clustered_layers)
+    clusters = (layers, g.pages * (g.page_size // config.tokens_per_cluster), g.kv_heads)
+    slots = (layers, g.slots, g.kv_heads)
     shapes = {
         "key_rows": ((*clusters, rows.packed_bytes), torch.uint8),
         "value_rows": ((*clusters, rows.packed_bytes), torch.uint8),
         "spread": (clusters, torch.bfloat16),
         "cluster_end": (clusters, torch.int16),
-        "segment_vectors": ((g.layers, g.pages, g.kv_heads, 3, g.head_dim // SEGMENT_VECTOR_PAGES), torch.bfloat16),
+        "segment_vectors": ((layers, g.pages, g.kv_heads, 3, g.head_dim // SEGMENT_VECTOR_PAGES), torch.bfloat16),
         "members": (slots, torch.int16),
         "page_state": ((g.pages, 3), torch.int32),
     }
@@ -89,6 +97,6 @@ def index_bytes(config: ClusterKVConfig, geometry: Geometry) -> int:
 def metadata_bytes_per_token(
     config: ClusterKVConfig, *, page_size: int, head_dim: int, kv_heads: int, layers: int
 ) -> int:
-    """Bytes of the index per token slot of the pool, over all layers and kv heads of this rank, rounded up."""
+    """Bytes of the index per token slot of the pool, over the kv heads of this rank and the layers with clusters, rounded up."""
     page = index_bytes(config, Geometry(layers, kv_heads, head_dim, page_size, pages=1))
     return -(-page // page_size)

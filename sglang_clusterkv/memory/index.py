@@ -1,5 +1,7 @@
 """The cluster index: arrays beside the KV pool, indexed by page, slot and kv head, and the state of each page.
 
+Layers that never recall have no part in it; `ClusterIndex.row_of` has where the others' parts are.
+
 A segment of n pages has n * clusters_per_page clusters; those of its j-th page's rows are clusters
 j * clusters_per_page, ... of the segment. The index needs no allocator: it lives and dies with the pages.
 
@@ -59,13 +61,14 @@ class ClusterIndex:
         # float64 [layers, 2]: recalled mass of all sparse steps since the start, its sum and how many (request, query head).
         self.mass = torch.zeros((geometry.layers, 2), dtype=torch.float64, device=device)
         self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
-        self._layers = [self._view(layer) for layer in range(geometry.layers)]
+        self.row_of = {layer: row for row, layer in enumerate(geometry.clustered_layers)}  # in arrays that begin with layers
+        self._layers = {layer: self._view(row) for layer, row in self.row_of.items()}
 
-    def _view(self, layer: int) -> LayerView:
-        return LayerView(*(self.arrays[name][layer] if name in self.arrays else None for name in LayerView._fields))
+    def _view(self, row: int) -> LayerView:
+        return LayerView(*(self.arrays[name][row] if name in self.arrays else None for name in LayerView._fields))
 
     def layer(self, layer: int) -> LayerView:
-        """The arrays of one layer (counted from this rank's first)."""
+        """The arrays of one layer (counted from this rank's first). Raises KeyError for one without clusters."""
         return self._layers[layer]
 
     @property
@@ -75,7 +78,7 @@ class ClusterIndex:
 
     @property
     def clusters(self) -> int:
-        """Clusters stored now, over all layers and kv heads; pages that are free but not yet handed out again count.
+        """Clusters stored now, over layers and kv heads; pages that are free but not yet handed out again count.
 
         Waits for the device: not for a decode step.
         """
@@ -83,8 +86,8 @@ class ClusterIndex:
 
     @property
     def clusters_of_a_page(self) -> int:
-        """Clusters at one page, over all layers and kv heads."""
-        return self.clusters_per_page * self.geometry.layers * self.geometry.kv_heads
+        """Clusters at one page, over kv heads and the layers that have any."""
+        return self.clusters_per_page * len(self.row_of) * self.geometry.kv_heads
 
     def clustered_pages(self) -> torch.Tensor:
         """Pages that belong to a segment, int64 [] on the device: does not wait for it."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_clusterkv.clusters.decoding import DecodeStep
@@ -21,7 +21,7 @@ from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.memory.step import DenseStep, dense_step
-from sglang_clusterkv.serving import prefill_backend, runtime, tier_prefill, trace
+from sglang_clusterkv.serving import layers, prefill_backend, runtime, tier_prefill, trace
 from sglang_clusterkv.serving.active import active_config
 from sglang_clusterkv.serving.platform import prefill_threads
 
@@ -53,14 +53,14 @@ def create_backend(runner: ModelRunner) -> AttentionBackend:
         raise ConfigError(
             "on a CPU no traces are kept of a KV cache in float16: use --dtype float32, or leave out trace"
         )
-    if unserved := _unserved(runner.model):
+    if unserved := layers.unserved(runner.model):
         raise ConfigError(f"this model has {unserved}, which clusterkv does not serve: {_OTHER}")
     backend = ClusterKVAttnBackend(runner)
     if backend.engine is not None and (reasons := backend.reasons_of_all(runner.model)):
         raise ConfigError(
             f"every layer of this model decodes densely ({', '.join(sorted(reasons))}), so nothing would be recalled: {_OTHER}"
         )
-    if backend.engine is not None and backend.engine.tier is not None and (layer := _capped(runner.model)):
+    if backend.engine is not None and backend.engine.tier is not None and (layer := layers.capped(runner.model)):
         raise ConfigError(
             f"{layer} caps its attention logits and decodes densely, which a host tier would make it do from host memory in "
             "every step: set host_ratio to 1"
@@ -234,18 +234,12 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
 
     def reasons_of_all(self, model: torch.nn.Module) -> set[str]:
         """Why all attention layers of a model go the dense way, in words; empty if one of them does not."""
-        reasons = [self._dense_layer(layer) for layer in model.modules() if isinstance(layer, RadixAttention)]
+        reasons = [self._dense_layer(layer) for layer in layers.attention_layers(model)]
         return set() if None in reasons else {reason.name.lower() for reason in reasons if reason is not None}
 
     def _dense_layer(self, layer: RadixAttention) -> DenseReason | None:
         """Why every request goes the dense way in this layer, if so; layers that read another one's KV show at a call."""
-        if layer.sliding_window_size >= 0:
-            return DenseReason.SLIDING
-        if layer.logit_cap > 0:
-            return DenseReason.LOGIT_CAP
-        if self.engine is not None and layer.layer_id < self.engine.config.dense_layers:
-            return DenseReason.FIRST_LAYERS
-        return None
+        return layers.dense_reason(layer, 0 if self.engine is None else self.engine.config.dense_layers)
 
     def _count(self, reason: DenseReason, step: DecodeStep) -> None:
         """Count the requests of a layer that goes the dense way, and say so once."""
@@ -270,28 +264,6 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
 def _all_dense(rows: np.ndarray, seq_lens: np.ndarray, dense: DenseStep) -> DecodeStep:
     """The layers of a step in which every request attends to everything; what it counts as is the engine's to know."""
     return DecodeStep(None, None, None, dense, rows, seq_lens)
-
-
-def _unserved(model: torch.nn.Module | None) -> str | None:
-    """What an attention layer of a model asks for that is not served, in words; None where all of them are."""
-    for layer in model.modules() if model is not None else ():
-        if not isinstance(layer, RadixAttention):
-            continue
-        if layer.attn_type != AttentionType.DECODER:
-            return f"attention of type {layer.attn_type.value} (layer {layer.layer_id})"
-        if layer.is_cross_attention:
-            return f"cross-attention (layer {layer.layer_id})"
-        if layer.xai_temperature_len > 0:
-            return f"attention with a temperature by length (layer {layer.layer_id})"
-    return None
-
-
-def _capped(model: torch.nn.Module | None) -> str | None:
-    """An attention layer of a model that caps its logits, in words; None where none does."""
-    for layer in model.modules() if model is not None else ():
-        if isinstance(layer, RadixAttention) and layer.logit_cap > 0:
-            return f"layer {layer.layer_id} of this model"
-    return None
 
 
 def _refuse_more(arguments: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from sglang_clusterkv.memory.device import Geometry, index_pages
 from sglang_clusterkv.memory.host import host_row_bytes
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import Tier, ring_target
-from sglang_clusterkv.serving import active, host_tier
+from sglang_clusterkv.serving import active, host_tier, layers
 from sglang_clusterkv.serving.admission import Admission, PrefixBudget, WaitingBudget
 
 
@@ -65,6 +65,7 @@ class ClusterKVPool(MHATokenToKVPool):
             head_dim=self.head_dim,
             page_size=self.page_size,
             pages=index_pages(-(-(self.size + self.page_size) // self.page_size)),
+            clustered=layers.clustered(),
         )
         self.cluster_index = ClusterIndex(config, geometry, torch.device(self.device).type)
 

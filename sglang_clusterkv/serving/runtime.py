@@ -91,11 +91,12 @@ def _announce(pool: Any) -> None:
     of_all = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * pool.dtype.itemsize  # bytes of a token's KV
     logger.info(
         "clusterkv: %s; the index takes %.1f MB, %.0f bytes per token, %.1f %% of the KV "
-        "(%d layers, %d kv heads, head_dim %d, page size %d)",
+        "(clusters in %d of %d layers, %d kv heads, head_dim %d, page size %d)",
         msgspec.json.encode(index.config).decode(),
         index.bytes / 1e6,
         index.bytes / geometry.slots,
         100 * index.bytes / geometry.slots / of_all,
+        len(geometry.clustered_layers),
         geometry.layers,
         geometry.kv_heads,
         geometry.head_dim,
@@ -183,4 +184,7 @@ def after_insert(result: Any, *args: Any, **kwargs: Any) -> None:
 
 def server_info() -> dict[str, object] | None:
     """Our part of /server_info."""
-    return None if _engine is None else _engine.server_info() | trace.held()
+    if _engine is None:
+        return None
+    layers = {"clustered_layers": list(_engine.index.geometry.clustered_layers)}
+    return _engine.server_info() | layers | trace.held()

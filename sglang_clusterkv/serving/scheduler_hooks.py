@@ -148,7 +148,7 @@ def _after_idle(result: None, reporter: Any) -> None:
 
 
 def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int | None:
-    """Bytes per token of SGLang's KV plus ours, for the layers and kv heads of this rank."""
+    """Bytes per token of SGLang's KV plus ours, for the kv heads of this rank and the layers that recall."""
     config = active.active_config()
     if config is None:
         return None
@@ -156,7 +156,7 @@ def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) 
     from sglang.srt.runtime_context import get_parallel, get_schedule
 
     from sglang_clusterkv.memory.device import metadata_bytes_per_token
-    from sglang_clusterkv.serving import host_tier
+    from sglang_clusterkv.serving import host_tier, layers
 
     parallel = get_parallel()
     kv_heads = kvc.model_config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size)
@@ -165,7 +165,7 @@ def _after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) 
         page_size=get_schedule().page_size,
         head_dim=kvc.model_config.head_dim,
         kv_heads=kv_heads,
-        layers=num_layers,
+        layers=layers.note_clustered(kvc.model, config, kvc.layer_info.start_layer, num_layers),
     )
     if not host_tier.is_on(config):
         return result + index

@@ -78,8 +78,13 @@ PLATFORM = (
 MEMORY = (
     Symbol(
         "mem_cache.kv_cache_configurator.KVCacheConfigurator",
-        "asks the platform for both classes",
-        mentions=("current_platform.get_kv_pool_cls(kind=kind)", "current_platform.get_paged_allocator_cls()"),
+        "asks the platform for both classes; the model",
+        mentions=(
+            "current_platform.get_kv_pool_cls(kind=kind)",
+            "current_platform.get_paged_allocator_cls()",
+            "model: Any",  # as loaded, when its pool is sized
+            "layer_info: ModelLayerInfo",
+        ),
     ),
     Symbol(
         "mem_cache.memory_pool.MHATokenToKVPool.__init__",

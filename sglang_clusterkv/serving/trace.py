@@ -164,5 +164,6 @@ def _document(engine: ClusterEngine, req: Any, trace: Trace) -> dict[str, Any]:
         },
         request={"rid": req.rid, "cached_tokens": req.cached_tokens},
         step_bytes=step_bytes,
+        row_of=engine.index.row_of,
         encode=lambda data: pybase64.b64encode(data).decode("ascii"),
     )

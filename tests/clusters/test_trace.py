@@ -55,6 +55,7 @@ def document_of(world: TracedWorld, request: Request, prompt_tokens: int) -> dic
         server={"kv_heads": SIZES["kv_heads"]},
         request={},
         step_bytes=lambda step, layers: (layers, step.token),
+        row_of=world.index.row_of,
         encode=lambda data: base64.b64encode(data).decode(),
     )
 
@@ -194,16 +195,18 @@ def test_the_base_of_each_step_is_what_is_always_attended() -> None:
             assert base == list(range(step["token"] + 1))
 
 
-def test_clusters_are_those_of_the_index() -> None:
-    world = TracedWorld(CONFIG, **SIZES)
+@pytest.mark.parametrize("layers", [(0, 1), (1,)])
+def test_clusters_are_those_of_the_index(layers: tuple[int, ...]) -> None:
+    world = TracedWorld(CONFIG, **SIZES, clustered=layers)
     request, prompt_tokens = everything(world)
     trace = document_of(world, request, prompt_tokens)
     row = world.scene.req_to_token[request.row, : request.length].long()
     index = world.index
-    for layer in (0, 1):
-        numbers, view = cluster_numbers(trace, layer), index.layer(layer)
+    assert trace["server"]["recalling_layers"] == list(layers)
+    for place, layer in enumerate(layers):
+        numbers, view = cluster_numbers(trace, place), index.layer(layer)
         for head in range(SIZES["kv_heads"]):
-            spread = np.frombuffer(base64.b64decode(trace["cluster_spread"][layer][head]), "<f2")
+            spread = np.frombuffer(base64.b64decode(trace["cluster_spread"][place][head]), "<f2")
             assert numbers.max() < len(spread)
             clustered = 0
             for begin, end in world.segments(request):

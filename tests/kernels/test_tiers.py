@@ -7,6 +7,8 @@ other rows from the host than it did.
 
 from __future__ import annotations
 
+import dataclasses
+
 from dataclasses import dataclass
 
 import pytest
@@ -114,16 +116,20 @@ def test_a_prefill_is_the_same_bit_for_bit(dtype: torch.dtype, new: int, options
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_segment_that_is_built_from_both_tiers_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("clustered", [(0, 1), (1,)])
+def test_a_segment_that_is_built_from_both_tiers_is_the_same_bit_for_bit(
+    dtype: torch.dtype, clustered: tuple[int, ...]
+) -> None:
     case = case_of(dtype)
     slots = case.scene.slots(2, 272)[16:]
-    indices = [ClusterIndex(case.scene.index.config, case.scene.index.geometry, "cpu") for _ in range(2)]
+    geometry = dataclasses.replace(case.scene.index.geometry, clustered=clustered)
+    indices = [ClusterIndex(case.scene.index.config, geometry, "cpu") for _ in range(2)]
     build.build_segment(indices[0], 7, slots, case.scene.keys, case.scene.values, 1)
     build.build_segment(indices[1], 7, slots, case.tier.keys, case.tier.values, 1, case.tier)
     for name, array in indices[0].arrays.items():
         assert torch.equal(array, indices[1].arrays[name]), name
     away = int((case.tier.directory.device_page[slots // PAGE] == 0).sum())
-    assert case.reads()[BUILD_HOST] == away * 2 * 2 > 0  # layers, kv heads
+    assert case.reads()[BUILD_HOST] == away * len(clustered) * 2 > 0  # of two kv heads
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

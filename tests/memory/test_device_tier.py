@@ -31,6 +31,19 @@ def test_the_accounting_is_what_is_allocated(fields: dict[str, object], head_dim
     assert index.bytes <= told * geometry.slots < index.bytes + geometry.slots
 
 
+def test_layers_without_clusters_take_no_bytes() -> None:
+    """Gemma 3 27B, whose every sixth layer recalls: 10 of 62."""
+    gemma = {"kv_heads": 16, "head_dim": 128}
+    whole, part = (metadata_bytes_per_token(ClusterKVConfig(), page_size=16, layers=n, **gemma) for n in (62, 10))
+    assert part < whole / 5
+    pages = 8
+    geometry = Geometry(62, **gemma, page_size=16, pages=pages, clustered=tuple(range(5, 62, 6)))
+    states = 3 * 4 * pages  # of pages, once for all layers
+    of_all = index_bytes(ClusterKVConfig(), Geometry(62, **gemma, page_size=16, pages=pages))
+    assert len(geometry.clustered_layers) == 10
+    assert 62 * (index_bytes(ClusterKVConfig(), geometry) - states) == 10 * (of_all - states)
+
+
 def test_without_refining_no_codes_are_kept() -> None:
     geometry = Geometry(layers=1, kv_heads=1, head_dim=64, page_size=16, pages=4)
     assert index_bytes(ClusterKVConfig(refine=False), geometry) < index_bytes(ClusterKVConfig(code_bits=1), geometry)

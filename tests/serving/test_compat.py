@@ -417,16 +417,16 @@ def test_a_layer_that_asks_for_more_is_refused_once_the_model_is_loaded(kind, na
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
     from sglang_clusterkv.config import ConfigError
-    from sglang_clusterkv.serving import backend
+    from sglang_clusterkv.serving import backend, layers
 
-    layers = torch.nn.ModuleList(RadixAttention(2, 64, 0.1, num_kv_heads=1, layer_id=i) for i in range(2))
+    model = torch.nn.ModuleList(RadixAttention(2, 64, 0.1, num_kv_heads=1, layer_id=i) for i in range(2))
     for name, value in kind.items():
-        setattr(layers[1], name, AttentionType(value) if name == "attn_type" else value)
-    assert backend._unserved(layers) == named
+        setattr(model[1], name, AttentionType(value) if name == "attn_type" else value)
+    assert layers.unserved(model) == named
     if named:
         pool = SimpleNamespace(dtype=torch.bfloat16)
         with pytest.raises(ConfigError, match="use another --attention-backend"):
-            backend.create_backend(SimpleNamespace(token_to_kv_pool=pool, model=layers))
+            backend.create_backend(SimpleNamespace(token_to_kv_pool=pool, model=model))
 
 
 def test_a_layer_that_caps_its_logits_is_refused_with_a_host_tier_alone(monkeypatch):

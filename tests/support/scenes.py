@@ -54,6 +54,7 @@ class Scene:
         stream: that the engine's device work goes to.
         page_size: tokens per page.
         tiers: of the pool, which then is empty, with poison in all but page 0; None: everything is on the device.
+        clustered: the layers that have clusters; None: all.
     """
 
     def __init__(
@@ -71,10 +72,11 @@ class Scene:
         stream: ForwardStream | None = None,
         page_size: int = PAGE,
         tiers: Tiers | None = None,
+        clustered: tuple[int, ...] | None = None,
     ) -> None:
         self.page_size = page_size
         self.generator = torch.Generator().manual_seed(seed)
-        geometry = Geometry(layers, kv_heads, head_dim, page_size, pages)
+        geometry = Geometry(layers, kv_heads, head_dim, page_size, pages, clustered)
         self.tier: Tier | None = None
         if tiers is None:
             self.keys = [self.clustered(geometry).to(dtype) for _ in range(layers)]

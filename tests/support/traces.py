@@ -92,7 +92,7 @@ class TracedWorld(World):
                 self._write_kv(request, request.length - 1)
         self.settle()
         geometry = self.index.geometry
-        for layer in range(geometry.layers):
+        for layer in geometry.clustered_layers:
             q = torch.randn(len(step.rows), 2 * geometry.kv_heads, geometry.head_dim, generator=self._generator)
             keys, values = self.scene.keys[layer], self.scene.values[layer]
             assert self.engine.sparse_layer(q, keys, values, layer, step, SCALE) is not None
@@ -116,7 +116,7 @@ class TracedWorld(World):
                 assert self.written[recalled].tolist() == [request.path[position] % CONTENTS for position in positions]
                 found.append(sorted(positions))
             self.seen.setdefault(request, []).append(Seen(request.length - 1, layer, found))
-            self.traced_steps += layer == 0
+            self.traced_steps += layer == self.index.geometry.clustered_layers[0]
 
     def _release(self, request: Request) -> None:
         trace = self.traces.get(request)

@@ -177,6 +177,7 @@ class World:
         checks: whether every launch passes the rules' assertions.
         tiers: of the pool; None: everything is on the device.
         hicache: whether pages that the tree frees stay on the host, as with SGLang's HiCache; not with tiers.
+        clustered: the layers that have clusters; None: all.
         sizes: layers, kv_heads, head_dim, rows, context of the scene.
     """
 
@@ -190,13 +191,14 @@ class World:
         checks: bool = True,
         tiers: Tiers | None = None,
         hicache: bool = False,
+        clustered: tuple[int, ...] | None = None,
         **sizes: int,
     ) -> None:
         assert tiers is None or not hicache
         sizes = {"layers": 1, "kv_heads": 1, "head_dim": 16, "rows": 12, "context": 2048} | sizes
         self.config, self.overlap, self._checks = config, overlap, checks
         self.stream = LaggingStream() if lags else ForwardStream("cpu")
-        self.scene = Scene(config, pages=pages, stream=self.stream, tiers=tiers, **sizes)
+        self.scene = Scene(config, pages=pages, stream=self.stream, tiers=tiers, clustered=clustered, **sizes)
         self.tier = self.scene.tier
         # How to make this world again, and what happened in it (`replayed`).
         self._made_with: dict[str, Any] = {"config": config, "pages": pages, "overlap": overlap, "lags": lags, **sizes}
@@ -205,7 +207,7 @@ class World:
         self.listed: list[int] = []  # of every decode step, what tells its lists
         self.written = np.zeros(pages * PAGE, np.int64)  # by slot: what tells the token that was written there last
         self.engine, self.index = self.scene.engine, self.scene.index
-        self.contents = contents_of(config, sizes["layers"], sizes["kv_heads"], sizes["head_dim"])
+        self.contents = contents_of(config, sizes["layers"], sizes["kv_heads"], sizes["head_dim"], clustered)
         self.free_pages = list(range(pages - 1, 0, -1))  # the page freed last is handed out next
         self.free_rows = list(range(sizes["rows"] - 1, 0, -1))
         self.tree: dict[int, _Node] = {}
@@ -701,14 +703,17 @@ class World:
 class Contents:
     """What tokens' keys and values are, and what the tables of a segment of them should be, in every world."""
 
-    def __init__(self, config: ClusterKVConfig, layers: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, config: ClusterKVConfig, layers: int, kv_heads: int, head_dim: int, clustered: tuple[int, ...] | None
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (layers, CONTENTS, kv_heads, head_dim)
         centres = 2 * torch.randn(layers, 40, kv_heads, head_dim, generator=generator)
         which = torch.randint(40, (CONTENTS,), generator=generator)
         self.keys = centres[:, which] + 0.7 * torch.randn(shape, generator=generator)
         self.values = torch.randn(shape, generator=generator)
-        self._config, self._sizes = config, {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
+        self._config, self._clustered = config, clustered
+        self._sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
         self._known: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def of(self, path: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -725,7 +730,14 @@ class Contents:
         name = (len(path), path[-1])
         if name not in self._known:
             scene = Scene(
-                self._config, pages=len(path) // PAGE + 1, rows=1, context=PAGE, stream=None, tiers=None, **self._sizes
+                self._config,
+                pages=len(path) // PAGE + 1,
+                rows=1,
+                context=PAGE,
+                stream=None,
+                tiers=None,
+                clustered=self._clustered,
+                **self._sizes,
             )
             slots = torch.arange(PAGE, PAGE + len(path))
             for buffers, rows in zip((scene.keys, scene.values), self.of(path), strict=True):

@@ -129,7 +129,7 @@ class CpuDecoder:
         row_format, per_scale = ROW_FORMATS[config.centroid_dtype], channels_per_scale(channels)
         self.index = index
         self.config = config
-        self.layers = [LayerArrays(index, layer) for layer in range(geometry.layers)]
+        self.layers = {layer: LayerArrays(index, layer) for layer in index.row_of}
         self.limit = config.candidate_tokens if config.refine else config.budget_tokens
         self._score = score_kernel(channels, group, row_format, per_scale, is_bf16)
         self._value = value_kernel(channels, group, config.code_bits)

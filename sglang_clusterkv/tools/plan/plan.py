@@ -129,8 +129,9 @@ def make_plan(model: Checkpoint, weights_gb: float, config: ClusterKVConfig, wis
         )
     kv_heads = max(1, model.kv_heads // wish.tp)
     token_bytes = model.layers * kv_heads * 2 * model.head_dim * model.item_bytes
+    recalling = max(0, model.layers - model.sliding_layers - config.dense_layers)  # the others have no clusters
     index_bytes = metadata_bytes_per_token(
-        config, page_size=wish.page_size, head_dim=model.head_dim, kv_heads=kv_heads, layers=model.layers
+        config, page_size=wish.page_size, head_dim=model.head_dim, kv_heads=kv_heads, layers=recalling
     )
     read_ms = None
     if wish.tbs is not None:

@@ -58,7 +58,7 @@ def write_by_reference(
             build._heads_first(buffers, slots, [None] * len(keys), part) for part, buffers in enumerate((keys, values))
         ]
         tables = build.cluster_segment(index, *parts)
-    build._write(index, range(len(keys)), slots[::PAGE] // PAGE, slots, tables)
+    build._write(index, slice(0, len(keys)), slots[::PAGE] // PAGE, slots, tables)
 
 
 def labels_written(index: ClusterIndex, slots: torch.Tensor) -> torch.Tensor:
@@ -135,6 +135,20 @@ def test_without_codes_none_are_written(device: str, monkeypatch: pytest.MonkeyP
     build.write_in_place(actual, [slots], keys, values)
     write_by_reference(monkeypatch, expected, slots, keys, values, labels_written(actual, slots))
     assert_equal_up_to_ties(actual, expected)
+
+
+def test_layers_without_clusters_are_left_out(device: str) -> None:
+    """The layers that recall, of more, get what they would get alone."""
+    config = ClusterKVConfig()
+    part = ClusterIndex(config, Geometry(4, 1, 32, PAGE, PAGES, clustered=(1, 3)), device)
+    alone = ClusterIndex(config, Geometry(2, 1, 32, PAGE, PAGES), device)
+    keys, values = (buffers(4, 1, 32, torch.bfloat16, device, seed) for seed in (0, 1))
+    (slots,) = segments(device, 4)
+    build.write_in_place(part, [slots], keys, values)
+    build.write_in_place(alone, [slots], [keys[1], keys[3]], [values[1], values[3]])
+    for name, array in part.arrays.items():
+        assert torch.equal(array.view(torch.uint8), alone.arrays[name].view(torch.uint8)), name
+    assert part.arrays["members"][:, slots].any(1).all(), "both were written"
 
 
 def test_a_strided_pool_is_read_where_it_lies(device: str) -> None:

@@ -193,8 +193,11 @@ def test_a_dense_layer_reads_either_tier(host_dtype: str, dtype: torch.dtype, he
         torch.testing.assert_close(ours.cpu(), expected, atol=2e-5, rtol=2e-5)
 
 
-def test_a_segment_is_built_from_both_tiers_as_from_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(CONFIG, pages=25, dtype=torch.float16)
+@pytest.mark.parametrize(("layers", "clustered"), [(2, None), (3, (0, 2))])
+def test_a_segment_is_built_from_both_tiers_as_from_one(
+    device: str, monkeypatch: pytest.MonkeyPatch, layers: int, clustered: tuple[int, ...] | None
+) -> None:
+    scene = Scene(CONFIG, pages=25, dtype=torch.float16, layers=layers, clustered=clustered)
     tier = tier_on(tiered(scene, "auto"), device)
     monkeypatch.setattr(moves, "_for", lambda tier: kernels)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(2))[:9] + 1

@@ -116,6 +116,8 @@ def test_where_it_begins_to_pay(tmp_path: Path) -> None:
 def test_sliding_layers_read_their_window(tmp_path: Path) -> None:
     kinds = ["sliding_attention"] * 24 + ["full_attention"] * 8
     plan = plan_of(tmp_path, sliding_window=1024, layer_types=kinds)
+    page = index_bytes(CONFIG, Geometry(32, 8, 128, 16, pages=1, clustered=tuple(range(24, 32))))
+    assert plan.sparse.index_bytes == -(-page // 16), "of the eight layers that recall"
     slid = 0.75 * step_ms(1024, 8, True)
     assert plan.dense.attention_ms == pytest.approx(slid + 0.25 * step_ms(32_768, 8, True))
     assert plan.sparse.attention_ms == pytest.approx(slid + 0.25 * step_ms(32_768, 8, False))

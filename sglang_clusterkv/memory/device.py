@@ -97,6 +97,6 @@ def index_bytes(config: ClusterKVConfig, geometry: Geometry) -> int:
 def metadata_bytes_per_token(
     config: ClusterKVConfig, *, page_size: int, head_dim: int, kv_heads: int, layers: int
 ) -> int:
-    """Bytes of the index per token slot of the pool, over the kv heads of this rank and the layers with clusters, rounded up."""
+    """Bytes of the index per token slot of the pool, of this rank's kv heads and the layers with clusters, rounded up."""
     page = index_bytes(config, Geometry(layers, kv_heads, head_dim, page_size, pages=1))
     return -(-page // page_size)

@@ -61,7 +61,9 @@ class ClusterIndex:
         # float64 [layers, 2]: recalled mass of all sparse steps since the start, its sum and how many (request, query head).
         self.mass = torch.zeros((geometry.layers, 2), dtype=torch.float64, device=device)
         self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
-        self.row_of = {layer: row for row, layer in enumerate(geometry.clustered_layers)}  # in arrays that begin with layers
+        self.row_of = {
+            layer: row for row, layer in enumerate(geometry.clustered_layers)
+        }  # in arrays that begin with layers
         self._layers = {layer: self._view(row) for layer, row in self.row_of.items()}
 
     def _view(self, row: int) -> LayerView:

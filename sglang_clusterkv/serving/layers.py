@@ -1,4 +1,4 @@
-"""A model's attention layers: which of them can recall, which are clustered therefore, and what they ask for that is not served.
+"""A model's attention layers: which can recall, which are clustered therefore, and what they ask for that is not served.
 
 The pool is sized and made after the model is loaded and before the backend: so what it needs of the layers is noted while it is
 sized, and read when it is made.

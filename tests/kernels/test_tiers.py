@@ -8,7 +8,6 @@ other rows from the host than it did.
 from __future__ import annotations
 
 import dataclasses
-
 from dataclasses import dataclass
 
 import pytest

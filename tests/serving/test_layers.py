@@ -1,6 +1,6 @@
 """Which layers of a model are clustered, as its pool is sized and made.
 
-Red when: a layer that recalls has no clusters, or one that never does has some; bytes per token count others than are allocated.
+Red when: a layer that recalls has no clusters, or one that never does has some; bytes per token count others than there are.
 """
 
 from __future__ import annotations

@@ -8,11 +8,30 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS
+
 TOKENS_PER_SPLIT = 128  # of attend's list; fewer are not worth a program
 LEAST_OWN = 128  # clusters, each with its own mean value, that are worth a program of the estimate
 LEAST_REST = 512  # clusters that share their segment's mean value, likewise
 ATTEND_PROGRAMS = 264  # two for each of an H100's SMs
+SCORE_PROGRAMS = 528  # four, for clusters
+MOST_BASE = 16  # programs for the always-attended tokens of a (request, kv head); usual are 10 tiles of them
 ESTIMATE_PROGRAMS = 528  # four: these wait for memory more than they compute
+
+
+class ScorePrograms(NamedTuple):
+    """Programs of score per (request, kv head), beside the one that rotates."""
+
+    base: int  # for the request's always-attended tokens
+    clusters: int  # for clusters, of whichever requests
+
+
+def score_programs(heads: int, batch: int, base: int, clusters: int) -> ScorePrograms:
+    """For up to `base` always-attended tokens and `clusters` clusters of a request."""
+    return ScorePrograms(
+        max(1, min(-(-base // SCORE_TOKENS), MOST_BASE)),
+        share_count(heads * batch, clusters, SCORE_CLUSTERS, SCORE_PROGRAMS),
+    )
 
 
 class EstimateParts(NamedTuple):

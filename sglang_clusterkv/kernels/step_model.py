@@ -185,14 +185,16 @@ def _score(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
     cluster = RowCodec(config.centroid_dtype, shape.head_dim).row_bytes + 2 * _HALF  # and spread and end
     read = lists.clusters * cluster + lists.segments * 2 * shape.head_dim * _HALF + lists.base * shape.row_bytes
     queries = shape.group * (shape.row_bytes + (shape.head_dim * _FLOAT if config.refine else 0))
-    written = lists.base * shape.group * _FLOAT + 2 * (tokens + clusters) * shape.group * _FLOAT
+    written = lists.base * shape.group * _FLOAT + (tokens + 2 * clusters) * shape.group * _FLOAT
     own = shape.pairs * (read + queries + written)
     shared = _page_bytes(shape, lists) + shape.batch * lists.base * _LONG
-    return Launch("score", shape.pairs * (config.refine + tokens + clusters), own + _logit_bytes(shape, lists) + shared)
+    programs = config.refine + sum(grids.score_programs(shape.kv_heads, shape.batch, lists.base, lists.clusters))
+    return Launch("score", shape.pairs * programs, own + _logit_bytes(shape, lists) + shared)
 
 
 def _select(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
-    sums = (2 * sum(_tiles(lists)) + 1) * shape.group * _FLOAT
+    tokens, clusters = _tiles(lists)
+    sums = (tokens + 2 * clusters + 1) * shape.group * _FLOAT
     written = 2 * lists.clusters * _FLOAT + lists.candidates * _LONG
     segments = shape.batch * lists.pages * _LONG
     return Launch("select", shape.pairs, _logit_bytes(shape, lists) + shape.pairs * (sums + written) + segments)

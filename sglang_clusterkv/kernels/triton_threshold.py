@@ -22,6 +22,45 @@ def order_of_log(x):
 
 
 @triton.jit
+def added(first, second, third, other_first, other_second, other_third):
+    """The sum of two triples."""
+    return first + other_first, second + other_second, third + other_third
+
+
+@triton.jit
+def counted_from(keys, weights, border):
+    """int64, shaped as `keys`: weight << 32 | 1 of each key from `border` (0 or more) on, 0 of the others.
+
+    Weight and number of elements in one sum: a search ends as soon as one element is left, which is usual.
+    """
+    return tl.where(keys >= border, (weights.to(tl.int64) << 32) + 1, 0)
+
+
+@triton.jit
+def narrowed(low, high, from_low, above, step, first, second, third, limit):
+    """A bracket (low, high, from_low, above) after a round; from_low, above: the sums from `low` and from `high` on.
+
+    first, second, third: the sums from low + step, low + 2 step and low + 3 step on, or from `high` where that is less. All of
+    these are below 2^31.
+    """
+    past_first = (first >> 32) >= limit
+    past_second = (second >> 32) >= limit
+    past_third = (third >> 32) >= limit
+    # From the top: the lowest border that is not reached is the new `high`.
+    above = tl.where(past_third, above, third)
+    new_high = tl.where(past_third, high, tl.minimum(low + 3 * step, high))
+    above = tl.where(past_second, above, second)
+    new_high = tl.where(past_second, new_high, tl.minimum(low + 2 * step, high))
+    above = tl.where(past_first, above, first)
+    new_high = tl.where(past_first, new_high, tl.minimum(low + step, high))
+    from_low = tl.where(past_first, first, from_low)
+    from_low = tl.where(past_second, second, from_low)
+    from_low = tl.where(past_third, third, from_low)
+    passed = past_first.to(tl.int32) + past_second.to(tl.int32) + past_third.to(tl.int32)
+    return low + passed * step, new_high, from_low, above
+
+
+@triton.jit
 def bracket(keys, weights, limit):
     """Between which keys the `limit` highest end: (low, high, room).
 
@@ -33,9 +72,7 @@ def bracket(keys, weights, limit):
         weights: int32 [n], not negative; their sum below 2^31.
         limit: int32, at least 1.
     """
-    # Weight and number of elements in one sum: the search ends as soon as one element is left, which is usual.
-    counted = (weights.to(tl.int64) << 32) + 1
-    total = tl.sum(tl.where(keys >= 0, counted, 0), 0)
+    total = tl.sum(counted_from(keys, weights, 0), 0)
     low = tl.min(tl.where(keys >= 0, keys, 0x7FFFFFFF), 0)
     high = tl.max(keys, 0) + 1
     above = total * 0  # of the keys from `high` on
@@ -46,7 +83,7 @@ def bracket(keys, weights, limit):
         above = total
     while (high - low > 1) & (((from_low - above) & 0xFFFFFFFF) > 1):
         middle = low + (high - low) // 2  # above 0, so that negative keys need no other test
-        upper = tl.sum(tl.where(keys >= middle, counted, 0), 0)
+        upper = tl.sum(counted_from(keys, weights, middle), 0)
         if (upper >> 32) >= limit:
             low = middle
             from_low = upper

@@ -1,10 +1,15 @@
 """The device tensors that the Triton launches of one layer hand to each other, from score to merge; decode/triton.py owns
 them.
 
-Allocated once and used by all layers and steps; nothing in it needs to be initialised or is kept from one layer to the
-next. A step may fill less than a tensor holds: the first `step.batch` requests, and of each row what the step's counts say
-(`page_count` * clusters per page clusters, `base_count` tokens, `segment_count` segments, ...). What lies beyond is garbage,
-NaN included, and readers mask it.
+Allocated once and used by all layers and steps; but for `offset`, nothing in it needs to be initialised or is kept from one
+layer to the next. A step may fill less than a tensor holds: the first `step.batch` requests, and of each row what the step's
+counts say (`page_count` * clusters per page clusters, `base_count` tokens, `segment_count` segments, ...). What lies beyond is
+garbage, NaN included, and readers mask it.
+
+Clusters of all requests lie one after the other: those of request b from `offset[b]` on, which is a multiple of
+SCORE_CLUSTERS and goes with the step's lists. So the tensors follow what a batch has together, not its longest request, and
+score's tiles are one list of all requests. A row without pages (page_count 0) is left alone by score, select, refine and
+estimate: its candidates and recalled tokens are none, its log-sum-exps -inf.
 
 Written for bytes: whatever is cheap to compute again from a smaller tensor is not here. A cluster's bonus, for one, is
 `spread * segment_bonus` of its segment, by query head: two small tensors instead of one as large as `dot`.
@@ -23,9 +28,9 @@ SCORE_TOKENS = 64  # always-attended tokens per program of score
 
 
 class WorkspaceShape(NamedTuple):
-    """Capacities. B requests, H kv heads, G query heads each, D channels; per request: C clusters, S segments, W tokens
-    that are always attended; K candidates and R recalled tokens at most; O clusters estimated at their own mean value; P
-    splits of attend, E parts of the estimate."""
+    """Capacities. B requests, H kv heads, G query heads each, D channels; C clusters of all requests together; per request: S
+    segments, W tokens that are always attended; K candidates and R recalled tokens at most; O clusters estimated at their own
+    mean value; P splits of attend, E parts of the estimate."""
 
     batch: int
     heads: int
@@ -41,9 +46,14 @@ class WorkspaceShape(NamedTuple):
     parts: int
 
     @property
-    def tiles(self) -> int:
-        """Programs of score per (request, kv head) that leave a log-sum-exp: those of tokens, then those of clusters."""
-        return -(-self.base // SCORE_TOKENS) + -(-self.clusters // SCORE_CLUSTERS)
+    def base_tiles(self) -> int:
+        """Score's tiles of a request's always-attended tokens."""
+        return -(-self.base // SCORE_TOKENS)
+
+    @property
+    def cluster_tiles(self) -> int:
+        """Score's tiles of all requests' clusters."""
+        return -(-self.clusters // SCORE_CLUSTERS)
 
     def holds(self, other: WorkspaceShape) -> bool:
         """Whether a workspace of this shape serves `other` too."""
@@ -53,7 +63,7 @@ class WorkspaceShape(NamedTuple):
     def rounded(self) -> WorkspaceShape:
         """The shape with innermost sizes rounded up, so that it is outgrown rarely and rows are aligned for wide loads."""
         return self._replace(
-            clusters=_round_up(self.clusters, 1024),
+            clusters=_round_up(self.clusters, 8 * SCORE_CLUSTERS),
             segments=_round_up(self.segments, 16),
             base=_round_up(self.base, 256),
             candidates=_round_up(self.candidates, 16),
@@ -69,29 +79,31 @@ def _round_up(value: int, multiple: int) -> int:
 class Workspace:
     """Contiguous tensors; logits and log-sum-exps are natural (base e) and include the scale.
 
-    Cluster c of a request is the c-th in the order of `step.pages`, `clusters_per_page` at each page; entry i of its
-    member lists (all of its segments', one after the other) lies at slot `pages[i // page_size] * page_size + i % page_size`;
-    position p of its recallable tokens likewise.
+    Cluster c of a request, at `offset` + c, is the c-th in the order of `step.pages`, `clusters_per_page` at each page; entry
+    i of its member lists (all of its segments', one after the other) lies at slot `pages[i // page_size] * page_size + i %
+    page_size`; position p of its recallable tokens likewise.
     """
 
     shape: WorkspaceShape
+    offset: torch.Tensor  # int32 [B + 1], a request's first cluster; the last one: the end of all
 
     # Written by score.
     rotated: torch.Tensor  # float32 [B, H, G, D], R q: for refine only
     segment_bonus: torch.Tensor  # float32 [B, H, G, S], bonus of a cluster with spread 1: scale^2 / 2 * sum_d q_d^2 V_d
-    dot: torch.Tensor  # float32 [B, H, G, C], scale q.centroid, the segment's mean included
-    spread: torch.Tensor  # bf16 [B, H, C], as stored in the index
+    dot: torch.Tensor  # float32 [H, G, C], scale q.centroid, the segment's mean included
+    spread: torch.Tensor  # bf16 [H, C], as stored in the index
     base_logit: torch.Tensor  # float32 [B, H, G, W], exact logits of the always-attended tokens
-    choice_lse: torch.Tensor  # float32 [B, H, G, tiles], of log n + dot + choice_spread * bonus, and of base_logit
-    estimate_lse: torch.Tensor  # float32 [B, H, G, tiles], of log n + dot + estimate_spread * min(bonus, cap), likewise
+    base_lse: torch.Tensor  # float32 [B, H, G, base_tiles], of base_logit, by tile
+    choice_lse: (
+        torch.Tensor
+    )  # float32 [H, G, cluster_tiles], of log n + dot + choice_spread * bonus, by tile of clusters
+    estimate_lse: torch.Tensor  # float32 [H, G, cluster_tiles], of log n + dot + estimate_spread * min(bonus, cap)
     # Written by score as the cluster's size; refine subtracts what it recalled. So the estimate reads what is left.
-    left: torch.Tensor  # int32 [B, H, C], 0 for an empty cluster
+    left: torch.Tensor  # int32 [H, C], 0 for an empty cluster
 
     # Written by select.
-    log_mass: (
-        torch.Tensor
-    )  # float32 [B, H, C], by the choice, per token, mean over the group; -inf for an empty cluster
-    estimate_mass: torch.Tensor  # float32 [B, H, C], by the estimate and for it, not its log; 0 for an empty cluster
+    log_mass: torch.Tensor  # float32 [H, C], by the choice, per token, mean over the group; -inf for an empty cluster
+    estimate_mass: torch.Tensor  # float32 [H, C], by the estimate and for it, not its log; 0 for an empty cluster
     total: torch.Tensor  # float32 [B, H, G], log-sum-exp of all clusters' estimate logits (full sizes) and base_logit
     candidates: torch.Tensor  # int64 [B, H, K], cluster << 32 | entry, ascending
     candidate_count: torch.Tensor  # int32 [B, H]
@@ -136,18 +148,21 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
 
     by_head = (shape.batch, shape.heads)
     by_query = (*by_head, shape.group)
+    of_clusters = (shape.heads, shape.clusters)
     return Workspace(
         shape=shape,
+        offset=allocate((shape.batch + 1,), torch.int32),
         rotated=allocate((*by_query, shape.channels), torch.float32),
         segment_bonus=allocate((*by_query, shape.segments), torch.float32),
-        dot=allocate((*by_query, shape.clusters), torch.float32),
-        spread=allocate((*by_head, shape.clusters), torch.bfloat16),
+        dot=allocate((shape.heads, shape.group, shape.clusters), torch.float32),
+        spread=allocate(of_clusters, torch.bfloat16),
         base_logit=allocate((*by_query, shape.base), torch.float32),
-        choice_lse=allocate((*by_query, shape.tiles), torch.float32),
-        estimate_lse=allocate((*by_query, shape.tiles), torch.float32),
-        left=allocate((*by_head, shape.clusters), torch.int32),
-        log_mass=allocate((*by_head, shape.clusters), torch.float32),
-        estimate_mass=allocate((*by_head, shape.clusters), torch.float32),
+        base_lse=allocate((*by_query, shape.base_tiles), torch.float32),
+        choice_lse=allocate((shape.heads, shape.group, shape.cluster_tiles), torch.float32),
+        estimate_lse=allocate((shape.heads, shape.group, shape.cluster_tiles), torch.float32),
+        left=allocate(of_clusters, torch.int32),
+        log_mass=allocate(of_clusters, torch.float32),
+        estimate_mass=allocate(of_clusters, torch.float32),
         total=allocate(by_query, torch.float32),
         candidates=allocate((*by_head, shape.candidates), torch.int64),
         candidate_count=allocate(by_head, torch.int32),

@@ -17,6 +17,7 @@ from sglang_clusterkv.kernels.merge.reference import Partial
 from sglang_clusterkv.kernels.refine.reference import Recalled, recall_all, refine
 from sglang_clusterkv.kernels.score.reference import exact_logits, score, segment_vectors
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.kernels.workspace import Workspace
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
 from tests.support.scenes import Scene
@@ -74,6 +75,12 @@ def step_on(step: SparseStep, device: str) -> SparseStep:
     return SparseStep(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in step))
 
 
+def of_request(w: Workspace, tensor: torch.Tensor, b: int, clusters: int) -> torch.Tensor:
+    """The first clusters of request b in a tensor [..., C] of the workspace: a view."""
+    begin = int(w.offset[b])
+    return tensor[..., begin : begin + clusters]
+
+
 class Filled:
     """A step up to the choice of the recalled tokens, by the references, and a decoder whose workspace holds it.
 
@@ -119,10 +126,10 @@ class Filled:
         batch, heads, group, clusters = s.dot.shape
         for b in range(batch):  # what lies beyond a request's own clusters stays poison
             own = int(self.step.page_count[b]) * self.index.clusters_per_page
-            w.dot[b, :, :, :own] = s.dot[b, :, :, :own]
+            of_request(w, w.dot, b, own)[:] = s.dot[b, :, :, :own]
             rows = self.index.cluster_rows(self.step.pages[b]).flatten()[:own]
-            w.estimate_mass[b, :, :own] = s.estimate_mass[b, :, :own]
-            w.spread[b, :, :own] = self.index.layer(0).spread[rows].T
+            of_request(w, w.estimate_mass, b, own)[:] = s.estimate_mass[b, :, :own]
+            of_request(w, w.spread, b, own)[:] = self.index.layer(0).spread[rows].T
             tokens = int(self.step.base_count[b])
             slots = self.step.base_slots[b : b + 1]
             logits = exact_logits(self.wide[b : b + 1], self.keys, slots, self.step.base_count[b : b + 1], SCALE)
@@ -140,7 +147,7 @@ class Filled:
         batch, heads, kept = chosen.slots.shape
         for b in range(batch):
             own = int(self.step.page_count[b]) * self.index.clusters_per_page
-            w.left[b, :, :own] = chosen.left[b, :, :own].int()
+            of_request(w, w.left, b, own)[:] = chosen.left[b, :, :own].int()
             for h in range(heads):
                 count = int(chosen.count[b, h])
                 w.recalled[b, h] = FAR

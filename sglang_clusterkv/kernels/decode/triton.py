@@ -22,7 +22,7 @@ from sglang_clusterkv.kernels.merge import triton as merge_triton
 from sglang_clusterkv.kernels.refine import triton as refine_triton
 from sglang_clusterkv.kernels.score import triton as score_triton
 from sglang_clusterkv.kernels.select import triton as select_triton
-from sglang_clusterkv.kernels.workspace import Allocate, Workspace, WorkspaceShape, make_workspace
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, Allocate, Workspace, WorkspaceShape, make_workspace
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
@@ -65,11 +65,12 @@ class TritonDecoder:
         base, pairs = step.base_slots.shape[1], step.batch * self.heads
         self.splits = grids.split_count(pairs, base + self.config.budget_tokens)
         clusters = estimate_triton.listed_clusters(self.index, step)
+        room = triton.cdiv(clusters, SCORE_CLUSTERS) * SCORE_CLUSTERS
         estimated = self.config.estimate
         self.parts = grids.estimate_parts(pairs, clusters, self.config.estimate_clusters) if estimated else NO_PARTS
         needed = self._shape._replace(
             batch=triton.next_power_of_2(step.batch),
-            clusters=clusters,
+            clusters=step.batch * room,
             segments=step.segment_begin.shape[1],
             base=base,
             splits=self.splits,
@@ -77,6 +78,8 @@ class TritonDecoder:
         ).rounded()
         if not self._shape.holds(needed):
             self._grow(needed)
+        begins = self.workspace.offset[: step.batch + 1]
+        torch.arange(0, len(begins) * room, room, dtype=begins.dtype, device=begins.device, out=begins)
         self._step = step
 
     def _grow(self, needed: WorkspaceShape) -> None:

@@ -249,7 +249,7 @@ def rest_part(
 
 @triton.jit(do_not_specialize=["own_parts", "rest_parts", "capacity", "pages_stride", "segment_begin_stride"])
 def estimate_kernel(
-    rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, dot, segment_bonus, spread, left,
+    rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
     mass, own, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, pages_stride, segment_begin_stride,
     clusters_stride, segments_stride, own_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
@@ -266,14 +266,15 @@ def estimate_kernel(
     clusters = tl.load(page_count + b).to(tl.int32) * PER_PAGE
     pages += b * pages_stride
     segment_of_page += b * pages_stride
-    dot += pair * GROUP * clusters_stride
+    at = h * clusters_stride + tl.load(offset + b)
+    dot += at + h * (GROUP - 1) * clusters_stride
     segment_bonus += pair * GROUP * segments_stride
-    spread += pair * clusters_stride
-    left += pair * clusters_stride
+    spread += at
+    left += at
     output += (pair * capacity + part) * GROUP * CHANNELS
     lse += (pair * capacity + part) * GROUP
     if LIMITED:
-        mass += pair * clusters_stride
+        mass += at
         own += pair * own_stride
         held = load_masses(mass, left, 0, clusters, BLOCK)
         border, last = own_border(mass, left, held, clusters, limit, BLOCK, CHUNK, HELD)
@@ -373,7 +374,7 @@ def estimate(
     )
     estimate_kernel[(step.batch * shape.heads, parts.own + parts.rest)](
         arrays.value_rows, arrays.value_scales, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin,
-        step.page_count, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.rest_output, w.rest_lse,
+        step.page_count, w.offset, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.rest_output, w.rest_lse,
         parts.own, parts.rest, shape.parts, index.config.estimate_clusters, index.config.estimate_spread, step.pages.stride(0),
         step.segment_begin.stride(0), shape.clusters, shape.segments, w.own.shape[2], **constants,
         num_warps=warps(constants["BLOCK"]), num_stages=STAGES,
@@ -384,7 +385,7 @@ _TYPES = {
     **{"vectors": "*bf16", "spread": "*bf16"},
     **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "page_count"), "*i64"),
     **dict.fromkeys(("dot", "segment_bonus", "mass", "output", "lse"), "*fp32"),
-    **dict.fromkeys(("left", "own"), "*i32"),
+    **dict.fromkeys(("left", "own", "offset"), "*i32"),
     **dict.fromkeys(("own_parts", "rest_parts", "capacity", "limit"), "i32"),
     **{"estimate_spread": "fp32"},
     **dict.fromkeys(

@@ -46,7 +46,7 @@ def _position(
 
 @triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride"])
 def value_kernel(
-    rotated, codes, code_scales, members, pages, segment_of_page, segment_begin,
+    rotated, codes, code_scales, members, pages, segment_of_page, segment_begin, offset,
     dot, total, candidates, candidate_count, value, position,
     pages_stride, segment_begin_stride, clusters_stride, candidates_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
@@ -84,9 +84,8 @@ def value_kernel(
             dots = tl.dot(query, code_levels(words, j, BITS, tl.float32), dots, input_precision=PRECISION)
 
         mask = real_head[:, None] & live[None, :]
-        of_cluster = tl.load(
-            dot + pair * GROUP * clusters_stride + g[:, None] * clusters_stride + cluster[None, :], mask=mask, other=0.0
-        )
+        at = head.to(tl.int64) * GROUP * clusters_stride + tl.load(offset + request)
+        of_cluster = tl.load(dot + at + g[:, None] * clusters_stride + cluster[None, :], mask=mask, other=0.0)
         whole = tl.load(total + pair * GROUP + g, mask=real_head, other=0.0)
         logit = of_cluster + (scale * code_scale)[None, :] * dots
         share = tl.where(real_head[:, None], tl.exp(logit - whole[:, None]), 0.0)
@@ -101,7 +100,7 @@ def value_kernel(
 
 @triton.jit(do_not_specialize=["pages_stride"])
 def recall_kernel(
-    pages, candidates, candidate_count, value, position, left, recalled, recalled_count,
+    pages, offset, candidates, candidate_count, value, position, left, recalled, recalled_count,
     pages_stride, clusters_stride, candidates_stride, recalled_stride, budget,
     HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -130,13 +129,14 @@ def recall_kernel(
     slot = _slot(pages + request * pages_stride, at, chosen, PAGE)
     tl.store(recalled + pair * recalled_stride + rank, slot, mask=chosen)
     cluster = (tl.load(candidates + pair * candidates_stride + k, mask=live, other=0) >> 32).to(tl.int32)
-    tl.atomic_add(left + pair * clusters_stride + cluster, -1, mask=chosen, sem="relaxed")
+    left += head.to(tl.int64) * clusters_stride + tl.load(offset + request)
+    tl.atomic_add(left + cluster, -1, mask=chosen, sem="relaxed")
     tl.store(recalled_count + pair, tl.minimum(count, budget))
 
 
 @triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride"])
 def recall_all_kernel(
-    members, pages, segment_of_page, segment_begin, candidates, candidate_count, left, recalled, recalled_count,
+    members, pages, segment_of_page, segment_begin, offset, candidates, candidate_count, left, recalled, recalled_count,
     pages_stride, segment_begin_stride, clusters_stride, candidates_stride, recalled_stride,
     HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,8 @@ def recall_all_kernel(
         candidate.to(tl.int32), head, live, HEADS, PAGE,
     )  # fmt: skip
     tl.store(recalled + pair * recalled_stride + k, _slot(pages, at, live, PAGE), mask=live)
-    tl.atomic_add(left + pair * clusters_stride + (candidate >> 32), -1, mask=live, sem="relaxed")
+    left += head.to(tl.int64) * clusters_stride + tl.load(offset + request)
+    tl.atomic_add(left + (candidate >> 32), -1, mask=live, sem="relaxed")
     if tl.program_id(1) == 0:
         tl.store(recalled_count + pair, count)
 
@@ -198,7 +199,7 @@ def refine_values(
     arrays, shape = layer_arrays(index, layer), w.shape
     value_kernel[(shape.heads, triton.cdiv(limit, TILE), step.batch)](
         w.rotated, arrays.codes, arrays.code_scales, arrays.members, step.pages, step.segment_of_page,
-        step.segment_begin, w.dot, w.total, w.candidates, w.candidate_count, w.value, w.position,
+        step.segment_begin, w.offset, w.dot, w.total, w.candidates, w.candidate_count, w.value, w.position,
         step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.candidates, scale,
         PAGE=index.geometry.page_size,
         **constants(shape.heads, shape.group, shape.channels, index.config.code_bits, dtype),
@@ -211,7 +212,7 @@ def recall(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
     assert budget <= shape.budget, (budget, shape)
     block = max(LEAST_BLOCK, triton.next_power_of_2(limit))
     recall_kernel[(shape.heads, step.batch)](
-        step.pages, w.candidates, w.candidate_count, w.value, w.position, w.left, w.recalled, w.recalled_count,
+        step.pages, w.offset, w.candidates, w.candidate_count, w.value, w.position, w.left, w.recalled, w.recalled_count,
         step.pages.stride(0), shape.clusters, shape.candidates, shape.budget, budget,
         HEADS=shape.heads, PAGE=index.geometry.page_size, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
@@ -222,7 +223,7 @@ def recall_all(index: ClusterIndex, layer: int, step: SparseStep, limit: int, w:
     arrays, shape = layer_arrays(index, layer), w.shape
     assert limit <= shape.budget, (limit, shape)
     recall_all_kernel[(shape.heads, triton.cdiv(limit, TILE), step.batch)](
-        arrays.members, step.pages, step.segment_of_page, step.segment_begin, w.candidates, w.candidate_count, w.left,
+        arrays.members, step.pages, step.segment_of_page, step.segment_begin, w.offset, w.candidates, w.candidate_count, w.left,
         w.recalled, w.recalled_count, step.pages.stride(0), step.segment_begin.stride(0), shape.clusters,
         shape.candidates, shape.budget, HEADS=shape.heads, PAGE=index.geometry.page_size, BLOCK=TILE,
     )  # fmt: skip
@@ -232,7 +233,7 @@ _TYPES = {
     **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "candidates", "recalled"), "*i64"),
     **dict.fromkeys(("rotated", "dot", "total", "value"), "*fp32"),
     **{"members": "*i16", "code_scales": "*bf16", "scale": "fp32"},
-    **dict.fromkeys(("candidate_count", "position", "left", "recalled_count"), "*i32"),
+    **dict.fromkeys(("offset", "candidate_count", "position", "left", "recalled_count"), "*i32"),
     **dict.fromkeys(("pages_stride", "segment_begin_stride"), "i32"),
     **dict.fromkeys(("clusters_stride", "candidates_stride", "recalled_stride", "budget"), "i32"),
 }

@@ -1,8 +1,7 @@
 """Score on a GPU: every cluster row is read once and meets all query heads of its kv head.
 
-One launch. A program has one (request, kv head) and one of three tasks: a tile of clusters, a tile of always-attended
-tokens, or the rotation of the query that refine needs. Tiles leave a log-sum-exp each, which select combines in a fixed
-order.
+One launch. A program has one kv head and one of three tasks: tiles of clusters, a request's tiles of always-attended tokens,
+or the rotation of a request's query that refine needs. Tiles leave a log-sum-exp each, which select combines in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.triton_rows import (
     BF16,
@@ -157,7 +157,7 @@ def _score_clusters(
 
 @triton.jit
 def _score_tokens(
-    q, keys, device_page, host, host_scales, reads, slots, base_logit, choice_lse, estimate_lse,
+    q, keys, device_page, host, host_scales, reads, slots, base_logit, base_lse,
     head, tile, tokens, base_stride, lse_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr,
     CHANNELS_PAD: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr, DOT: tl.constexpr,
@@ -185,8 +185,7 @@ def _score_tokens(
     logit = scale * dots
     tl.store(base_logit + g[:, None] * base_stride + w[None, :], logit, mask=real_head[:, None] & live[None, :])
     lse = log_sum_exp(tl.where(live[None, :], logit, float("-inf")))
-    tl.store(choice_lse + g * lse_stride, lse, mask=real_head)
-    tl.store(estimate_lse + g * lse_stride, lse, mask=real_head)
+    tl.store(base_lse + g * lse_stride, lse, mask=real_head)
 
 
 @triton.jit
@@ -215,22 +214,50 @@ def _rotate(
     tl.store(rotated + g[:, None] * CHANNELS + out[None, :], result * norm, mask=mask)
 
 
-@triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride", "base_slots_stride", "lse_stride", "base_tiles"])
+@triton.jit
+def request_of(offset, cluster, batch):
+    """The request that `cluster` of the workspace belongs to; offset [batch + 1] ascends, and ends beyond `cluster`."""
+    BLOCK: tl.constexpr = 128
+    request = 0
+    for first in range(0, batch, BLOCK):
+        b = first + tl.arange(0, BLOCK)
+        ends = tl.load(offset + 1 + b, mask=b < batch, other=0x7FFFFFFF)
+        request += tl.sum((ends <= cluster).to(tl.int32), 0)
+    return request
+
+
+# What differs from step to step must not make a variant of the kernel: it would be compiled while serving.
+CHANGING = (
+    "pages_stride",
+    "segment_begin_stride",
+    "base_slots_stride",
+    "base_lse_stride",
+    "lse_stride",
+    "batch",
+    "base_programs",
+    "cluster_programs",
+)
+
+
+@triton.jit(do_not_specialize=CHANGING)
 def score_kernel(
     q, keys, device_page, host, host_scales, reads, rows, row_scales, spread, cluster_end, vectors, signs,
-    pages, segment_of_page, segment_begin, page_count, base_slots, base_count,
-    rotated, segment_bonus, dot, spread_out, base_logit, choice_lse, estimate_lse, left,
+    pages, segment_of_page, segment_begin, page_count, base_slots, base_count, offset,
+    rotated, segment_bonus, dot, spread_out, base_logit, base_lse, choice_lse, estimate_lse, left,
     pages_stride, segment_begin_stride, base_slots_stride,
-    clusters_stride, segments_stride, base_stride, lse_stride, base_tiles, scale, choice_spread, estimate_spread, norm,
+    clusters_stride, segments_stride, base_stride, base_lse_stride, lse_stride, batch, base_programs, cluster_programs,
+    scale, choice_spread, estimate_spread, norm,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
     CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
     PER_PAGE: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, ROTATE: tl.constexpr, PAGE: tl.constexpr,
     TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (kv heads, tiles, requests): kv heads first, for their rows of one cluster share cache lines.
+    """Grid (kv heads, ROTATE + base_programs + cluster_programs, requests): kv heads first, for their rows of one cluster
+    share cache lines.
 
-    Tile 0 rotates the query where `ROTATE`; then come `base_tiles` tiles of tokens, then those of clusters. Tiles of a
-    kind beyond a request's count leave everything unwritten, their log-sum-exps included.
+    Each request has a program that rotates its query, where `ROTATE`, and `base_programs` that share its tiles of tokens.
+    All other programs of a head share the tiles of all requests' clusters, which `offset` lists: so their number needs to
+    follow neither a request's length nor how long one may be. Tiles beyond a request's counts are left unwritten.
 
     Args, beside the arrays of the index, the step and the workspace:
         q: [B, H, G, D], contiguous.
@@ -239,39 +266,51 @@ def score_kernel(
         CLUSTERS, TOKENS: of one tile.
     """
     head = tl.program_id(0)
-    tile = tl.program_id(1)
-    request = tl.program_id(2).to(tl.int64)
-    pair = request * HEADS + head
-    queries = pair * GROUP
-    q += queries * CHANNELS
-    if ROTATE:
-        if tile == 0:
-            _rotate(q, signs, rotated + queries * CHANNELS, norm, GROUP, GROUP_PAD, CHANNELS, CHANNELS_PAD, DOT)
-        tile -= 1
-    choice_lse += queries * lse_stride + tile
-    estimate_lse += queries * lse_stride + tile
-    if tile >= 0:
-        if tile < base_tiles:
-            tokens = tl.load(base_count + request).to(tl.int32)
-            if tile * TOKENS < tokens:
-                _score_tokens(
-                    q, keys, device_page, host, host_scales, reads, base_slots + request * base_slots_stride,
-                    base_logit + queries * base_stride, choice_lse, estimate_lse, head, tile, tokens, base_stride,
-                    lse_stride, scale, HEADS, GROUP, GROUP_PAD, CHANNELS, CHANNELS_PAD, TOKENS, PAGE, TIER, DOT,
+    part = tl.program_id(1) - ROTATE
+    if part < base_programs:
+        request = tl.program_id(2).to(tl.int64)
+        pair = request * HEADS + head
+        queries = pair * GROUP
+        if tl.load(page_count + request) > 0:
+            if ROTATE and part < 0:
+                _rotate(
+                    q + queries * CHANNELS, signs, rotated + queries * CHANNELS, norm, GROUP, GROUP_PAD, CHANNELS,
+                    CHANNELS_PAD, DOT,
                 )  # fmt: skip
-        else:
-            tile -= base_tiles
+            if part >= 0:
+                tokens = tl.load(base_count + request).to(tl.int32)
+                for tile in range(part, tl.cdiv(tokens, TOKENS), base_programs):
+                    _score_tokens(
+                        q + queries * CHANNELS, keys, device_page, host, host_scales, reads,
+                        base_slots + request * base_slots_stride, base_logit + queries * base_stride,
+                        base_lse + queries * base_lse_stride + tile, head, tile, tokens, base_stride, base_lse_stride, scale,
+                        HEADS, GROUP, GROUP_PAD, CHANNELS, CHANNELS_PAD, TOKENS, PAGE, TIER, DOT,
+                    )  # fmt: skip
+    else:
+        tiles = tl.load(offset + batch) // CLUSTERS
+        at = (part - base_programs) * batch + tl.program_id(2)
+        row = request_of(offset, at * CLUSTERS, batch)
+        while at < tiles:
+            while tl.load(offset + row + 1) <= at * CLUSTERS:
+                row += 1
+            first_tile = tl.load(offset + row) // CLUSTERS
+            request = row.to(tl.int64)
+            queries = (request * HEADS + head) * GROUP
             clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-            if tile * CLUSTERS < clusters:
+            if (at - first_tile) * CLUSTERS < clusters:
+                begin = first_tile.to(tl.int64) * CLUSTERS
+                lse_at = head.to(tl.int64) * GROUP * lse_stride + at
                 _score_clusters(
-                    q, rows, row_scales, spread, cluster_end, vectors, pages + request * pages_stride,
+                    q + queries * CHANNELS, rows, row_scales, spread, cluster_end, vectors, pages + request * pages_stride,
                     segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
-                    segment_bonus + queries * segments_stride, dot + queries * clusters_stride,
-                    spread_out + pair * clusters_stride, choice_lse, estimate_lse, left + pair * clusters_stride,
-                    head, tile, clusters, clusters_stride, lse_stride, segments_stride, scale, choice_spread,
-                    estimate_spread, HEADS, GROUP, GROUP_PAD, CHANNELS, SLICE_PAD, CHANNELS_PAD, FORMAT, PER_SCALE,
-                    PER_PAGE, CLUSTERS, DOT,
+                    segment_bonus + queries * segments_stride,
+                    dot + head.to(tl.int64) * GROUP * clusters_stride + begin,
+                    spread_out + head.to(tl.int64) * clusters_stride + begin, choice_lse + lse_at, estimate_lse + lse_at,
+                    left + head.to(tl.int64) * clusters_stride + begin, head, at - first_tile, clusters, clusters_stride,
+                    lse_stride, segments_stride, scale, choice_spread, estimate_spread, HEADS, GROUP, GROUP_PAD, CHANNELS,
+                    SLICE_PAD, CHANNELS_PAD, FORMAT, PER_SCALE, PER_PAGE, CLUSTERS, DOT,
                 )  # fmt: skip
+            at += cluster_programs * batch
 
 
 def constants(codec: RowCodec, heads: int, group: int, per_page: int, rotate: bool) -> dict[str, Any]:
@@ -296,16 +335,6 @@ def rotation_parts(head_dim: int, device: str) -> tuple[torch.Tensor, float]:
     block = head_dim & -head_dim
     matrix = rotation_matrix(head_dim) * math.sqrt(block)
     return matrix.round().to(torch.bfloat16).to(device), 1.0 / math.sqrt(block)
-
-
-def base_tiles(step: SparseStep) -> int:
-    """Tiles of always-attended tokens; their log-sum-exps lie before those of the clusters."""
-    return triton.cdiv(step.base_slots.shape[1], SCORE_TOKENS)
-
-
-def cluster_tiles(step: SparseStep, clusters_per_page: int) -> int:
-    """Tiles of clusters."""
-    return triton.cdiv(step.pages.shape[1] * clusters_per_page, SCORE_CLUSTERS)
 
 
 def score(
@@ -333,15 +362,15 @@ def score(
     arrays, config, shape = layer_arrays(index, layer), index.config, w.shape
     _, heads, group, channels = q.shape
     signs, norm = rotation_parts(channels, str(q.device))
-    tokens = base_tiles(step)
-    grid = (heads, int(config.refine) + tokens + cluster_tiles(step, index.clusters_per_page), step.batch)
-    score_kernel[grid](
+    longest = step.pages.shape[1] * index.clusters_per_page
+    programs = grids.score_programs(heads, step.batch, step.base_slots.shape[1], longest)
+    score_kernel[(heads, int(config.refine) + sum(programs), step.batch)](
         q, keys, *tier_arguments(tier), arrays.key_rows, arrays.key_scales, arrays.spread, arrays.cluster_end,
         arrays.vectors, signs,
-        step.pages, step.segment_of_page, step.segment_begin, step.page_count, step.base_slots, step.base_count,
-        w.rotated, w.segment_bonus, w.dot, w.spread, w.base_logit, w.choice_lse, w.estimate_lse, w.left,
-        step.pages.stride(0), step.segment_begin.stride(0), step.base_slots.stride(0),
-        shape.clusters, shape.segments, shape.base, shape.tiles, tokens, scale, config.choice_spread,
+        step.pages, step.segment_of_page, step.segment_begin, step.page_count, step.base_slots, step.base_count, w.offset,
+        w.rotated, w.segment_bonus, w.dot, w.spread, w.base_logit, w.base_lse, w.choice_lse, w.estimate_lse, w.left,
+        step.pages.stride(0), step.segment_begin.stride(0), step.base_slots.stride(0), shape.clusters, shape.segments,
+        shape.base, shape.base_tiles, shape.cluster_tiles, step.batch, *programs, scale, config.choice_spread,
         config.estimate_spread, norm,
         DOT=dot_dtype(q.dtype), **constants(index.row_codec, heads, group, index.clusters_per_page, config.refine),
         **tier_constants(tier),
@@ -350,10 +379,12 @@ def score(
 
 _TYPES = {
     **dict.fromkeys(("q", "keys", "spread", "vectors", "signs", "spread_out"), "*bf16"),
-    **{"cluster_end": "*i16", "left": "*i32"},
+    **{"cluster_end": "*i16", "left": "*i32", "offset": "*i32"},
     **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "page_count", "base_slots", "base_count"), "*i64"),
-    **dict.fromkeys(("rotated", "segment_bonus", "dot", "base_logit", "choice_lse", "estimate_lse"), "*fp32"),
-    **dict.fromkeys(("pages_stride", "segment_begin_stride", "base_slots_stride", "lse_stride", "base_tiles"), "i32"),
+    **dict.fromkeys(
+        ("rotated", "segment_bonus", "dot", "base_logit", "base_lse", "choice_lse", "estimate_lse"), "*fp32"
+    ),
+    **dict.fromkeys(CHANGING, "i32"),
     **dict.fromkeys(("clusters_stride", "segments_stride", "base_stride"), "i32"),
     **dict.fromkeys(("scale", "choice_spread", "estimate_spread", "norm"), "fp32"),
 }
@@ -379,13 +410,13 @@ def _case(codec: RowCodec, group: int, tier: int = OFF.value, **holds: Any) -> C
 
 # loads_128: those of queries, keys and signs, and of a tile's packed rows; fewer, and rows are loaded piecewise.
 COMPILE_CASES = [
-    _case(RowCodec("int4", 64), 3, loads_128=16, programs_per_sm=4),
-    _case(RowCodec("int4", 96), 4, loads_128=34, programs_per_sm=4),
-    _case(RowCodec("int4", 128), 4, loads_128=38, programs_per_sm=4),
-    _case(RowCodec("int4", 128), 8, loads_128=38, programs_per_sm=4),
+    _case(RowCodec("int4", 64), 3, loads_128=16, programs_per_sm=3),
+    _case(RowCodec("int4", 96), 4, loads_128=34, programs_per_sm=3),
+    _case(RowCodec("int4", 128), 4, loads_128=38, programs_per_sm=3),
+    _case(RowCodec("int4", 128), 8, loads_128=38, programs_per_sm=3),
     _case(RowCodec("int4", 256), 4, loads_128=106, programs_per_sm=2),
-    _case(RowCodec("int8", 128), 4, loads_128=42, programs_per_sm=4),
-    _case(RowCodec("bf16", 128), 4, loads_128=50, programs_per_sm=4),
+    _case(RowCodec("int8", 128), 4, loads_128=42, programs_per_sm=3),
+    _case(RowCodec("bf16", 128), 4, loads_128=50, programs_per_sm=3),
     *(
         _case(RowCodec("int4", d), g, tier, loads_128=16, programs_per_sm=programs)
         for tier in (SAME.value, ROUNDED.value)

@@ -1,7 +1,8 @@
 """Select on a GPU: totals, masses, the clusters whose tokens are candidates, and the list of these tokens.
 
-One launch, one program per (request, kv head). It holds the masses in registers while it looks for their threshold, up to
-16,384 of them; more are right, but spill. Before and after, clusters are taken in blocks.
+One launch, one program per (request, kv head). It holds the masses in registers while it looks for their threshold, in as
+many as the request's clusters need; beyond 16,384 it reads them again in each round. Before and after, clusters are taken in
+blocks.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.score.triton import CAP, base_tiles, log_sum_exp
-from sglang_clusterkv.kernels.triton_threshold import bracket, order_of_log
+from sglang_clusterkv.kernels.score.triton import CAP, log_sum_exp
+from sglang_clusterkv.kernels.triton_threshold import added, bracket, counted_from, narrowed, order_of_log
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 
 if TYPE_CHECKING:
@@ -21,13 +22,25 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
 
 BASE_TILES = 8  # of always-attended tokens at a time: half as many are usual
-LEAST_HELD = 256  # clusters; fewer make no program faster, and every size is a compilation
-_LAST = tl.constexpr(2**31 - 2)
+CLUSTER_TILES = 32  # of clusters at a time
+HELD = (1024, 4096, 16384)  # clusters that are held in registers: the first that a request's fit into
+_LAST = tl.constexpr(2**30)  # beyond every cluster
 
 
 @triton.jit
 def _later(a, b):
     return tl.maximum(a, b)
+
+
+@triton.jit
+def _tiles_lse(lse, stride, tiles, whole, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Log-sum-exp [GROUP_PAD] of `whole` and of so many tiles, from `lse` on; query heads are `stride` apart."""
+    g = tl.arange(0, GROUP_PAD)[:, None]
+    for first in range(0, tiles, AT_ONCE):
+        tile = (first + tl.arange(0, AT_ONCE))[None, :]
+        more = tl.load(lse + g * stride + tile, mask=(g < GROUP) & (tile < tiles), other=float("-inf"))
+        whole = log_sum_exp(tl.join(whole, log_sum_exp(more)))
+    return whole
 
 
 @triton.jit
@@ -38,27 +51,23 @@ def _masses(
 ):  # fmt: skip
     """Write both masses of one (request, kv head), whose pointers are given. normaliser, whole: [GROUP_PAD].
 
-    The choice's is a log: exp(peak) times `share`, which is relative to the largest query head so far.
+    The choice's is a log: exp(peak) times a sum that is relative to the largest query head.
     """
-    g = tl.arange(0, GROUP_PAD)
+    g = tl.arange(0, GROUP_PAD)[:, None]
     for first in range(0, clusters, BLOCK):
         c = first + tl.arange(0, BLOCK)
         live = c < clusters
         size = tl.load(left + c, mask=live, other=0)
         wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32)
         segment = tl.load(segment_of_page + c // PER_PAGE, mask=live, other=0).to(tl.int32)
-        peak = tl.full((BLOCK,), float("-inf"), tl.float32)
-        share = tl.zeros((BLOCK,), tl.float32)
-        estimated = tl.zeros((BLOCK,), tl.float32)
-        for query in range(GROUP):
-            bonus = tl.load(segment_bonus + query * segments_stride + segment, mask=live, other=0.0) * wide
-            logit = tl.load(dot + query * clusters_stride + c, mask=live, other=0.0)
-            chance = logit + choice_spread * bonus - tl.sum(tl.where(g == query, normaliser, 0.0), 0)
-            less = tl.exp(-tl.abs(chance - peak))
-            share = tl.where(chance > peak, share * less + 1.0, share + less)
-            peak = tl.maximum(peak, chance)
-            bonus = estimate_spread * tl.minimum(bonus, CAP)
-            estimated += tl.exp(logit + bonus - tl.sum(tl.where(g == query, whole, 0.0), 0))
+        real = (g < GROUP) & live[None, :]
+        bonus = tl.load(segment_bonus + g * segments_stride + segment[None, :], mask=real, other=0.0) * wide[None, :]
+        logit = tl.load(dot + g * clusters_stride + c[None, :], mask=real, other=0.0)
+        chance = logit + choice_spread * bonus - normaliser[:, None]
+        peak = tl.max(tl.where(g < GROUP, chance, float("-inf")), 0)
+        share = tl.sum(tl.where(g < GROUP, tl.exp(chance - peak[None, :]), 0.0), 0)
+        bonus = estimate_spread * tl.minimum(bonus, CAP)
+        estimated = tl.sum(tl.where(g < GROUP, tl.exp(logit + bonus - whole[:, None]), 0.0), 0)
         tl.store(log_mass + c, tl.where(size > 0, peak + tl.log(share * (1.0 / GROUP)), float("-inf")), mask=live)
         tl.store(estimate_mass + c, tl.where(size > 0, estimated * (1.0 / GROUP), 0.0), mask=live)
 
@@ -69,6 +78,61 @@ def _load_keys(log_mass, left, c, clusters):
     size = tl.load(left + c, mask=c < clusters, other=0)
     share = tl.load(log_mass + c, mask=c < clusters, other=0.0)
     return tl.where(size > 0, order_of_log(share), -1), size
+
+
+@triton.jit
+def _choose(log_mass, left, clusters, limit, HELD: tl.constexpr):
+    """The bracket of the masses, and that of the places of those which tie: `bracket` twice, of HELD clusters at most."""
+    c = tl.arange(0, HELD)
+    keys, size = _load_keys(log_mass, left, c, clusters)
+    low, high, room = bracket(keys, size, limit)
+    tied = (keys >= low) & (keys < high)
+    tie_low, tie_high, tie_room = bracket(tl.where(tied, _LAST - c, -1), size, room)
+    return low, high, room, tie_low, tie_high, tie_room
+
+
+@triton.jit
+def _read_keys(log_mass, left, first, clusters, tied_low, tied_high, TIES: tl.constexpr, BLOCK: tl.constexpr):
+    """(keys, sizes) of a block: of the masses or, TIES, of the places of those in [tied_low, tied_high)."""
+    c = first + tl.arange(0, BLOCK)
+    keys, size = _load_keys(log_mass, left, c, clusters)
+    if TIES:
+        keys = tl.where((keys >= tied_low) & (keys < tied_high), _LAST - c, -1)
+    return keys, size
+
+
+@triton.jit
+def _bracket_in_memory(
+    log_mass, left, clusters, limit, tied_low, tied_high, TIES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """`bracket` of what `_read_keys` gives, read again in each round."""
+    totals = tl.zeros((BLOCK,), tl.int64)
+    lowest = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
+    highest = tl.full((BLOCK,), -1, tl.int32)
+    for first in range(0, clusters, BLOCK):
+        keys, size = _read_keys(log_mass, left, first, clusters, tied_low, tied_high, TIES, BLOCK)
+        totals += counted_from(keys, size, 0)
+        lowest = tl.minimum(lowest, tl.where(keys >= 0, keys, 0x7FFFFFFF))
+        highest = tl.maximum(highest, keys)
+    from_low = tl.sum(totals, 0)
+    low, high, above = tl.min(lowest, 0), tl.max(highest, 0) + 1, from_low * 0
+    if (from_low >> 32) <= limit:
+        low = 0
+        high = 0
+        above = from_low
+    while (high - low > 1) & (((from_low - above) & 0xFFFFFFFF) > 1):
+        step = (high - low) // 4 + 1
+        first_sum = tl.zeros((BLOCK,), tl.int64)
+        second_sum = tl.zeros((BLOCK,), tl.int64)
+        third_sum = tl.zeros((BLOCK,), tl.int64)
+        for first in range(0, clusters, BLOCK):
+            keys, size = _read_keys(log_mass, left, first, clusters, tied_low, tied_high, TIES, BLOCK)
+            first_sum += counted_from(keys, size, tl.minimum(low + step, high))
+            second_sum += counted_from(keys, size, tl.minimum(low + 2 * step, high))
+            third_sum += counted_from(keys, size, tl.minimum(low + 3 * step, high))
+        sums = tl.reduce((first_sum, second_sum, third_sum), 0, added)
+        low, high, from_low, above = narrowed(low, high, from_low, above, step, sums[0], sums[1], sums[2], limit)
+    return low, high, tl.maximum(limit - (above >> 32).to(tl.int32), 0)
 
 
 @triton.jit
@@ -95,15 +159,15 @@ def _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_h
     return listed
 
 
-@triton.jit(do_not_specialize=["pages_stride", "lse_stride", "base_tiles"])
+@triton.jit(do_not_specialize=["pages_stride", "base_lse_stride", "lse_stride"])
 def select_kernel(
-    page_count, base_count, segment_of_page, segment_bonus, dot, spread, choice_lse, estimate_lse, left,
+    page_count, base_count, offset, segment_of_page, segment_bonus, dot, spread, base_lse, choice_lse, estimate_lse, left,
     log_mass, estimate_mass, total, candidates, candidate_count,
-    pages_stride, clusters_stride, segments_stride, lse_stride, candidates_stride, base_tiles, limit, choice_spread,
+    pages_stride, clusters_stride, segments_stride, base_lse_stride, lse_stride, candidates_stride, limit, choice_spread,
     estimate_spread,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, HELD: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, BASE_TILES: tl.constexpr, CANDIDATES: tl.constexpr,
-    CLUSTERS: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr,
+    SOME: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, BASE_TILES: tl.constexpr,
+    CANDIDATES: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, requests).
 
@@ -112,8 +176,8 @@ def select_kernel(
 
     Args, beside the arrays of the step and the workspace:
         limit: candidates at most.
-        HELD: clusters, padded. BLOCK: of them at a time.
-        TILES: score's tiles of clusters, padded. BASE_TILES: its tiles of always-attended tokens at a time.
+        FEW, SOME, MANY: clusters that are held. LARGE: a request may have more than SOME.
+        BLOCK: clusters at a time. TILES, BASE_TILES: score's tiles at a time, of clusters and of always-attended tokens.
         CANDIDATES: `limit`, padded. CLUSTERS, TOKENS: of one tile of score.
     """
     head = tl.program_id(0)
@@ -121,43 +185,55 @@ def select_kernel(
     pair = request * HEADS + head
     queries = pair * GROUP
     clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-    tokens = tl.load(base_count + request).to(tl.int32)
-
     g = tl.arange(0, GROUP_PAD)
-    lse_at = (queries + g)[:, None] * lse_stride
-    tile = tl.arange(0, TILES)
-    used = (g < GROUP)[:, None] & (tile * CLUSTERS < clusters)[None, :]
-    at = lse_at + (base_tiles + tile)[None, :]
-    normaliser = log_sum_exp(tl.load(choice_lse + at, mask=used, other=float("-inf")))
-    whole = log_sum_exp(tl.load(estimate_lse + at, mask=used, other=float("-inf")))
-    for first in range(0, tokens, BASE_TILES * TOKENS):
-        base = first // TOKENS + tl.arange(0, BASE_TILES)
-        used_base = (g < GROUP)[:, None] & (base * TOKENS < tokens)[None, :]
-        at_base = lse_at + base[None, :]
-        more = log_sum_exp(tl.load(choice_lse + at_base, mask=used_base, other=float("-inf")))
-        normaliser = log_sum_exp(tl.join(normaliser, more))
-        more = log_sum_exp(tl.load(estimate_lse + at_base, mask=used_base, other=float("-inf")))
-        whole = log_sum_exp(tl.join(whole, more))
+    normaliser = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
+    if clusters == 0:
+        tl.store(total + queries + g, normaliser, mask=g < GROUP)
+        tl.store(candidate_count + pair, 0)
+        return
+    tokens = tl.load(base_count + request).to(tl.int32)
+    first_tile = tl.load(offset + request) // CLUSTERS
+    lse_at = head.to(tl.int64) * GROUP * lse_stride + first_tile
+    normaliser = _tiles_lse(
+        base_lse + queries * base_lse_stride,
+        base_lse_stride,
+        tl.cdiv(tokens, TOKENS),
+        normaliser,
+        GROUP,
+        GROUP_PAD,
+        BASE_TILES,
+    )
+    tiles = tl.cdiv(clusters, CLUSTERS)
+    whole = _tiles_lse(estimate_lse + lse_at, lse_stride, tiles, normaliser, GROUP, GROUP_PAD, TILES)
+    normaliser = _tiles_lse(choice_lse + lse_at, lse_stride, tiles, normaliser, GROUP, GROUP_PAD, TILES)
     tl.store(total + queries + g, whole, mask=g < GROUP)
 
-    log_mass += pair * clusters_stride
-    left += pair * clusters_stride
+    at = head.to(tl.int64) * clusters_stride + first_tile.to(tl.int64) * CLUSTERS
+    log_mass += at
+    left += at
     candidates += pair * candidates_stride
     _masses(
         segment_of_page + request * pages_stride, segment_bonus + queries * segments_stride,
-        dot + queries * clusters_stride, spread + pair * clusters_stride, left, log_mass,
-        estimate_mass + pair * clusters_stride, normaliser, whole, clusters, clusters_stride, segments_stride,
-        choice_spread, estimate_spread, GROUP, GROUP_PAD, PER_PAGE, BLOCK,
+        dot + head.to(tl.int64) * (GROUP - 1) * clusters_stride + at, spread + at, left, log_mass, estimate_mass + at,
+        normaliser, whole, clusters, clusters_stride, segments_stride, choice_spread, estimate_spread, GROUP, GROUP_PAD,
+        PER_PAGE, BLOCK,
     )  # fmt: skip
     k = tl.arange(0, CANDIDATES)
     tl.store(candidates + k, tl.zeros((CANDIDATES,), tl.int64), mask=k < limit)
     tl.debug_barrier()
 
-    c = tl.arange(0, HELD)
-    keys, size = _load_keys(log_mass, left, c, clusters)
-    low, high, room = bracket(keys, size, limit)
-    tied = (keys >= low) & (keys < high)
-    tie_low, tie_high, tie_room = bracket(tl.where(tied, _LAST - c, -1), size, room)
+    if clusters <= FEW:
+        low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, FEW)
+    elif clusters <= SOME:
+        low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, SOME)
+    elif LARGE:
+        if clusters <= MANY:
+            low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, MANY)
+        else:
+            low, high, room = _bracket_in_memory(log_mass, left, clusters, limit, 0, 0, False, BLOCK)
+            tie_low, tie_high, tie_room = _bracket_in_memory(log_mass, left, clusters, room, low, high, True, BLOCK)
+    else:
+        low, high, room, tie_low, tie_high, tie_room = 0, 0, 0, 0, 0, 0
     count = _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK)
     tl.debug_barrier()
     firsts = tl.load(candidates + k, mask=k < count, other=0)
@@ -167,16 +243,20 @@ def select_kernel(
 
 
 def constants(heads: int, group: int, per_page: int, clusters: int, limit: int) -> dict[str, Any]:
-    """The kernel's constants, by argument name."""
-    held = max(LEAST_HELD, triton.next_power_of_2(clusters))
+    """The kernel's constants, by argument name; clusters: most of a request."""
+    few, some, many = HELD
+    large = clusters > some
     return {
         "HEADS": heads,
         "GROUP": group,
         "GROUP_PAD": triton.next_power_of_2(group),
         "PER_PAGE": per_page,
-        "HELD": held,
-        "BLOCK": min(held, 256 * warps(held)),  # eight per thread
-        "TILES": triton.next_power_of_2(triton.cdiv(held, SCORE_CLUSTERS)),
+        "FEW": few,
+        "SOME": some,
+        "MANY": many,
+        "LARGE": large,
+        "BLOCK": 128 * warps(large),  # four per thread
+        "TILES": CLUSTER_TILES,
         "BASE_TILES": BASE_TILES,
         "CANDIDATES": triton.next_power_of_2(limit),
         "CLUSTERS": SCORE_CLUSTERS,
@@ -184,9 +264,9 @@ def constants(heads: int, group: int, per_page: int, clusters: int, limit: int) 
     }
 
 
-def warps(held: int) -> int:
-    """Warps of a program that holds so many clusters."""
-    return min(16, max(4, held // 512))
+def warps(large: bool) -> int:
+    """Warps of a program; `large` as for the kernel."""
+    return 16 if large else 8
 
 
 def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> None:
@@ -200,30 +280,31 @@ def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
     """
     assert limit <= w.shape.candidates, (limit, w.shape)
     clusters = step.pages.shape[1] * index.clusters_per_page
-    tokens = base_tiles(step)
     fixed = constants(w.shape.heads, w.shape.group, index.clusters_per_page, clusters, limit)
     select_kernel[(w.shape.heads, step.batch)](
-        step.page_count, step.base_count, step.segment_of_page, w.segment_bonus, w.dot, w.spread, w.choice_lse,
-        w.estimate_lse, w.left, w.log_mass, w.estimate_mass, w.total, w.candidates, w.candidate_count,
-        step.segment_of_page.stride(0), w.shape.clusters, w.shape.segments, w.shape.tiles, w.shape.candidates, tokens,
-        limit, index.config.choice_spread, index.config.estimate_spread,
-        **fixed, num_warps=warps(fixed["HELD"]),
+        step.page_count, step.base_count, w.offset, step.segment_of_page, w.segment_bonus, w.dot, w.spread, w.base_lse,
+        w.choice_lse, w.estimate_lse, w.left, w.log_mass, w.estimate_mass, w.total, w.candidates, w.candidate_count,
+        step.segment_of_page.stride(0), w.shape.clusters, w.shape.segments, w.shape.base_tiles, w.shape.cluster_tiles,
+        w.shape.candidates, limit, index.config.choice_spread, index.config.estimate_spread,
+        **fixed, num_warps=warps(fixed["LARGE"]),
     )  # fmt: skip
 
 
 _TYPES = {
     **dict.fromkeys(("page_count", "base_count", "segment_of_page", "candidates"), "*i64"),
     **dict.fromkeys(
-        ("segment_bonus", "dot", "choice_lse", "estimate_lse", "log_mass", "estimate_mass", "total"), "*fp32"
+        ("segment_bonus", "dot", "base_lse", "choice_lse", "estimate_lse", "log_mass", "estimate_mass", "total"),
+        "*fp32",
     ),
     **{
         "spread": "*bf16",
         "left": "*i32",
         "candidate_count": "*i32",
+        "offset": "*i32",
         "choice_spread": "fp32",
         "estimate_spread": "fp32",
     },
-    **dict.fromkeys(("pages_stride", "lse_stride", "base_tiles"), "i32"),
+    **dict.fromkeys(("pages_stride", "base_lse_stride", "lse_stride"), "i32"),
     **dict.fromkeys(("clusters_stride", "segments_stride", "candidates_stride", "limit"), "i32"),
 }
 _ALIGNED = (
@@ -234,7 +315,7 @@ _ALIGNED = (
 COMPILE_CASES = [
     CompileCase(
         f"select C={clusters} G={group}", select_kernel, _TYPES, constants(8, group, 2, clusters, 2048), _ALIGNED,
-        num_warps=warps(clusters), programs_per_sm=2 if clusters <= 4096 else 1,
+        num_warps=warps(clusters > HELD[1]), programs_per_sm=1 if clusters > HELD[1] else 2,
     )
-    for clusters, group in ((512, 3), (1024, 4), (4096, 4), (4096, 8), (16384, 4))
+    for clusters, group in ((4096, 3), (4096, 4), (4096, 8), (131072, 4), (131072, 8))
 ]  # fmt: skip

@@ -6,11 +6,13 @@ copy more is made, the recalled mass is another one, or the workspace does not f
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import msgspec
 import pytest
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_clusterkv.config import ClusterKVConfig
@@ -18,6 +20,7 @@ from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, last_read, sparse_decode
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
 from sglang_clusterkv.kernels.step_model import StepShape, sparse_launches
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.rotation import rotation_signs
 from sglang_clusterkv.memory.step import SparseStep
@@ -141,6 +144,27 @@ def test_the_chain_is_exact_in_float64(device: str) -> None:
             torch.testing.assert_close(
                 result[row - 1, head : head + 1].double(), torch.from_numpy(whole.output), atol=1e-4, rtol=1e-3
             )
+
+
+def test_rows_without_pages_are_left_alone_and_clusters_may_begin_anywhere(device: str) -> None:
+    """As a captured graph has them: a row of padding between two others, whose clusters lie one after the other."""
+    chain = Chain(CONFIG, device, group=1, kv_heads=1)
+    whole = reference.sparse_decode(*chain.arguments())
+    rows = torch.tensor([0, 1, 1], device=device)
+    step = SparseStep(*(value[rows] if isinstance(value, torch.Tensor) else value for value in chain.step))
+    step = step._replace(batch=3)
+    step.page_count[1] = step.base_count[1] = 0
+    decoder = decoder_of(chain.index, 1)
+    decoder.prepare(step)
+    w = decoder.workspace
+    room = [triton.cdiv(int(pages) * 2, SCORE_CLUSTERS) * SCORE_CLUSTERS for pages in step.page_count]
+    w.offset[:4] = torch.tensor([0, *itertools.accumulate(room)])
+    assert w.offset[1] == w.offset[2] < w.offset[3]
+    result = sparse_decode(chain.q[rows], *chain.pool, chain.index, 0, step, SCALE)
+    chain.guarded.assert_untouched()
+    assert_close(result[[0, 2]], whole, torch.float32)
+    assert w.candidate_count[1] == 0 and w.recalled_count[1] == 0
+    assert w.total[1] == -torch.inf and (w.rest_lse[1, :, : sum(decoder.parts)] == -torch.inf).all()
 
 
 class Operations(TorchDispatchMode):

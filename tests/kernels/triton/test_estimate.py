@@ -15,7 +15,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
 from sglang_clusterkv.kernels.merge.reference import Partial
-from tests.support.filled import FAR, Filled, assert_close, merged
+from tests.support.filled import FAR, Filled, assert_close, merged, of_request
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 
@@ -101,19 +101,22 @@ def test_ties_go_to_the_lower_place(held: int, device: str, monkeypatch: pytest.
     filled = Filled(CONFIG, device, group=1)
     w, own = filled.decoder.workspace, int(filled.step.page_count[1]) * 2
     # All clusters are alike but for three; one of the others has nothing left, so it is not among the first.
-    for tensor, value in ((w.dot, 1.0), (w.segment_bonus, 0.0), (w.estimate_mass, 0.25)):
-        tensor[1] = value
-    w.left[1, :, :own] = 8
-    w.left[1, :, [0, 5, own - 1]] = torch.tensor([0, 16, 9], dtype=torch.int32, device=device)
+    w.segment_bonus[1] = 0.0
+    of_request(w, w.dot, 1, own)[:] = 1.0
+    of_request(w, w.estimate_mass, 1, own)[:] = 0.25
+    left = of_request(w, w.left, 1, own)
+    left[:] = 8
+    left[:, [0, 5, own - 1]] = torch.tensor([0, 16, 9], dtype=torch.int32, device=device)
     result = estimated(filled)
     assert w.own[1].tolist() == [[*range(1, 20), own - 1]] * 2
-    tokens = w.left[1, :, :own].sum(-1, keepdim=True)  # each counts once, at its own value or at its segment's
+    tokens = left.sum(-1, keepdim=True)  # each counts once, at its own value or at its segment's
     assert_close(result.lse[1], 1.0 + tokens.double().log(), torch.float32)
 
 
 def test_masses_of_nothing_are_taken_in_order(device: str) -> None:
     filled = Filled(CONFIG, device, group=1)
-    filled.decoder.workspace.estimate_mass[1] = 0.0
+    w = filled.decoder.workspace
+    of_request(w, w.estimate_mass, 1, int(filled.step.page_count[1]) * 2)[:] = 0.0
     estimated(filled)
     assert filled.decoder.workspace.own[1].tolist() == [list(range(20))] * 2
 
@@ -123,17 +126,19 @@ def test_masses_that_are_no_numbers_are_taken_in_order(value: float, device: str
     """A GPU's NaN would be the largest of all by its bits, and a list that is made by bits would stay unwritten."""
     filled = Filled(CONFIG, device, group=1)
     w, clusters = filled.decoder.workspace, int(filled.step.page_count[1]) * 2
-    w.estimate_mass[1] = value
-    w.left[1, :, :clusters] = 8
-    w.left[1, :, 3] = 0
+    of_request(w, w.estimate_mass, 1, clusters)[:] = value
+    of_request(w, w.left, 1, clusters)[:] = 8
+    of_request(w, w.left, 1, clusters)[:, 3] = 0
     estimated(filled)
     assert w.own[1].tolist() == [[0, 1, 2, *range(4, 21)]] * 2
 
 
 def everything_recalled(filled: Filled) -> None:
     """As if every token of request 1 and head 0 of request 0 had been recalled."""
-    filled.decoder.workspace.left[1] = 0
-    filled.decoder.workspace.left[0, 0] = 0
+    w = filled.decoder.workspace
+    first, second = (of_request(w, w.left, b, int(filled.step.page_count[b]) * 2) for b in range(2))
+    first[0] = 0
+    second[:] = 0
 
 
 @pytest.mark.parametrize("limit", [20, 100, 10_000])
@@ -159,7 +164,7 @@ def test_rows_of_which_nothing_is_left_are_not_read(centroid_dtype: str, device:
         gone = (left[b] == 0).all(0)[: len(rows)]
         gone[1] = True
         numbers[rows[gone]] = torch.nan
-        w.left[b, :, 1] = 0
+        of_request(w, w.left, b, len(rows))[:, 1] = 0
         left[b, :, 1] = 0
     result = estimated(filled)
     scores = filled.scores
@@ -178,6 +183,8 @@ def test_short_segments_are_summed_apart(device: str) -> None:
 def test_padding_is_poison() -> None:
     """What the tests above rely on."""
     filled = Filled(CONFIG, "cpu")
-    own = int(filled.step.page_count[0]) * 2
-    assert filled.decoder.workspace.dot[0, :, :, own:].isnan().all()
-    assert (filled.decoder.workspace.left[0, :, own:] == FAR).all()
+    w, own = filled.decoder.workspace, int(filled.step.page_count[0]) * 2
+    whole = int(w.offset[1])
+    assert whole > own
+    assert of_request(w, w.dot, 0, whole)[..., own:].isnan().all()
+    assert (of_request(w, w.left, 0, whole)[..., own:] == FAR).all()

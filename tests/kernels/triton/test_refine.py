@@ -14,7 +14,7 @@ from sglang_clusterkv.kernels.refine.reference import Recalled, candidate_scores
 from sglang_clusterkv.kernels.refine.triton import recall as recall_triton
 from sglang_clusterkv.kernels.select.reference import Candidates, select
 from sglang_clusterkv.memory.rotation import rotation_matrix
-from tests.support.filled import FAR, SCALE, Filled
+from tests.support.filled import FAR, SCALE, Filled, of_request
 
 FIELDS = {"budget_tokens": 48, "candidate_tokens": 160, "segment_tokens": 256, "estimate_clusters": 20}
 
@@ -36,7 +36,7 @@ class Chosen(Filled):
         self.order: dict[tuple[int, int], torch.Tensor] = {}  # of the reference's candidates in the workspace
         for b in range(self.step.batch):
             own = int(self.step.page_count[b]) * self.index.clusters_per_page
-            w.left[b, :, :own] = self.scores.size[b, :, :own].int()
+            of_request(w, w.left, b, own)[:] = self.scores.size[b, :, :own].int()
             at = torch.zeros(self.index.geometry.pages, dtype=torch.int64, device=device)
             at[self.step.pages[b]] = torch.arange(self.step.pages.shape[1], device=device)
             for h in range(self.wide.shape[1]):
@@ -63,7 +63,7 @@ class Chosen(Filled):
             assert torch.equal(w.recalled[b, h, :count].sort().values, slots.sort().values)
             assert (w.recalled[b, h, count:] == FAR).all(), "slots beyond the count"
             own = int(self.step.page_count[b]) * self.index.clusters_per_page
-            assert torch.equal(w.left[b, h, :own], expected.left[b, h, :own].int())
+            assert torch.equal(of_request(w, w.left, b, own)[h], expected.left[b, h, :own].int())
         self.guarded.assert_untouched()
 
 

@@ -7,6 +7,7 @@ log-sum-exp misses a tile, something is read that nobody wrote, or something is 
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -15,12 +16,11 @@ from msgspec.structs import replace
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder
 from sglang_clusterkv.kernels.score.reference import exact_logits, score, segment_vectors
-from sglang_clusterkv.kernels.score.triton import base_tiles, cluster_tiles
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.rotation import rotation_matrix
 from sglang_clusterkv.memory.step import SparseStep
-from tests.support.filled import SCALE, Guarded, assert_close, index_on, step_on
+from tests.support.filled import SCALE, Guarded, assert_close, index_on, of_request, step_on
 from tests.support.scenes import Scene
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
@@ -52,24 +52,27 @@ def check(
     base = exact_logits(wide, keys, step.base_slots, step.base_count, SCALE)
     variance = segment_vectors(index, 0, step)[..., 2, :]
     bonus = 0.5 * SCALE**2 * torch.einsum("bhgd,bshd->bhgs", wide.square(), variance)
-    tokens, tiles = base_tiles(step), cluster_tiles(step, index.clusters_per_page)
     for b in range(step.batch):
         own, listed = int(step.page_count[b]) * index.clusters_per_page, int(step.base_count[b])
         segments = int(step.segment_count[b])
-        assert_close(w.dot[b, :, :, :own], expected.dot[b, :, :, :own], dtype)
-        assert w.dot[b, :, :, own:].isnan().all(), "dots beyond the request's clusters"
-        assert torch.equal(w.left[b, :, :own], expected.size[b, :, :own].int())
+        begin, end = w.offset[b : b + 2].tolist()
+        assert_close(of_request(w, w.dot, b, own), expected.dot[b, :, :, :own], dtype)
+        assert w.dot[..., begin + own : end].isnan().all(), "dots beyond the request's clusters"
+        assert torch.equal(of_request(w, w.left, b, own), expected.size[b, :, :own].int())
         rows = index.cluster_rows(step.pages[b]).flatten()[:own]
-        assert torch.equal(w.spread[b, :, :own], index.layer(0).spread[rows].T)
+        assert torch.equal(of_request(w, w.spread, b, own), index.layer(0).spread[rows].T)
         assert_close(w.base_logit[b, :, :, :listed], base[b, :, :, :listed], dtype)
         assert_close(w.segment_bonus[b, :, :, :segments], bonus[b, :, :, :segments], dtype)
-        tile = torch.arange(tokens + tiles, device=device)
-        of_tokens, of_clusters = tile * SCORE_TOKENS < listed, (tile - tokens) * SCORE_CLUSTERS < own
-        used = torch.where(tile < tokens, of_tokens, of_clusters)
-        assert_close(w.estimate_lse[b][..., : tokens + tiles][..., used].logsumexp(-1), expected.total[b], dtype)
+        base_lse = w.base_lse[b, :, :, : math.ceil(listed / SCORE_TOKENS)]
+        tiles = slice(begin // SCORE_CLUSTERS, math.ceil((begin + own) / SCORE_CLUSTERS))
+        total = torch.cat((base_lse, w.estimate_lse[:, :, tiles]), -1).logsumexp(-1)
+        assert_close(total, expected.total[b], dtype)
         choice = expected.dot + index.config.choice_spread * expected.bonus
         normaliser = torch.cat((expected.size.unsqueeze(2).float().log() + choice, base), -1).logsumexp(-1)
-        assert_close(w.choice_lse[b][..., : tokens + tiles][..., used].logsumexp(-1), normaliser[b], dtype)
+        assert_close(torch.cat((base_lse, w.choice_lse[:, :, tiles]), -1).logsumexp(-1), normaliser[b], dtype)
+        assert w.choice_lse[:, :, tiles.stop : end // SCORE_CLUSTERS].isnan().all(), (
+            "tiles beyond the request's clusters"
+        )
     if rotated:
         assert_close(w.rotated[: step.batch], wide @ rotation_matrix(q.shape[-1]).T.to(device), dtype)
     guarded.assert_untouched()
@@ -99,7 +102,7 @@ def test_score_equals_the_reference(
     config = replace(CONFIG, centroid_dtype=centroid_dtype)
     scene, step = scene_of(config, head_dim, dtype, kv_heads)
     assert len(set(step.page_count.tolist())) == 3, "the batch must be ragged"
-    assert cluster_tiles(step, 2) == 2 and base_tiles(step) == 2, "there must be tiles after the first"
+    assert step.page_count.max() * 2 > SCORE_CLUSTERS and step.base_slots.shape[1] > SCORE_TOKENS, "one tile is too few"
     check(scene.index, scene.keys[0], step, queries(3, kv_heads, group, head_dim, dtype), device)
 
 
@@ -111,7 +114,7 @@ def test_equal_keys_leave_one_cluster_per_segment_and_the_rest_empty(device: str
     assert step is not None
     w = check(scene.index, scene.keys[0], step, queries(1, 2, 2, 32, torch.float32), device)
     own = int(step.page_count[0]) * 2
-    assert (w.left[0, :, :own] == 0).float().mean() > 0.8, "most clusters must be empty"
+    assert (of_request(w, w.left, 0, own) == 0).float().mean() > 0.8, "most clusters must be empty"
 
 
 def test_nothing_is_rotated_where_nothing_is_refined(device: str) -> None:

@@ -6,6 +6,7 @@ last one is not cut, an empty cluster's neighbour gets its tokens, a candidate n
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -24,7 +25,7 @@ from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.masses import SPREAD_CAP
 from sglang_clusterkv.memory.step import SparseStep
-from tests.support.filled import Guarded
+from tests.support.filled import Guarded, of_request
 
 PAGE, PER_PAGE, HEAD_DIM = 16, 2, 16
 
@@ -126,27 +127,30 @@ class Case:
         """Put all of it into a new workspace, as score would."""
         batch, heads, group, clusters = self.dot.shape
         tokens = self.base.shape[-1]
+        room = [math.ceil(int(pages) * PER_PAGE / SCORE_CLUSTERS) * SCORE_CLUSTERS for pages in self.step.page_count]
         shape = WorkspaceShape(
-            batch, heads, group, HEAD_DIM, clusters, self.bonus.shape[-1], tokens, 1200, 8, 1, 1, 1
+            batch, heads, group, HEAD_DIM, sum(room), self.bonus.shape[-1], tokens, 1200, 8, 1, 1, 1
         )  # fmt: skip
         self.guarded = Guarded(device)
         self.w = make_workspace(shape, device, self.guarded)
+        self.w.offset[:] = torch.tensor([0, *itertools.accumulate(room)])
         config = self.index.config
         choice, estimate = self._logits(config.choice_spread), self._logits(config.estimate_spread, SPREAD_CAP)
         for b in range(batch):
             own, listed = int(self.step.page_count[b]) * PER_PAGE, int(self.step.base_count[b])
             segments = int(self.step.segment_count[b])
-            self.w.dot[b, :, :, :own] = self.dot[b, :, :, :own]
-            self.w.spread[b, :, :own] = self.spread[b, :, :own]
-            self.w.left[b, :, :own] = self.size[b, :, :own].int()
+            of_request(self.w, self.w.dot, b, own)[:] = self.dot[b, :, :, :own]
+            of_request(self.w, self.w.spread, b, own)[:] = self.spread[b, :, :own]
+            of_request(self.w, self.w.left, b, own)[:] = self.size[b, :, :own].int()
             self.w.segment_bonus[b, :, :, :segments] = self.bonus[b, :, :, :segments]
+            for tile in range(math.ceil(listed / SCORE_TOKENS)):
+                part = self.base[b, :, :, tile * SCORE_TOKENS : min((tile + 1) * SCORE_TOKENS, listed)]
+                self.w.base_lse[b, :, :, tile] = part.logsumexp(-1)
+            first = int(self.w.offset[b]) // SCORE_CLUSTERS
             for lse, logits in ((self.w.choice_lse, choice), (self.w.estimate_lse, estimate)):
-                for tile in range(math.ceil(listed / SCORE_TOKENS)):
-                    part = self.base[b, :, :, tile * SCORE_TOKENS : min((tile + 1) * SCORE_TOKENS, listed)]
-                    lse[b, :, :, tile] = part.logsumexp(-1)
                 for tile in range(math.ceil(own / SCORE_CLUSTERS)):
                     part = logits[b, :, :, tile * SCORE_CLUSTERS : min((tile + 1) * SCORE_CLUSTERS, own)]
-                    lse[b, :, :, math.ceil(tokens / SCORE_TOKENS) + tile] = part.logsumexp(-1)
+                    lse[:, :, first + tile] = part.logsumexp(-1)
         beyond = torch.arange(tokens, device=device) >= self.step.base_count.unsqueeze(1)
         base = self.base.masked_fill(beyond[:, None, None], -torch.inf)
         self.total = torch.cat((estimate, base), -1).logsumexp(-1)
@@ -165,8 +169,8 @@ class Case:
         log_mass, estimate_mass = torch.full_like(self.log_mass, -torch.inf), torch.zeros_like(self.estimate_mass)
         for b in range(step.batch):
             own = int(step.page_count[b]) * PER_PAGE
-            log_mass[b, :, :own] = w.log_mass[b, :, :own]
-            estimate_mass[b, :, :own] = w.estimate_mass[b, :, :own]
+            log_mass[b, :, :own] = of_request(w, w.log_mass, b, own)
+            estimate_mass[b, :, :own] = of_request(w, w.estimate_mass, b, own)
         torch.testing.assert_close(log_mass, self.log_mass, rtol=1e-6, atol=1e-4)
         torch.testing.assert_close(estimate_mass, self.estimate_mass, rtol=1e-4, atol=1e-30)
         scores = Scores(self.size, self.begin, self.dot, self.dot, self.dot, log_mass, estimate_mass, self.total)
@@ -246,3 +250,8 @@ def test_every_group_size(group: int, device: str) -> None:
 def test_a_context_of_128k_tokens(device: str) -> None:
     """16,384 clusters of one (request, kv head)."""
     Case(device, [[64] * 128], normal, uneven, group=1).check(200)
+
+
+def test_more_clusters_than_registers_hold(device: str) -> None:
+    """Of a context of 136k tokens: masses and, where many are equal, places are looked for in memory."""
+    Case(device, [[64] * 133], few, uneven, group=1).check(1200)

@@ -18,7 +18,7 @@ from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.memory.masses import NO_MASS
 from sglang_clusterkv.memory.rotation import rotation_matrix
-from tests.support.filled import index_on, step_on
+from tests.support.filled import index_on, of_request, step_on
 from tests.support.sharp import GROUP, HEAD_DIM, KV_HEADS, SCALE, SharpScene
 
 CONFIG = ClusterKVConfig(budget_tokens=256, candidate_tokens=320, segment_tokens=256, estimate_clusters=40)
@@ -72,7 +72,9 @@ def test_what_is_far_below_the_peak_is_ranked_alike(deviation: int, device: str)
     on_gpu.score(grouped.contiguous().to(device), pool, 0, SCALE)
     on_gpu.select()
     w = on_gpu.workspace
-    torch.testing.assert_close(w.log_mass[:1, :, :clusters].cpu(), scores.log_mass, atol=APART / 2, rtol=0)
+    torch.testing.assert_close(
+        of_request(w, w.log_mass, 0, clusters)[None].cpu(), scores.log_mass, atol=APART / 2, rtol=0
+    )
     chosen = torch.zeros_like(scores.size)
     for h in range(KV_HEADS):
         packed = w.candidates[0, h, : int(w.candidate_count[0, h])].cpu()

@@ -1,7 +1,7 @@
 """Time per token, first token and clustering share on the CPU: torch_native, our dense path and clusterkv, in one run.
 
     python -m benchmarks.latency [--tokens 7700] [--batch 8] [--budget 256] [--candidates 1024]
-    python -m benchmarks.latency --only clusterkv tier-auto tier-int8 --batch 2
+    python -m benchmarks.latency --only clusterkv tier-auto tier-int8
 
 Starts one server after the other with the same flags (SmolLM2-135M-Instruct, float32), so run it alone: about 25 minutes, most
 of it torch_native's prefill. Prints a table and writes it to benchmarks/results/, never over an older one.
@@ -10,14 +10,16 @@ One document of `--tokens` tokens is asked for at batch 1 and, with a different 
 requests share the prefix in the radix cache, and each reads all of it at every step. Times per token at a batch are medians
 between the moment when all requests decode and the end of the first.
 
-The arms `tier-auto` and `tier-int8` are clusterkv with a host tier (docs/memory.md): 2,500 of the 20,000 tokens of the KV cache
-have room on the device. With one of them all servers run at most two requests, in chunks of 512, for which that is enough.
+The arms `tier-auto` and `tier-int8` are clusterkv with a host tier (docs/memory.md), whose device tier holds a quarter of the
+document, or the least with which `--batch` requests run at once. With one of them all servers run at most that many, in chunks
+of 256, and those with clusters build decoded runs of 64 tokens: both keep that least small.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import threading
@@ -30,12 +32,15 @@ from transformers import AutoTokenizer
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import Server, serve
 from examples.agent import FACTS, make_document
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.memory.tier import least_device_pages, ring_target
 from sglang_clusterkv.tools.demo_model import default_out
 
 SHORT_TOKENS = 1000
 ARMS = ["clusterkv", "dense", "torch_native"]
 TIERS = {"tier-auto": "auto", "tier-int8": "int8"}  # and the format of their host rows
-TIER_ROWS = 2
+TIER_RATIO, TIER_CHUNK, TIER_RUN = 8, 256, 64
+PAGE = 16
 
 
 def decode_ms(streams: list[list[float]]) -> float:
@@ -78,10 +83,27 @@ def measure(server: Server, document: list[int], args: argparse.Namespace, clust
         hit = server.stream(document[1:], 4)
         found["hit_s"] = hit[1] - hit[0]
         bar.update()
+        tier = server.counts().get("host_tier") if clusters else None
         streams = together(server, [document[1:-1] + [100 + i] for i in range(args.batch)], 2 * args.new_tokens)
         found["batch_ms"] = decode_ms(streams)
+        if tier is not None:
+            found["from_host"] = share_from_host(tier, server.counts()["host_tier"])
         bar.update()
     return found
+
+
+def share_from_host(before: dict[str, int], after: dict[str, int]) -> float:
+    """Of the rows that were recalled between two looks at a tier's counts, those that lay on the host."""
+    host, device = (after[f"recalled_rows_{where}"] - before[f"recalled_rows_{where}"] for where in ("host", "device"))
+    return host / max(1, host + device)
+
+
+def tier_pool(tokens: int, batch: int, options: dict[str, Any]) -> int:
+    """Tokens of the KV cache, of which one in `TIER_RATIO` has room on the device: a quarter of a document, or the least."""
+    config = ClusterKVConfig(**options)
+    least = least_device_pages(config, chunk_tokens=TIER_CHUNK, max_rows=batch, page_size=PAGE)
+    quarter = math.ceil(tokens / 4 / PAGE) + ring_target(TIER_CHUNK, batch, PAGE)
+    return TIER_RATIO * PAGE * max(least, quarter)
 
 
 def table(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
@@ -99,6 +121,9 @@ def table(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
             f"| {row['batch_ms']:.0f} | {row['batch_ms'] / base['batch_ms']:.2f} | {row['prefill_s']:.1f} | {share} "
             f"| {row['hit_s']:.2f} |"
         )
+    shares = [f"{name} {100 * row['from_host']:.0f} %" for name, row in rows.items() if "from_host" in row]
+    if shares:
+        lines += ["", f"Recalled from the host at batch {args.batch}: {', '.join(shares)}."]
     return "\n".join(lines)
 
 
@@ -113,28 +138,29 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*ARMS, *TIERS], default=ARMS)
     args = parser.parse_args()
     tiered = any(name in TIERS for name in args.only)
-    if tiered and args.batch > TIER_ROWS:
-        parser.error(f"with a tier at most {TIER_ROWS} requests run at once: use --batch {TIER_ROWS}")
     model = default_out()
     tokenizer = AutoTokenizer.from_pretrained(model)
     document = tokenizer(make_document(args.tokens + 1500, FACTS)).input_ids[: args.tokens + 1]
     assert len(document) == args.tokens + 1, "the document came out too short"
     ours = {"budget_tokens": args.budget, "candidate_tokens": args.candidates}
+    if tiered:
+        ours |= {"recluster_every": TIER_RUN}
     configs: dict[str, dict[str, Any] | None] = {
         "clusterkv": ours,
         "dense": {"budget_tokens": 8192, "candidate_tokens": 8192},
         "torch_native": None,
     }
-    configs |= {name: ours | {"host_ratio": 8, "host_kv_dtype": rows} for name, rows in TIERS.items()}
+    configs |= {name: ours | {"host_ratio": TIER_RATIO, "host_kv_dtype": rows} for name, rows in TIERS.items()}
     rows: dict[str, dict[str, Any]] = {}
     for name in args.only:
         config = configs[name]
         print(f"{name}: starting a server", flush=True)
         log = Path(tempfile.mkdtemp()) / "server.log"
         backend = "torch_native" if config is None else "clusterkv"
-        pool = ["--page-size", "16", "--max-total-tokens", "20000"]
+        tokens = tier_pool(args.tokens, args.batch, ours) if tiered else 20000
+        pool = ["--page-size", str(PAGE), "--max-total-tokens", str(tokens)]
         if tiered:
-            pool += ["--chunked-prefill-size", "512", "--max-running-requests", str(TIER_ROWS)]
+            pool += ["--chunked-prefill-size", str(TIER_CHUNK), "--max-running-requests", str(args.batch)]
         with serve(model, log, *pool, config=config, backend=backend) as server:
             rows[name] = measure(server, document, args, clusters=name in ("clusterkv", *TIERS))
             if config is not None:

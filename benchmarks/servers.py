@@ -70,10 +70,10 @@ class Server:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def stream(self, prompt: list[int], tokens: int) -> list[float]:
+    def stream(self, prompt: list[int], tokens: int, **sampling_params: Any) -> list[float]:
         """Greedy completion; the time (time.perf_counter) of the request, then of each token's arrival."""
         times = [time.perf_counter()]
-        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, **sampling_params}
         body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
         with requests.post(f"{self.url}/generate", json=body, stream=True, timeout=ANSWER_TIMEOUT_S) as answer:
             for line in answer.iter_lines():

@@ -1,6 +1,6 @@
 // What is shown, and how it follows from what is chosen.
 
-const begins = [...facts.passages, tokens];
+const begins = [...facts.passages, tokens], wordBegins = [...facts.words, tokens];
 const state = {answer: null, prompt: null};
 const stepBefore = new Map(); // answer token -> the step that predicted it
 const sparseOf = new Map(); // step -> its number among the sparse ones
@@ -15,6 +15,14 @@ function currentView() {
   const members = layer === "all" ? layers.map((_, index) => index)
     : layer[0] === "g" ? facts.groups[Number(layer.slice(1))].members : [Number(layer)];
   return {members, head};
+}
+
+/** The answer's tokens that are looked at: the chosen one, or all of its word; none for the whole answer. */
+function chosenTokens() {
+  if (state.answer === null) return [];
+  if (!byId("word").checked) return [state.answer];
+  const word = wordBegins.findLastIndex((begin) => begin <= state.answer);
+  return [...Array(wordBegins[word + 1] - wordBegins[word]).keys()].map((at) => wordBegins[word] + at);
 }
 
 /** Tokens before this one, of those that a step could recall, are not in a window of as many tokens as it recalled. */
@@ -35,68 +43,71 @@ let drawing = 0;
 
 /** Draw everything that follows from the view and the chosen answer token. */
 async function draw() {
-  const mine = ++drawing, view = currentView(), step = stepBefore.get(state.answer);
-  const sparse = step && sparseOf.has(step) ? sparseOf.get(step) : null;
-  const chosen = state.answer !== null;
-  const mass = sparse === null ? new Float64Array(tokens) : await massOf(view, sparse);
-  const above = sparse !== null && byId("above").checked;
-  const usual = above ? await meanMassOf(view) : null;
-  const weighed = chosen || byId("weighed").checked;
-  const values = !weighed ? await recalledOf(view) : !chosen ? await meanMassOf(view)
-    : above ? mass.map((value, at) => Math.max(0, value - usual[at])) : mass;
-  const shares = sparse === null ? null : await sharesOf(view, sparse);
+  const mine = ++drawing, view = currentView(), looked = chosenTokens(), chosen = looked.length > 0;
+  const steps = looked.map((token) => stepBefore.get(token)).filter((step) => step);
+  const recalling = steps.filter((step) => sparseOf.has(step)), sparse = recalling.map((step) => sparseOf.get(step));
+  const mass = await meanMassOf(view, sparse);
+  const above = sparse.length > 0 && byId("above").checked;
+  const mean = above || !chosen ? await usualMassOf(view) : null;
+  const weighed = chosen || !byId("counted").checked;
+  const values = !weighed ? await recalledOf(view) : !chosen ? mean
+    : above ? mass.map((value, at) => Math.max(0, value - mean[at])) : mass;
+  const shares = sparse.length ? await sharesOf(view, sparse) : null;
   if (mine !== drawing) return; // another choice was made meanwhile
   const largest = shade(values, weighed);
   const traced = facts.steps.filter((one) => one.dense === null);
-  const always = traced.map((one) => inRanges(one.base));
-  setClass(step ? inRanges(step.base) : (token) => always.length > 0 && always.every((has) => has(token)), "base");
-  drawWindow(step, traced);
-  drawLegend(chosen, weighed, above, largest);
-  drawChosen(step, sparse, shares, mass);
-  drawPassages(values, weighed, chosen && sparse === null);
+  const always = (steps.length ? steps : traced).map((one) => inRanges(one.base));
+  setClass((token) => always.length > 0 && always.every((has) => has(token)), "base");
+  drawWindow(steps.length ? recalling : traced);
+  drawLegend(looked, weighed, above, largest);
+  drawChosen(looked, steps, recalling, shares, mass);
+  drawPassages(values, weighed, chosen && !sparse.length);
   drawPointer();
   document.body.dataset.drawn = String(mine);
 }
 
-function drawWindow(step, traced) {
-  const steps = step ? (step.dense === null ? [step] : []) : traced;
+function drawWindow(steps) {
   const border = byId("window").checked && steps.length ? Math.min(...steps.map(windowBegin)) : 0;
   const sinks = inRanges(steps.flatMap((one) => one.base));
   setClass((token) => token < border && !sinks(token), "beyond");
 }
 
-function drawLegend(chosen, weighed, above, largest) {
+function drawLegend(looked, weighed, above, largest) {
   const key = (style, text) => made("span", {class: `key ${style}`}, text);
   const dark = key("token", percent(largest));
   dark.style.setProperty("--shade", 0.9);
   const meaning = !weighed ? "how often a token was recalled, of all steps, layers and heads"
-    : !chosen ? "share of the attention mass, mean over the answer's sparse steps (root scale)"
-    : `share of the step's attention mass${above ? " beyond the answer's mean" : ""} (root scale)`;
+    : !looked.length ? "share of the attention mass, mean over the answer's sparse steps (root scale)"
+    : `share of the attention mass${looked.length > 1 ? ", mean over the word's steps" : ""}` +
+      `${above ? ", beyond the answer's mean" : ""} (root scale)`;
   const parts = [`Darkness: ${meaning}; the darkest `, dark, ". ", key("token base", "Dotted"),
-    chosen ? ": sinks, window and gaps, read by this step in any case. " : ": read by every sparse step in any case. "];
+    looked.length === 1 ? ": sinks, window and gaps, read by this step in any case. "
+      : looked.length ? ": read by each of its steps in any case. " : ": read by every sparse step in any case. "];
   if (byId("window").checked) parts.push(key("token beyond", "Wavy"), ": older than a window of the same size. ");
   byId("legend").replaceChildren(...parts);
 }
 
-function drawChosen(step, sparse, shares, mass) {
-  const token = state.answer, title = byId("chosen-title"), box = byId("shares");
-  const paragraph = (text) => made("p", {}, text);
-  if (token === null) {
+function drawChosen(looked, steps, recalling, shares, mass) {
+  const title = byId("chosen-title"), box = byId("shares"), paragraph = (text) => made("p", {}, text);
+  if (!looked.length) {
     title.textContent = "The whole answer";
-    box.replaceChildren(paragraph(`Counted over ${number(sparseSteps)} sparse steps.`));
+    box.replaceChildren(paragraph(`Over ${number(sparseSteps)} sparse steps.`));
     return;
   }
-  title.textContent = `Token ${token - promptTokens + 1}: “${shown(token)}”`;
-  if (!step) {
-    const first = token === promptTokens;
-    box.replaceChildren(paragraph(first ? "The prefill predicted it. Prefill is dense: all of the prompt was read."
+  const [first, last] = [looked[0], looked.at(-1)], place = (token) => token - promptTokens + 1;
+  title.textContent = looked.length === 1 ? `Token ${place(first)}: “${shown(first)}”`
+    : `Tokens ${place(first)} to ${place(last)}: “${textOf(first, last + 1).trim()}”`;
+  if (!steps.length) {
+    box.replaceChildren(paragraph(first === promptTokens ? "The prefill predicted it. Prefill is dense: all of the prompt was read."
       : "Its step is not in the trace: the oldest were dropped."));
     return;
   }
-  const bytes = `Bytes read: ${number(step.bytes_read)} of ${number(step.bytes_dense)} that a dense step reads (` +
-    `${percent(step.bytes_read / step.bytes_dense)}).`;
-  if (sparse === null) {
-    box.replaceChildren(paragraph(`A dense step (${step.dense}): everything was read.`), paragraph(bytes));
+  const sum = (name) => steps.reduce((total, step) => total + step[name], 0);
+  const bytes = `Bytes read: ${number(sum("bytes_read"))} of ${number(sum("bytes_dense"))} that ` +
+    `${steps.length === 1 ? "a dense step reads" : "dense steps read"} (${percent(sum("bytes_read") / sum("bytes_dense"))}).`;
+  if (!recalling.length) {
+    const reasons = [...new Set(steps.map((step) => step.dense))].join(", ");
+    box.replaceChildren(paragraph(`${steps.length === 1 ? "A dense step" : "Dense steps"} (${reasons}): everything was read.`), paragraph(bytes));
     return;
   }
   const left = facts.server.clusterkv.estimate === false ? "left out" : "estimated";
@@ -109,10 +120,12 @@ function drawChosen(step, sparse, shares, mass) {
     bar.append(piece);
     list.append(made("span", {class: `swatch ${styles[part]}`}), `${name} ${percent(shares[part])}  `);
   });
-  const border = windowBegin(step);
+  const border = Math.min(...recalling.map(windowBegin));
   let older = 0, all = 0;
   mass.forEach((value, at) => { all += value; if (at < border) older += value; });
   const missed = all ? shares[1] * older / all : 0;
+  if (recalling.length < looked.length)
+    list.append(`(of ${recalling.length} of the ${looked.length} tokens: the others were predicted densely, or are not in the trace)`);
   box.replaceChildren(bar, list, paragraph(`Read exactly: ${percent(shares[0] + shares[1])} of the mass. ` +
     `A window of the same size would have missed ${percent(missed)} of the mass: it was recalled from before its border.`), paragraph(bytes));
 }
@@ -173,7 +186,7 @@ async function drawStrip() {
       dense += step.bytes_dense;
       bar(1, "bytes", 0, Math.min(1, share));
       if (step.dense === null) {
-        const shares = await sharesOf(everything, sparseOf.get(step));
+        const shares = await sharesOf(everything, [sparseOf.get(step)]);
         exact += shares[0] + shares[1];
         bar(0, "basis", 0, shares[0]);
         bar(0, "exact", shares[0], shares[0] + shares[1]);
@@ -279,7 +292,7 @@ function fillControls() {
   };
   for (const id of ["layers", "heads"]) byId(id).addEventListener("change", follow);
   for (const id of ["cluster-layer", "cluster-head"]) byId(id).addEventListener("change", drawCluster);
-  for (const id of ["window", "weighed", "above"]) byId(id).addEventListener("change", draw);
+  for (const id of ["window", "counted", "above", "word"]) byId(id).addEventListener("change", draw);
 }
 
 function writeAbout() {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sglang_clusterkv.tools.explain.packed import (
 
 SCRIPTS = ("page_data.js", "page_text.js", "page.js")
 LONGEST_PASSAGE, SHORTEST_PASSAGE = 60, 4
+LONGEST_WORD = 16  # tokens; a script without spaces has no words here
 SENTENCE_ENDS, WIDE_SENTENCE_ENDS = (".", "!", "?", ":", ";"), ("。", "！", "？")
 
 
@@ -80,6 +82,7 @@ def facts_of(trace: dict[str, Any]) -> dict[str, Any]:
         "request": trace["request"],
         "pieces": trace["pieces"],
         "passages": passages(trace["pieces"], checked.prompt_tokens),
+        "words": words(trace["pieces"], checked.prompt_tokens),
         "groups": [group for group in groups if group["members"]],
         "steps": trace["steps"],
         "sparse_steps": checked.sparse_steps,
@@ -105,6 +108,25 @@ def passages(pieces: list[str], prompt_tokens: int) -> list[int]:
         if ends or token == prompt_tokens:
             begins.append(token)
     return begins
+
+
+def words(pieces: list[str], prompt_tokens: int) -> list[int]:
+    """Where the answer's words begin, as token numbers: runs of letters and digits, such as a number of several tokens.
+
+    Ideographs stand alone. A character of several tokens, of which the last has the text, is not parted.
+    """
+    begins: list[int] = []
+    for token in range(prompt_tokens, len(pieces)):
+        before, piece = pieces[token - 1] if begins else " ", pieces[token]
+        goes_on = not before or _in_word(before[-1]) and _in_word(piece[:1])
+        if not goes_on or token - begins[-1] >= LONGEST_WORD:
+            begins.append(token)
+    return begins
+
+
+def _in_word(character: str) -> bool:
+    """Whether words go on behind it."""
+    return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"
 
 
 def blobs_of(trace: dict[str, Any]) -> dict[str, str]:

@@ -143,26 +143,30 @@ async function massOf(view, sparse) {
   return mass.map((value) => value / (view.members.length * shown.length));
 }
 
-const means = new Map();
-
-/** Each token's share of a sparse step's mass in the view, mean over all sparse steps. */
-async function meanMassOf(view) {
-  const key = JSON.stringify(view);
-  if (!means.has(key)) {
-    const mean = new Float64Array(tokens);
-    for (let sparse = 0; sparse < sparseSteps; sparse++)
-      (await massOf(view, sparse)).forEach((value, at) => { mean[at] += value / sparseSteps; });
-    means.set(key, mean);
-  }
-  return means.get(key);
+/** Each token's share of a step's mass in the view, mean over these sparse steps. */
+async function meanMassOf(view, sparse) {
+  const mean = new Float64Array(tokens);
+  for (const step of sparse)
+    (await massOf(view, step)).forEach((value, at) => { mean[at] += value / sparse.length; });
+  return mean;
 }
 
-/** Shares of a sparse step's mass in the view: [always read, recalled, estimated]. */
+const usual = new Map();
+
+/** The mean over the answer's sparse steps. */
+async function usualMassOf(view) {
+  const key = JSON.stringify(view);
+  if (!usual.has(key)) usual.set(key, await meanMassOf(view, [...Array(sparseSteps).keys()]));
+  return usual.get(key);
+}
+
+/** Shares of the mass in the view, mean over these sparse steps: [always read, recalled, estimated]. */
 async function sharesOf(view, sparse) {
   const mass = await allMass(), shares = [0, 0, 0], shown = headsOf(view);
-  for (const index of view.members)
-    for (const head of shown)
-      for (let part = 0; part < 3; part++)
-        shares[part] += mass[((index * sparseSteps + sparse) * heads + head) * 3 + part] / 65535;
-  return shares.map((share) => share / (view.members.length * shown.length));
+  for (const step of sparse)
+    for (const index of view.members)
+      for (const head of shown)
+        for (let part = 0; part < 3; part++)
+          shares[part] += mass[((index * sparseSteps + step) * heads + head) * 3 + part] / 65535;
+  return shares.map((share) => share / (sparse.length * view.members.length * shown.length));
 }

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from sglang_clusterkv.tools.explain import packed
 from sglang_clusterkv.tools.explain.packed import Layer, Trace
-from sglang_clusterkv.tools.explain.page import blobs_of, facts_of, page_of, passages, write_page
+from sglang_clusterkv.tools.explain.page import blobs_of, facts_of, page_of, passages, words, write_page
 from tests.support.made_trace import MARKUP, NEEDLE, encoded, made_trace, needle_span
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
@@ -177,6 +177,15 @@ def test_passages_are_sentences_lines_and_never_both_texts() -> None:
     assert passages(lines, 12) == [0, 6, 10]
     assert passages([" a"] * 130, 130) == [0, 60, 120]
     assert passages([], 0) == []
+
+
+def test_words_are_those_of_the_answer_with_all_their_tokens() -> None:
+    pieces = ["A", " prompt", "s", "Lim", "a", "'", "s", " is", " ", "2", "9", "7", ".", "日", "本", "", "", "é", "!"]
+    begins = words(pieces, 3)
+    text = ["".join(pieces[begin:end]) for begin, end in zip(begins, [*begins[1:], len(pieces)], strict=True)]
+    assert text == ["Lima", "'", "s", " is", " ", "297", ".", "日", "本", "é", "!"]
+    assert words([" a", *["b"] * 40], 0) == [0, 16, 32]
+    assert words(["a"], 1) == [] and words([], 0) == []
 
 
 def test_the_needle_is_a_passage_of_the_made_text() -> None:

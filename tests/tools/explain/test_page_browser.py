@@ -66,11 +66,12 @@ def shared(opened: Opened) -> Watched:
 
 @pytest.fixture
 def page(shared: Watched) -> Any:
-    """A wide page as it opens: nothing chosen, everything shown."""
+    """A wide page as it opens: nothing chosen, everything shown, words as a whole."""
     for control, value in (("layers", "all"), ("heads", "-1"), ("cluster-layer", "0"), ("cluster-head", "0")):
         shared.page.select_option(f"#{control}", value)
-    for control in ("window", "weighed", "above"):
+    for control in ("window", "counted", "above"):
         shared.page.uncheck(f"#{control}")
+    shared.page.check("#word")
     for text in ("prompt", "answer"):
         shared.page.focus(f"#{text}")
         shared.page.keyboard.press("Escape")
@@ -83,7 +84,9 @@ def settle(page: Any) -> None:
     page.wait_for_function("() => document.body.dataset.drawn === String(drawing)")
 
 
-def choose(page: Any, token: int) -> None:
+def choose(page: Any, token: int, word: bool = False) -> None:
+    """Choose a token of the answer, or its whole word."""
+    page.set_checked("#word", word)
     page.click(f"#token-{token}")
     settle(page)
 
@@ -129,6 +132,37 @@ def test_the_answers_number_was_read_from_the_needle(page: Any, trace: dict[str,
     assert page.inner_text(".passage.here") == NEEDLE
 
 
+def test_a_numbers_digits_are_looked_at_together(page: Any, trace: dict[str, Any]) -> None:
+    """Whichever of them is chosen: mass and shares are means over their steps, bytes are sums."""
+    checked, prompt = Trace(trace), trace["request"]["prompt_tokens"]
+    digits = number_tokens(trace["pieces"], prompt)
+    sparse = [step for step in trace["steps"] if step["dense"] is None]
+    numbers = [at for at, step in enumerate(sparse) if step["token"] + 1 in digits]
+    assert len(numbers) == len(digits) == 5
+    mass = sums(checked, [checked.layer(index) for index in range(len(checked.layers))]).mass[numbers].mean(0)
+    shares = np.mean([checked.masses(index)[numbers] for index in range(len(checked.layers))], axis=(0, 1, 2))
+    needle = needle_span(trace["pieces"])
+    for token in (digits[0], digits[-1]):
+        choose(page, token, word=True)
+        assert page.get_attribute("#answer", "aria-activedescendant") == f"token-{token}"
+        said = page.inner_text("#chosen-title")
+        assert said == f"Tokens {digits[0] - prompt + 1} to {digits[-1] - prompt + 1}: “48213”"
+        first = page.locator("#passages button").first.inner_text()
+        assert first.endswith(NEEDLE.strip())
+        assert float(first.split(" %")[0]) == pytest.approx(100 * mass[needle.start : needle.stop].sum(), rel=0.1)
+        text = page.inner_text("#shares")
+        assert f"Read exactly: {100 * (shares[0] + shares[1]):.0f} %" in text
+        read = sum(sparse[at]["bytes_read"] for at in numbers)
+        assert f"Bytes read: {read:,} of" in text
+    page.uncheck("#word")
+    settle(page)
+    assert page.inner_text("#chosen-title").startswith(f"Token {digits[-1] - prompt + 1}:")
+    page.check("#word")
+    page.click(f"#token-{prompt + 1}")  # its step was dense
+    settle(page)
+    assert "A dense step (short)" in page.inner_text("#shares")
+
+
 def test_every_set_and_mass_is_the_traces(page: Any, trace: dict[str, Any]) -> None:
     """Layer by layer and head by head, in the page's own unpacking; and sums over heads and layers, from levels."""
     checked = Trace(trace)
@@ -149,7 +183,7 @@ def test_every_set_and_mass_is_the_traces(page: Any, trace: dict[str, Any]) -> N
             expected = np.bincount(layer.positions[of_head], minlength=checked.tokens)
             view = {"members": [index], "head": head}
             assert page.evaluate("async (view) => [...await countsOf(view)]", view) == expected.tolist()
-            shares = page.evaluate("(view) => sharesOf(view, 3)", view)
+            shares = page.evaluate("(view) => sharesOf(view, [3])", view)
             assert shares == pytest.approx(checked.masses(index)[3, head], abs=1e-4)
         clusters = page.evaluate("async (i) => [...(await layerClusters(i)).of(1)]", index)
         assert clusters == checked.clusters(index)[1].tolist()
@@ -173,9 +207,10 @@ def test_all_the_layers_one_by_one_are_the_whole(page: Any, trace: dict[str, Any
         assert (np.array(whole)[needle] > 0).all()
 
 
-def test_a_view_of_a_layer_and_a_head_shades_by_its_counts(page: Any, trace: dict[str, Any]) -> None:
+def test_a_view_of_a_layer_and_a_head_can_be_shaded_by_its_counts(page: Any, trace: dict[str, Any]) -> None:
     checked = Trace(trace)
     layer = checked.layer(1)
+    page.check("#counted")
     page.select_option("#layers", "1")
     page.select_option("#heads", "1")
     page.wait_for_timeout(50)
@@ -252,10 +287,8 @@ def test_what_exceeds_the_answers_mean_can_be_had_alone(page: Any, trace: dict[s
     assert first.endswith(NEEDLE.strip()) and float(first.split(" %")[0]) == pytest.approx(100 * beyond, rel=0.1)
 
 
-def test_the_whole_answer_can_be_shaded_by_mass(page: Any, trace: dict[str, Any]) -> None:
+def test_the_whole_answer_is_shaded_by_mass(page: Any, trace: dict[str, Any]) -> None:
     checked = Trace(trace)
-    page.check("#weighed")
-    settle(page)
     mean = sums(checked, [checked.layer(index) for index in range(len(checked.layers))]).mass.mean(0)
     needle = needle_span(trace["pieces"])
     first = page.locator("#passages button").first.inner_text()
@@ -295,7 +328,8 @@ def test_the_strip_has_a_column_for_each_token_and_names_dense_steps(page: Any, 
     assert "1 for “short”, 1 for “dirty”" in page.inner_text("#strip-summary")
     columns.nth(8).locator("rect").last.click()
     settle(page)
-    assert page.inner_text("#chosen-title").startswith("Token 9:")
+    assert page.inner_text("#chosen-title") == "Tokens 8 to 12: “48213”"
+    assert page.get_attribute("#answer", "aria-activedescendant") == f"token-{trace['request']['prompt_tokens'] + 8}"
     assert page.locator("#answer .active").count() == 1
 
 

@@ -95,7 +95,7 @@ class ChangedEstimate(ABC):
         exact = attend(grouped, keys, values, step, recalled.slots, recalled.count, scale)
         self.recalled = recalled.slots, recalled.count
         whole = self.whole(exact, scores, recalled.left, source)
-        note_mass(index.mass[layer], exact.lse, whole.lse)
+        note_mass(index.mass_cells[layer, 0], exact.lse, whole.lse)
         return whole.output.flatten(1, 2).to(q.dtype)
 
 

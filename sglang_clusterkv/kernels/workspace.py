@@ -30,7 +30,7 @@ SCORE_TOKENS = 64  # always-attended tokens per program of score
 class WorkspaceShape(NamedTuple):
     """Capacities. B requests, H kv heads, G query heads each, D channels; C clusters of all requests together; per request: S
     segments, W tokens that are always attended; K candidates and R recalled tokens at most; O clusters estimated at their own
-    mean value; P splits of attend, E parts of the estimate."""
+    mean value; X parts of attend and Y of the estimate, over all (request, kv head)."""
 
     batch: int
     heads: int
@@ -42,8 +42,8 @@ class WorkspaceShape(NamedTuple):
     candidates: int
     budget: int
     own: int
-    splits: int
-    parts: int
+    exact_parts: int
+    rest_parts: int
 
     @property
     def base_tiles(self) -> int:
@@ -114,14 +114,29 @@ class Workspace:
     recalled: torch.Tensor  # int64 [B, H, R], slots, in the order of `candidates`: by cluster, then by position
     recalled_count: torch.Tensor  # int32 [B, H]
 
-    # Written by attend, one part of the list per split.
-    exact_output: torch.Tensor  # float32 [B, H, P, G, D], normalised over the split
-    exact_lse: torch.Tensor  # float32 [B, H, P, G]
+    # Written by attend, one part of the list per split: those of a (request, kv head) lie together, see `exact`.
+    exact_output: torch.Tensor  # float32 [X, G, D], normalised over the split; garbage where the log-sum-exp is -inf
+    exact_lse: torch.Tensor  # float32 [X, G]
 
-    # Written by estimate, one part of the clusters per program.
+    # Written by estimate, one part of the clusters per program; see `rest`.
     own: torch.Tensor  # int32 [B, H, O], clusters that use their own mean value, ascending
-    rest_output: torch.Tensor  # float32 [B, H, E, G, D], normalised over the part
-    rest_lse: torch.Tensor  # float32 [B, H, E, G]
+    rest_output: torch.Tensor  # float32 [Y, G, D], normalised over the part
+    rest_lse: torch.Tensor  # float32 [Y, G]
+
+    def exact(self, batch: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend's parts of a step with so many for each (request, kv head): [B, H, splits, G, D] and [B, H, splits, G]."""
+        return self._parts(self.exact_output, self.exact_lse, batch, splits)
+
+    def rest(self, batch: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The estimate's, likewise."""
+        return self._parts(self.rest_output, self.rest_lse, batch, parts)
+
+    def _parts(
+        self, output: torch.Tensor, lse: torch.Tensor, batch: int, parts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        of = (batch, self.shape.heads, parts)
+        used = batch * self.shape.heads * parts
+        return output[:used].unflatten(0, of), lse[:used].unflatten(0, of)
 
     @property
     def bytes(self) -> int:
@@ -170,9 +185,9 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
         position=allocate((*by_head, shape.candidates), torch.int32),
         recalled=allocate((*by_head, shape.budget), torch.int64),
         recalled_count=allocate(by_head, torch.int32),
-        exact_output=allocate((*by_head, shape.splits, shape.group, shape.channels), torch.float32),
-        exact_lse=allocate((*by_head, shape.splits, shape.group), torch.float32),
+        exact_output=allocate((shape.exact_parts, shape.group, shape.channels), torch.float32),
+        exact_lse=allocate((shape.exact_parts, shape.group), torch.float32),
         own=allocate((*by_head, shape.own), torch.int32),
-        rest_output=allocate((*by_head, shape.parts, shape.group, shape.channels), torch.float32),
-        rest_lse=allocate((*by_head, shape.parts, shape.group), torch.float32),
+        rest_output=allocate((shape.rest_parts, shape.group, shape.channels), torch.float32),
+        rest_lse=allocate((shape.rest_parts, shape.group), torch.float32),
     )

@@ -58,8 +58,9 @@ class ClusterIndex:
         self.arrays = device_tier.allocate(config, geometry, device)
         self.page_state = self.arrays["page_state"]  # int32 [pages, 3]: segment id, index in the segment, its pages
         self.page_state[:, 0] = UNCLUSTERED
-        # float64 [layers, 2]: recalled mass of all sparse steps since the start, its sum and how many (request, query head).
-        self.mass = torch.zeros((geometry.layers, 2), dtype=torch.float64, device=device)
+        # Recalled mass of all sparse steps since the start, its sum and how many (request, query head): float64
+        # [layers, H, 2], a cell for each kv head so that a GPU's programs do not all add to one. A CPU has the first's.
+        self.mass_cells = torch.zeros((geometry.layers, geometry.kv_heads, 2), dtype=torch.float64, device=device)
         self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
         self.row_of = {
             layer: row for row, layer in enumerate(geometry.clustered_layers)
@@ -72,6 +73,11 @@ class ClusterIndex:
     def layer(self, layer: int) -> LayerView:
         """The arrays of one layer (counted from this rank's first). Raises KeyError for one without clusters."""
         return self._layers[layer]
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """Recalled mass by layer, float64 [layers, 2]: the kv heads' cells together."""
+        return self.mass_cells.sum(1)
 
     @property
     def bytes(self) -> int:

@@ -13,17 +13,22 @@ import torch
 
 
 class SparseStep(NamedTuple):
-    """B requests that decode sparsely. Lists are padded to the longest; N pages, W always-attended tokens, S segments."""
+    """B requests that decode sparsely. Lists are padded to the longest; N pages, W always-attended tokens, S segments.
+
+    On a GPU the lists take every request of a batch, and what one is, its counts say: it has pages of recallable segments and
+    is sparse, or a `dense_count`, of tokens in `pages`, which are all of its own then; or neither, which is padding.
+    """
 
     batch: int
     pages: torch.Tensor  # int64 [B, N], pages of recallable segments, in sequence order; padding 0
-    page_count: torch.Tensor  # int64 [B]
+    page_count: torch.Tensor  # int64 [B], 0 for a request that is not sparse
     segment_of_page: torch.Tensor  # int64 [B, N], ordinal of the page's segment in the request
     segment_begin: torch.Tensor  # int64 [B, S], index in `pages` of the segment's first page
     segment_count: torch.Tensor  # int64 [B]
     base_slots: torch.Tensor  # int64 [B, W], sinks, gaps and window, in sequence order; padding 0
     base_count: torch.Tensor  # int64 [B]
     recallable_tokens: int  # most over the batch
+    dense_count: torch.Tensor  # int64 [B], tokens of a request that attends to all of them; 0 for any other
 
 
 class DenseStep(NamedTuple):
@@ -102,6 +107,7 @@ def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int)
         base_slots=torch.where(base_real, base_slots, 0),
         base_count=base_count,
         recallable_tokens=int(covered.max()),
+        dense_count=torch.zeros_like(base_count),
     )
 
 

@@ -20,7 +20,7 @@ from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.kernels.workspace import Workspace
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
-from tests.support.scenes import Scene
+from tests.support.scenes import PAGE, Scene
 
 SCALE = 0.2
 GUARD = 64  # elements on each side of a tensor
@@ -79,6 +79,32 @@ def of_request(w: Workspace, tensor: torch.Tensor, b: int, clusters: int) -> tor
     """The first clusters of request b in a tensor [..., C] of the workspace: a view."""
     begin = int(w.offset[b])
     return tensor[..., begin : begin + clusters]
+
+
+def mixed(step: SparseStep, scene: Scene, kinds: str) -> SparseStep:
+    """The lists of a batch in which each request of `step` is sparse ("s"), dense ("d") or padding ("-").
+
+    What lies beyond a request's counts is 0, as in all lists; those of pages are as wide as a dense request needs.
+    """
+    width = max(-(-length // PAGE) for length in LENGTHS)
+    pages, segment_of_page = torch.zeros(2, step.batch, width, dtype=torch.int64)
+    pages[:, : step.pages.shape[1]], segment_of_page[:, : step.pages.shape[1]] = step.pages, step.segment_of_page
+    page_count, base_count, dense_count = step.page_count.clone(), step.base_count.clone(), step.dense_count.clone()
+    for b, kind in enumerate(kinds):
+        if kind != "s":
+            page_count[b] = base_count[b] = 0
+            pages[b] = 0
+        if kind == "d":
+            slots = scene.slots(b + 1, LENGTHS[b])
+            pages[b, : -(-LENGTHS[b] // PAGE)] = slots[::PAGE] // PAGE
+            dense_count[b] = LENGTHS[b]
+    return step._replace(
+        pages=pages,
+        segment_of_page=segment_of_page,
+        page_count=page_count,
+        base_count=base_count,
+        dense_count=dense_count,
+    )
 
 
 class Filled:

@@ -1,9 +1,13 @@
 """Attend on a GPU: split flash decoding over a list of slots, gathered from the pool row by row.
 
 The list of a (request, kv head) is the always-attended tokens, shared by the kv heads, then the head's recalled tokens. It is
-cut into `splits` parts of whole tiles; one program attends to one part with all query heads of the kv head, so every key
-and value row is read once. The always-attended tokens' logits are taken from score, which has read their keys already: the
-4 bytes of each query head are fewer than a key row. Dense decode is the same with the request's whole list and no logits.
+cut into up to `splits` parts of whole tiles, as many as its length is worth; one program attends to one part with all query
+heads of the kv head, so every key and value row is read once. The always-attended tokens' logits are taken from score, which
+has read their keys already: the 4 bytes of each query head are fewer than a key row.
+
+What a request of a step is, its counts say: one with `dense_count` tokens attends to that many of its pages, one with neither
+pages of clusters nor these is padding and gives nothing. So one launch takes any mixture, and a captured graph as well. Dense
+decode is a kernel of its own, for batches without a sparse request and for layers with a window or a cap.
 With a host tier a program reads each row from where it is, and counts what it read from the host.
 
 Parts are merged in the order of the splits (kernels/merge/triton.py), so the result is a function of the inputs alone.
@@ -79,30 +83,40 @@ def value_rows(
 @triton.jit
 def attend_part(
     pair, split, splits, q, keys, values, device_page, host, host_scales, reads, base_slots, base_count, base_logit,
-    recalled, recalled_count, output, lse, scale, cap, window, capacity, base_stride, logit_stride, recalled_stride,
+    recalled, recalled_count, pages, page_count, dense_count, output, lse, scale, cap, window, q_stride, base_stride,
+    logit_stride, recalled_stride, pages_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, SCORED: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr,
-    DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, SHARE: tl.constexpr, SCORED: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr,
+    TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """What one program does: attend to the split-th part of the list of the pair-th (request, kv head); pair is int64.
 
-    SCORED: the base tokens' logits are in base_logit [B, H, G, W], and recalled tokens follow; else logits come from keys.
-    Output [B, H, P, G, D] and lse [B, H, P, G]; P is `capacity`.
+    SCORED: of a request with pages of clusters the base tokens' logits are in base_logit [B, H, G, W], and recalled tokens
+    follow; of one with a dense count its pages' tokens are the list. Else the base is all, and its logits come from keys.
+    SHARE: least tiles that are worth a part. Output [B, H, splits, G, D] and lse [B, H, splits, G]; a part without a token
+    leaves -inf and no output.
     """
     b, h = pair // HEADS, pair % HEADS
     g, d, n = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     real = (g < GROUP)[:, None] & (d < CHANNELS)[None, :]
-    queries = q + (pair * GROUP + g)[:, None] * CHANNELS + d[None, :]
+    queries = q + b * q_stride + (h * GROUP + g)[:, None] * CHANNELS + d[None, :]
     if not SCORED:
         query = tl.load(queries, mask=real, other=0.0).to(DOT)
     end = tl.load(base_count + b).to(tl.int32)
+    keyed = 0
+    if SCORED:
+        whole = tl.load(dense_count + b).to(tl.int32)
+        sparse = tl.load(page_count + b) > 0
+        is_dense = whole > 0
+        end = tl.where(sparse, end, 0)
+        keyed = tl.where(sparse, tl.load(recalled_count + pair), whole)
+        # One list of tokens of either kind: of slots, or of pages.
+        unit = tl.where(is_dense, PAGE, 1)
+        listing = tl.where(is_dense, pages + b * pages_stride, recalled + pair * recalled_stride)
     first = tl.maximum(end - 1 - window, 0)
     base_tiles = tl.cdiv(end - first, BLOCK_N)
-    tiles = base_tiles
-    if SCORED:
-        chosen = tl.load(recalled_count + pair)
-        tiles += tl.cdiv(chosen, BLOCK_N)
-    share = tl.cdiv(tiles, splits)
+    tiles = base_tiles + tl.cdiv(keyed, BLOCK_N)
+    share = tl.maximum(tl.cdiv(tiles, splits), SHARE)
     begin_tile, end_tile = split * share, tl.minimum((split + 1) * share, tiles)
 
     sums = tl.zeros((GROUP_PAD, BLOCK_D), tl.float32)
@@ -135,8 +149,10 @@ def attend_part(
         query = tl.load(queries, mask=real, other=0.0).to(DOT)
         for tile in range(tl.maximum(begin_tile, base_tiles), end_tile):
             t = (tile - base_tiles) * BLOCK_N + n
-            listed = t < chosen
-            slots = tl.load(recalled + pair * recalled_stride + t, mask=listed, other=0)
+            listed = t < keyed
+            slots = tl.load(listing + tl.where(is_dense, t // PAGE, t), mask=listed, other=0) * unit + tl.where(
+                is_dense, t % PAGE, 0
+            )
             at, line, away = find_slots(device_page, slots, listed, HEADS, PAGE, TIER)
             logits = key_logits(
                 query, keys, host, host_scales, at, line, away, listed, h, scale, cap,
@@ -148,55 +164,59 @@ def attend_part(
             sums, peak, weight = add_tile(sums, peak, weight, logits, rows, DOT)
             if TIER:
                 from_host += (listed & away).to(tl.int32)
-                found += tl.minimum(chosen - (tile - base_tiles) * BLOCK_N, BLOCK_N)
+                found += tl.minimum(keyed - (tile - base_tiles) * BLOCK_N, BLOCK_N)
 
-    row = (pair * capacity + split) * GROUP + g
-    tl.store(output + row[:, None] * CHANNELS + d[None, :], normalise(sums, weight), mask=real)
+    row = (pair * splits + split) * GROUP + g
+    tl.store(
+        output + row[:, None] * CHANNELS + d[None, :], normalise(sums, weight), mask=real & (begin_tile < end_tile)
+    )
     tl.store(lse + row, natural_lse(peak, weight), mask=g < GROUP)
     if TIER:
         away_rows = tl.sum(from_host).to(tl.int64)
         if SCORED:
-            tl.atomic_add(reads + _RECALLED_HOST, away_rows)
-            tl.atomic_add(reads + _RECALLED_DEVICE, found - away_rows)
+            if is_dense:
+                tl.atomic_add(reads + _DENSE_HOST, away_rows)
+            else:
+                tl.atomic_add(reads + _RECALLED_HOST, away_rows)
+                tl.atomic_add(reads + _RECALLED_DEVICE, found - away_rows)
         else:
             tl.atomic_add(reads + _DENSE_HOST, away_rows)
 
 
 # What differs from step to step must not make a variant of the kernel: it would be compiled while serving.
-@triton.jit(do_not_specialize=["splits", "capacity", "base_stride"])
+@triton.jit(do_not_specialize=["splits", "base_stride", "pages_stride"])
 def attend_kernel(
     q, keys, values, device_page, host, host_scales, reads, base_slots, base_count, base_logit, recalled, recalled_count,
-    output, lse, scale, splits, capacity, base_stride, logit_stride, recalled_stride,
+    pages, page_count, dense_count, output, lse, scale, splits, q_stride, base_stride, logit_stride, recalled_stride,
+    pages_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, SHARE: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (requests * kv heads, splits): one part of the always-attended and the recalled tokens."""
+    """Grid (requests * kv heads, splits): one part of the always-attended and the recalled tokens, or of all tokens."""
     attend_part(
         tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, device_page, host, host_scales, reads,
-        base_slots, base_count, base_logit, recalled, recalled_count, output, lse, scale, 0.0, 1 << 30, capacity,
-        base_stride, logit_stride, recalled_stride,
-        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, True, False, PAGE, TIER, DOT,
+        base_slots, base_count, base_logit, recalled, recalled_count, pages, page_count, dense_count, output, lse, scale, 0.0,
+        1 << 30, q_stride, base_stride, logit_stride, recalled_stride, pages_stride,
+        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, SHARE, True, False, PAGE, TIER, DOT,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["window", "splits", "slots_stride"])
 def dense_kernel(
     q, keys, values, device_page, host, host_scales, reads, slots, seq_lens, output, lse, scale, cap, window, splits,
-    slots_stride,
+    q_stride, slots_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr, TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, splits): one part of a request's whole list, or of its last `window` + 1 tokens."""
     attend_part(
         tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, device_page, host, host_scales, reads,
-        slots, seq_lens, None, None, None, output, lse, scale, cap, window, splits, slots_stride, 0, 0,
-        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, False, CAPPED, PAGE, TIER, DOT,
+        slots, seq_lens, None, None, None, None, None, None, output, lse, scale, cap, window, q_stride, slots_stride, 0, 0, 0,
+        HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, 1, False, CAPPED, PAGE, TIER, DOT,
     )  # fmt: skip
 
 
-def tile_constants(
-    heads: int, group: int, channels: int, dtype: torch.dtype, tier: int = OFF.value
-) -> dict[str, object]:
+def tile_constants(heads: int, group: int, channels: int, dtype: torch.dtype, tier: int = OFF.value) -> dict[str, Any]:
     """The kernels' constants, by argument name; tier: a value of TIER."""
     # Two stages of keys and values have to fit beside another program's.
     tokens = 64 if channels <= 128 and dtype.itemsize == 2 else 32
@@ -218,7 +238,7 @@ def _stages(channels: int, tier: int) -> int:
     return 3 if tier == SAME.value and channels <= 64 else 2
 
 
-def _constants(heads: int, group: int, channels: int, dtype: torch.dtype, tier: TierLayer | None) -> dict[str, object]:
+def _constants(heads: int, group: int, channels: int, dtype: torch.dtype, tier: TierLayer | None) -> dict[str, Any]:
     """A launch's constants and stages."""
     constants = tier_constants(tier)
     form = constants["TIER"]
@@ -230,28 +250,32 @@ def attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     step: SparseStep,
+    page_size: int,
     scale: float,
     w: Workspace,
     splits: int,
     tier: TierLayer | None = None,
 ) -> None:
-    """Attend to sinks, window and recalled tokens: `exact_output` and `exact_lse` of the workspace, the first `splits`.
+    """Attend to sinks, window and recalled tokens, or all tokens of dense requests: the workspace's `exact`.
 
     Args:
-        q: [B, H, G, D], contiguous, in the pool's dtype.
+        q: [B, H, G, D], contiguous but for its first dimension, in the pool's dtype.
         keys: [slots, H, D], contiguous.
         values: likewise.
         step: the lists of this step.
+        page_size: tokens per page.
         scale: of the logits.
         w: holds `base_logit` and `recalled`.
-        splits: parts of a list, at most the workspace's.
+        splits: parts of a list at most; the workspace has room for so many of each (request, kv head).
         tier: where some slots' keys and values are on the host.
     """
     batch, heads, group, channels = q.shape
+    constants = _constants(heads, group, channels, q.dtype, tier) | {"PAGE": page_size}
     attend_kernel[(batch * heads, splits)](
         q, keys, values, *tier_arguments(tier), step.base_slots, step.base_count, w.base_logit, w.recalled, w.recalled_count,
-        w.exact_output, w.exact_lse, scale, splits, w.shape.splits, step.base_slots.stride(0), w.shape.base, w.shape.budget,
-        **_constants(heads, group, channels, q.dtype, tier),
+        step.pages, step.page_count, step.dense_count, w.exact_output, w.exact_lse, scale, splits, q.stride(0),
+        step.base_slots.stride(0), w.shape.base, w.shape.budget, step.pages.stride(0),
+        SHARE=max(1, grids.TOKENS_PER_SPLIT // constants["BLOCK_N"]), **constants,
     )  # fmt: skip
 
 
@@ -269,7 +293,7 @@ def dense_decode(
 ) -> torch.Tensor:
     """See `reference.dense_decode`; two launches."""
     batch, heads, channels = q.shape[0], keys.shape[1], keys.shape[2]
-    grouped = q.to(keys.dtype).unflatten(1, (heads, -1)).contiguous()
+    grouped = q.to(keys.dtype).unflatten(1, (heads, -1))
     group = grouped.shape[2]
     window = sliding_window if sliding_window >= 0 else NO_WINDOW
     splits = grids.split_count(batch * heads, min(slots.shape[1], window + 1))
@@ -277,7 +301,7 @@ def dense_decode(
     lse = torch.empty((batch, heads, splits, group), dtype=torch.float32, device=q.device)
     dense_kernel[(batch * heads, splits)](
         grouped, keys, values, *tier_arguments(tier), slots, seq_lens, output, lse, scale, logit_cap, window, splits,
-        slots.stride(0), CAPPED=logit_cap > 0, **_constants(heads, group, channels, keys.dtype, tier),
+        grouped.stride(0), slots.stride(0), CAPPED=logit_cap > 0, **_constants(heads, group, channels, keys.dtype, tier),
     )  # fmt: skip
     return merge_parts(output, lse, q.dtype)
 
@@ -285,23 +309,26 @@ def dense_decode(
 _TYPES = {
     **dict.fromkeys(("q", "keys", "values"), "*bf16"),
     **dict.fromkeys(("base_slots", "base_count", "recalled", "slots", "seq_lens"), "*i64"),
+    **dict.fromkeys(("pages", "page_count", "dense_count"), "*i64"),
     **{"recalled_count": "*i32"},
     **dict.fromkeys(("base_logit", "output", "lse"), "*fp32"),
     **dict.fromkeys(("scale", "cap"), "fp32"),
-    **dict.fromkeys(("splits", "capacity", "window"), "i32"),
-    **dict.fromkeys(("base_stride", "logit_stride", "recalled_stride", "slots_stride"), "i32"),
+    **dict.fromkeys(("splits", "window", "q_stride"), "i32"),
+    **dict.fromkeys(("base_stride", "logit_stride", "recalled_stride", "slots_stride", "pages_stride"), "i32"),
 }
 
 
 def _case(name: str, kernel: Any, channels: int, group: int, tier: int = OFF.value, **holds: Any) -> CompileCase:
     """A case of 8 kv heads in bf16; tier: a value of TIER."""
     tier_types, tier_values = tier_case(tier)
-    constants = tile_constants(8, group, channels, torch.bfloat16, tier) | {
-        "DOT": tl.bfloat16, "CAPPED": False, **tier_values,
-    }  # fmt: skip
+    constants = tile_constants(8, group, channels, torch.bfloat16, tier)
+    share = max(1, grids.TOKENS_PER_SPLIT // constants["BLOCK_N"])
+    constants |= {"DOT": tl.bfloat16, "CAPPED": False, "SHARE": share, **tier_values}
+    if kernel is attend_kernel:
+        constants["PAGE"] = 16
     types = _TYPES | tier_types
     signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-    aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a == "logit_stride")
+    aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a in ("logit_stride", "q_stride"))
     used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     where = {OFF.value: "", SAME.value: " tier", ROUNDED.value: " int8 tier"}[tier]
     return CompileCase(

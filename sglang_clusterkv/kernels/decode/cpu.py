@@ -41,7 +41,7 @@ class LayerArrays:
         self.cluster_end = view.cluster_end.numpy()
         self.vectors = bits(view.segment_vectors)
         self.members = view.members.numpy()
-        self.mass = index.mass[layer].numpy()
+        self.mass = index.mass_cells[layer, 0].numpy()
         if view.codes is not None and view.code_scales is not None:
             codes = view.codes.numpy()
             self.codes = codes.view(np.uint16) if index.config.code_bits == 2 else codes

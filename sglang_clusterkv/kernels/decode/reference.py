@@ -45,5 +45,5 @@ def sparse_decode(
     else:
         whole = Partial(exact.output, scores.total)
     output = whole.output.flatten(1, 2).to(q.dtype)
-    note_mass(index.mass[layer], exact.lse, whole.lse)
+    note_mass(index.mass_cells[layer, 0], exact.lse, whole.lse)
     return output

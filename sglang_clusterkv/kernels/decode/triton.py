@@ -53,7 +53,7 @@ class TritonDecoder:
         self._allocate = allocate or (lambda sizes, dtype: torch.empty(sizes, dtype=dtype, device=index.device))
         self._least = self._shape = WorkspaceShape(
             batch=0, heads=self.heads, group=group, channels=geometry.head_dim, clusters=0, segments=0, base=0,
-            candidates=self.limit, budget=config.budget_tokens, own=config.estimate_clusters, splits=0, parts=0,
+            candidates=self.limit, budget=config.budget_tokens, own=config.estimate_clusters, exact_parts=0, rest_parts=0,
         )  # fmt: skip
         self._step: SparseStep | None = None
 
@@ -73,8 +73,8 @@ class TritonDecoder:
             clusters=step.batch * room,
             segments=step.segment_begin.shape[1],
             base=base,
-            splits=self.splits,
-            parts=max(1, sum(self.parts)),
+            exact_parts=pairs * self.splits,
+            rest_parts=pairs * sum(self.parts),
         ).rounded()
         if not self._shape.holds(needed):
             self._grow(needed)
@@ -109,7 +109,7 @@ class TritonDecoder:
     def score(
         self, q: torch.Tensor, keys: torch.Tensor, layer: int, scale: float, tier: TierLayer | None = None
     ) -> None:
-        """Clusters and always-attended tokens against the queries [B, H, G, D]."""
+        """Clusters and always-attended tokens against the queries [B, H, G, D], those of a request side by side."""
         score_triton.score(q, keys, self.index, layer, self.step, scale, self.workspace, tier)
 
     def select(self) -> None:
@@ -132,7 +132,8 @@ class TritonDecoder:
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tier: TierLayer | None = None
     ) -> None:
         """Exact attention over always-attended and recalled tokens."""
-        attend_triton.attend(q, keys, values, self.step, scale, self.workspace, self.splits, tier)
+        page_size = self.index.geometry.page_size
+        attend_triton.attend(q, keys, values, self.step, page_size, scale, self.workspace, self.splits, tier)
 
     def estimate(self, layer: int, dtype: torch.dtype) -> None:
         """What was not recalled, by clusters, multiplied as queries of `dtype` are; nothing where nothing is estimated."""
@@ -142,7 +143,7 @@ class TritonDecoder:
     def merge(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
         """Both parts, [B, heads, D] in `dtype`; and how much of the mass was read exactly."""
         return merge_triton.merge(
-            self.workspace, self.step.batch, self.splits, sum(self.parts), self.index.mass[layer], dtype
+            self.workspace, self.step, self.splits, sum(self.parts), self.index.mass_cells[layer], dtype
         )
 
 
@@ -165,8 +166,9 @@ def sparse_decode(
     tier: TierLayer | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
-    # No copies where the queries have the pool's dtype and lie together, as they do while serving.
-    grouped = q.to(keys.dtype).unflatten(1, (keys.shape[1], -1)).contiguous()
+    # No copies where the queries have the pool's dtype and a request's lie together, as they do while serving: models cut
+    # them from one product with keys and values.
+    grouped = q.to(keys.dtype).unflatten(1, (keys.shape[1], -1))
     decoder = decoder_of(index, grouped.shape[2])
     decoder.prepare(step)
     decoder.score(grouped, keys, layer, scale, tier)
@@ -184,9 +186,9 @@ def last_read(decoder: TritonDecoder, place: int) -> LastRead:
     logits = w.base_logit[place]
     listed = torch.arange(logits.shape[-1], device=logits.device) < step.base_count[place]
     base = logits.masked_fill(~listed, -torch.inf)
-    exact = w.exact_lse[place, :, : decoder.splits].logsumexp(1)
+    exact = w.exact(step.batch, decoder.splits)[1][place].logsumexp(1)
     if decoder.config.estimate:
-        whole = torch.logaddexp(exact, w.rest_lse[place, :, : sum(decoder.parts)].logsumexp(1))
+        whole = torch.logaddexp(exact, w.rest(step.batch, sum(decoder.parts))[1][place].logsumexp(1))
     else:
         whole = torch.maximum(exact, w.total[place])
     return LastRead(w.recalled[place], w.recalled_count[place], base, exact, whole)

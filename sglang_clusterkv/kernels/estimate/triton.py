@@ -375,8 +375,8 @@ def estimate(
     estimate_kernel[(step.batch * shape.heads, parts.own + parts.rest)](
         arrays.value_rows, arrays.value_scales, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin,
         step.page_count, w.offset, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.rest_output, w.rest_lse,
-        parts.own, parts.rest, shape.parts, index.config.estimate_clusters, index.config.estimate_spread, step.pages.stride(0),
-        step.segment_begin.stride(0), shape.clusters, shape.segments, w.own.shape[2], **constants,
+        parts.own, parts.rest, parts.own + parts.rest, index.config.estimate_clusters, index.config.estimate_spread,
+        step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.segments, w.own.shape[2], **constants,
         num_warps=warps(constants["BLOCK"]), num_stages=STAGES,
     )  # fmt: skip
 

@@ -1,9 +1,12 @@
 """Merge on a GPU: all parts of one query head by their log-sum-exps, in a fixed order; and the recalled mass.
 
 One program has one query head: the parts are few (splits of attend, parts of the estimate), and all of them are loaded at once.
+A part whose log-sum-exp is -inf is not read. A request that has no other gives 0: padding of a captured batch, for one.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -12,6 +15,9 @@ import triton.language as tl
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E
 from sglang_clusterkv.kernels.workspace import Workspace
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.memory.step import SparseStep
 
 # Shares are added to the float64 accumulator as multiples of this: sums below 2^33 are exact then, so that atomic additions
 # give the same sum in any order.
@@ -34,7 +40,7 @@ def sum_parts(
     output, lse, first, parts, peak, GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """(sum [D], weight) of `parts` normalised outputs, relative to exp(peak); the first is row `first`."""
+    """(sum [D], weight) of `parts` normalised outputs, relative to exp(peak), which is finite; the first is row `first`."""
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
     weight = 0.0
@@ -42,37 +48,41 @@ def sum_parts(
         p = begin + tl.arange(0, BLOCK_P)
         row = first + p * GROUP
         listed = p < parts
-        share = tl.exp2((tl.load(lse + row, mask=listed, other=float("-inf")) - peak) * LOG2_E)
+        own = tl.load(lse + row, mask=listed, other=float("-inf"))
+        share = tl.exp2((own - peak) * LOG2_E)
         at = output + row[:, None] * CHANNELS + d[None, :]
-        rows = tl.load(at, mask=listed[:, None] & (d < CHANNELS)[None, :], other=0.0)
+        rows = tl.load(at, mask=(own != float("-inf"))[:, None] & (d < CHANNELS)[None, :], other=0.0)
         total += tl.sum(rows * share[:, None], 0)
         weight += tl.sum(share, 0)
     return total, weight
 
 
-COUNTS = ("splits", "parts", "exact_capacity", "rest_capacity", "queries")  # they change from step to step
+COUNTS = ("splits", "parts")  # they change from step to step
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
-    exact_output, exact_lse, rest_output, rest_lse, total, merged, mass, splits, parts, exact_capacity, rest_capacity,
-    queries,
-    GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    exact_output, exact_lse, rest_output, rest_lse, total, page_count, merged, mass, splits, parts,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     ESTIMATED: tl.constexpr, NOTED: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, query heads of a group).
 
-    exact_output [B, H, P, G, D], exact_lse [B, H, P, G]; rest_* likewise, if ESTIMATED; merged [B, H, G, D]. If NOTED, the
-    share of the mass that was read exactly goes to mass float64 [2] (see `reference.note_mass`); the whole is the parts'
-    sum or, not ESTIMATED, exp(total [B, H, G]).
+    exact_output [B, H, splits, G, D], exact_lse [B, H, splits, G]; rest_* likewise, if ESTIMATED; merged [B, H, G, D]. If
+    NOTED, a request without pages of clusters (page_count [B]) has no rest, and of all others the share of the mass that was
+    read exactly goes to mass float64 [H, 2] (see `reference.note_mass`); the whole is the parts' sum or, not ESTIMATED,
+    exp(total [B, H, G]).
     """
     pair, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    exact_first = pair * exact_capacity * GROUP + g
-    exact_peak = highest_lse(exact_lse, exact_first, splits, GROUP, BLOCK_P)
-    peak = exact_peak
+    exact_first = pair * splits * GROUP + g
+    rest_first = pair * parts * GROUP + g
+    if NOTED:
+        sparse = tl.load(page_count + pair // HEADS) > 0
+        parts = tl.where(sparse, parts, 0)
+    peak = highest_lse(exact_lse, exact_first, splits, GROUP, BLOCK_P)
     if ESTIMATED:
-        rest_first = pair * rest_capacity * GROUP + g
         peak = tl.maximum(peak, highest_lse(rest_lse, rest_first, parts, GROUP, BLOCK_P))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
     sums, exact = sum_parts(exact_output, exact_lse, exact_first, splits, peak, GROUP, CHANNELS, BLOCK_D, BLOCK_P)
     whole = exact
     if ESTIMATED:
@@ -80,7 +90,8 @@ def merge_kernel(
         sums += others
         whole += rest
     d = tl.arange(0, BLOCK_D)
-    tl.store(merged + (pair * GROUP + g) * CHANNELS + d, (sums / whole).to(merged.dtype.element_ty), mask=d < CHANNELS)
+    normalised = sums / tl.where(whole == 0.0, 1.0, whole)
+    tl.store(merged + (pair * GROUP + g) * CHANNELS + d, normalised.to(merged.dtype.element_ty), mask=d < CHANNELS)
     if NOTED:
         if ESTIMATED:
             share = exact / whole
@@ -89,9 +100,9 @@ def merge_kernel(
         share = tl.where(share == share, tl.minimum(share, 1.0), 0.0)  # NaN counts as 0
         # A power of two, so exact; divided by, it would be as exact as the hardware's fast division happens to be.
         rounded = tl.floor(share * SHARE_STEPS + 0.5) * (1.0 / SHARE_STEPS)
-        tl.atomic_add(mass, rounded.to(tl.float64), sem="relaxed")
-        if (pair == 0) & (g == 0):
-            tl.atomic_add(mass + 1, queries.to(tl.float64), sem="relaxed")
+        cell = mass + pair % HEADS * 2
+        tl.atomic_add(cell, rounded.to(tl.float64), mask=sparse, sem="relaxed")
+        tl.atomic_add(cell + 1, tl.full((), GROUP, tl.float64), mask=sparse & (g == 0), sem="relaxed")
 
 
 def _launch(
@@ -100,38 +111,40 @@ def _launch(
     rest: tuple[torch.Tensor, torch.Tensor] | None,
     parts: int,
     total: torch.Tensor | None,
+    page_count: torch.Tensor | None,
     mass: torch.Tensor | None,
     merged: torch.Tensor,
 ) -> None:
-    """Launch over merged [B, H, G, D]; `exact` and `rest` are (output, lse) with capacities of their own."""
+    """Launch over merged [B, H, G, D]; `exact` and `rest` are (output, lse)."""
     batch, heads, group, channels = merged.shape
     rest_output, rest_lse = rest or (None, None)
     merge_kernel[(batch * heads, group)](
-        *exact, rest_output, rest_lse, total, merged, mass, splits, parts, exact[1].shape[2],
-        0 if rest_lse is None else rest_lse.shape[2], batch * heads * group,
+        *exact, rest_output, rest_lse, total, page_count, merged, mass, splits, parts, HEADS=heads,
         GROUP=group, CHANNELS=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_P=PARTS_AT_ONCE,
         ESTIMATED=rest is not None, NOTED=mass is not None,
     )  # fmt: skip
 
 
-def merge(w: Workspace, batch: int, splits: int, parts: int, mass: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Merge what attend and the estimate left in the workspace, and note the recalled mass.
+def merge(
+    w: Workspace, step: SparseStep, splits: int, parts: int, mass: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Merge what attend and the estimate left in the workspace, and note the recalled mass of the sparse requests.
 
     Args:
         w: the workspace.
-        batch: requests.
-        splits: parts that attend wrote.
-        parts: parts that the estimate wrote; 0: there was none, then only the mass knows of what was not recalled.
-        mass: float64 [2] of the layer.
+        step: the lists of this step.
+        splits: parts of a (request, kv head) that attend wrote.
+        parts: that the estimate wrote; 0: there was none, then only the mass knows of what was not recalled.
+        mass: float64 [H, 2] of the layer.
         dtype: of the result.
 
     Returns:
-        [batch, heads, D].
+        [B, heads, D]; 0 for a request that attended to nothing.
     """
     shape = w.shape
-    merged = torch.empty((batch, shape.heads, shape.group, shape.channels), dtype=dtype, device=w.exact_lse.device)
+    merged = torch.empty((step.batch, shape.heads, shape.group, shape.channels), dtype=dtype, device=w.exact_lse.device)
     rest = (w.rest_output, w.rest_lse) if parts else None
-    _launch((w.exact_output, w.exact_lse), splits, rest, parts, w.total, mass, merged)
+    _launch((w.exact_output, w.exact_lse), splits, rest, parts, w.total, step.page_count, mass, merged)
     return merged.flatten(1, 2)
 
 
@@ -139,13 +152,13 @@ def merge_parts(output: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> 
     """Merge the parts of one attention: output [B, H, P, G, D], lse [B, H, P, G] -> [B, H * G, D] in `dtype`."""
     batch, heads, parts, group, channels = output.shape
     merged = torch.empty((batch, heads, group, channels), dtype=dtype, device=output.device)
-    _launch((output, lse), parts, None, 0, None, None, merged)
+    _launch((output, lse), parts, None, 0, None, None, None, merged)
     return merged.flatten(1, 2)
 
 
 _TYPES = {
     **dict.fromkeys(("exact_output", "exact_lse", "rest_output", "rest_lse", "total"), "*fp32"),
-    **{"merged": "*bf16", "mass": "*fp64"},
+    **{"merged": "*bf16", "mass": "*fp64", "page_count": "*i64"},
     **dict.fromkeys(COUNTS, "i32"),
 }
 
@@ -153,7 +166,8 @@ _TYPES = {
 def _case(channels: int) -> CompileCase:
     """A case of Llama's group."""
     constants = {
-        "GROUP": 4, "CHANNELS": channels, "BLOCK_D": channels, "BLOCK_P": PARTS_AT_ONCE, "ESTIMATED": True, "NOTED": True,
+        "HEADS": 8, "GROUP": 4, "CHANNELS": channels, "BLOCK_D": channels, "BLOCK_P": PARTS_AT_ONCE, "ESTIMATED": True,
+        "NOTED": True,
     }  # fmt: skip
     return CompileCase(
         f"merge D={channels}",

@@ -244,7 +244,7 @@ def score_kernel(
     q, keys, device_page, host, host_scales, reads, rows, row_scales, spread, cluster_end, vectors, signs,
     pages, segment_of_page, segment_begin, page_count, base_slots, base_count, offset,
     rotated, segment_bonus, dot, spread_out, base_logit, base_lse, choice_lse, estimate_lse, left,
-    pages_stride, segment_begin_stride, base_slots_stride,
+    q_stride, pages_stride, segment_begin_stride, base_slots_stride,
     clusters_stride, segments_stride, base_stride, base_lse_stride, lse_stride, batch, base_programs, cluster_programs,
     scale, choice_spread, estimate_spread, norm,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
@@ -260,7 +260,7 @@ def score_kernel(
     follow neither a request's length nor how long one may be. Tiles beyond a request's counts are left unwritten.
 
     Args, beside the arrays of the index, the step and the workspace:
-        q: [B, H, G, D], contiguous.
+        q: [B, H, G, D], contiguous but for its first dimension.
         *_stride: elements between rows. The kernel is not specialised on those that change from prompt to prompt.
         signs: bf16 [D, D], the rotation without its factor `norm`.
         CLUSTERS, TOKENS: of one tile.
@@ -274,14 +274,14 @@ def score_kernel(
         if tl.load(page_count + request) > 0:
             if ROTATE and part < 0:
                 _rotate(
-                    q + queries * CHANNELS, signs, rotated + queries * CHANNELS, norm, GROUP, GROUP_PAD, CHANNELS,
-                    CHANNELS_PAD, DOT,
+                    q + request * q_stride + head * (GROUP * CHANNELS), signs, rotated + queries * CHANNELS, norm, GROUP,
+                    GROUP_PAD, CHANNELS, CHANNELS_PAD, DOT,
                 )  # fmt: skip
             if part >= 0:
                 tokens = tl.load(base_count + request).to(tl.int32)
                 for tile in range(part, tl.cdiv(tokens, TOKENS), base_programs):
                     _score_tokens(
-                        q + queries * CHANNELS, keys, device_page, host, host_scales, reads,
+                        q + request * q_stride + head * (GROUP * CHANNELS), keys, device_page, host, host_scales, reads,
                         base_slots + request * base_slots_stride, base_logit + queries * base_stride,
                         base_lse + queries * base_lse_stride + tile, head, tile, tokens, base_stride, base_lse_stride, scale,
                         HEADS, GROUP, GROUP_PAD, CHANNELS, CHANNELS_PAD, TOKENS, PAGE, TIER, DOT,
@@ -301,7 +301,8 @@ def score_kernel(
                 begin = first_tile.to(tl.int64) * CLUSTERS
                 lse_at = head.to(tl.int64) * GROUP * lse_stride + at
                 _score_clusters(
-                    q + queries * CHANNELS, rows, row_scales, spread, cluster_end, vectors, pages + request * pages_stride,
+                    q + request * q_stride + head * (GROUP * CHANNELS), rows, row_scales, spread, cluster_end, vectors,
+                    pages + request * pages_stride,
                     segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
                     segment_bonus + queries * segments_stride,
                     dot + head.to(tl.int64) * GROUP * clusters_stride + begin,
@@ -350,7 +351,7 @@ def score(
     """Score all clusters and always-attended tokens of a step; writes what `Workspace` says score writes.
 
     Args:
-        q: [B, H, G, D], contiguous, in the pool's dtype.
+        q: [B, H, G, D], contiguous but for its first dimension, in the pool's dtype.
         keys: [slots, H, D], the layer's pool, contiguous.
         index: the cluster index.
         layer: counted from this rank's first.
@@ -369,8 +370,8 @@ def score(
         arrays.vectors, signs,
         step.pages, step.segment_of_page, step.segment_begin, step.page_count, step.base_slots, step.base_count, w.offset,
         w.rotated, w.segment_bonus, w.dot, w.spread, w.base_logit, w.base_lse, w.choice_lse, w.estimate_lse, w.left,
-        step.pages.stride(0), step.segment_begin.stride(0), step.base_slots.stride(0), shape.clusters, shape.segments,
-        shape.base, shape.base_tiles, shape.cluster_tiles, step.batch, *programs, scale, config.choice_spread,
+        q.stride(0), step.pages.stride(0), step.segment_begin.stride(0), step.base_slots.stride(0), shape.clusters,
+        shape.segments, shape.base, shape.base_tiles, shape.cluster_tiles, step.batch, *programs, scale, config.choice_spread,
         config.estimate_spread, norm,
         DOT=dot_dtype(q.dtype), **constants(index.row_codec, heads, group, index.clusters_per_page, config.refine),
         **tier_constants(tier),
@@ -385,7 +386,7 @@ _TYPES = {
         ("rotated", "segment_bonus", "dot", "base_logit", "base_lse", "choice_lse", "estimate_lse"), "*fp32"
     ),
     **dict.fromkeys(CHANGING, "i32"),
-    **dict.fromkeys(("clusters_stride", "segments_stride", "base_stride"), "i32"),
+    **dict.fromkeys(("q_stride", "clusters_stride", "segments_stride", "base_stride"), "i32"),
     **dict.fromkeys(("scale", "choice_spread", "estimate_spread", "norm"), "fp32"),
 }
 
@@ -395,7 +396,7 @@ def _case(codec: RowCodec, group: int, tier: int = OFF.value, **holds: Any) -> C
     row_types, no_scales = row_arguments(codec)
     tier_types, tier_values = tier_case(tier)
     types = _TYPES | row_types | tier_types
-    strides = ("clusters_stride", "segments_stride", "base_stride")
+    strides = ("q_stride", "clusters_stride", "segments_stride", "base_stride")
     where = {OFF.value: "", SAME.value: " tier", ROUNDED.value: " int8 tier"}[tier]
     return CompileCase(
         f"score {codec.name} D={codec.head_dim} G={group}{where}",

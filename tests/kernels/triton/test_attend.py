@@ -14,7 +14,7 @@ from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.attend import reference
 from sglang_clusterkv.kernels.attend.triton import dense_decode
 from sglang_clusterkv.kernels.grids import split_count
-from tests.support.filled import SCALE, Filled, Guarded, assert_close, merged
+from tests.support.filled import FAR, LENGTHS, SCALE, Filled, Guarded, assert_close, merged, mixed, scene_of, step_on
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 
@@ -23,8 +23,8 @@ def attended(filled: Filled) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch attend; its parts."""
     decoder, batch = filled.decoder, filled.step.batch
     decoder.attend(filled.q, filled.keys, filled.values, SCALE)
-    w = decoder.workspace
-    return w.exact_output[:batch, :, : decoder.splits], w.exact_lse[:batch, :, : decoder.splits]
+    output, lse = decoder.workspace.exact(batch, decoder.splits)
+    return output.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0), lse  # a part without a token has no output
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,33 @@ def test_heads_recall_different_numbers(device: str) -> None:
     counts = torch.tensor([[0, 31], [33, 48]], device=device)
     filled.recall(filled.recalled._replace(count=counts))
     assert_close(merged(*attended(filled)).output, filled.exact().output, torch.float32)
+
+
+@pytest.mark.parametrize("kinds", ["sd", "ds", "d-", "-s", "--"])
+def test_a_request_is_what_its_counts_say(kinds: str, device: str) -> None:
+    """Of what is not sparse nothing that other operations left is read: here it is poison, or out of range."""
+    filled = Filled(CONFIG, device)
+    sparse, w = filled.exact(), filled.decoder.workspace
+    scene, step = scene_of(CONFIG, 64, torch.float32, 2)
+    filled.step = step_on(mixed(step, scene, kinds), device)
+    filled.decoder.prepare(filled.step)
+    for b, kind in enumerate(kinds):
+        if kind != "s":
+            w.recalled[b], w.recalled_count[b], w.base_logit[b] = FAR, FAR, torch.nan
+    result = merged(*attended(filled))
+    for b, kind in enumerate(kinds):
+        if kind == "-":
+            assert not result.output[b].any() and (result.lse[b] == -torch.inf).all()
+            continue
+        if kind == "d":
+            slots, length = scene.slots(b + 1, LENGTHS[b]).to(device)[None], torch.tensor([LENGTHS[b]], device=device)
+            q = filled.q[b : b + 1].flatten(1, 2)
+            expected = reference.dense_decode(q, filled.keys, filled.values, slots, length, SCALE)
+            assert_close(result.output[b].flatten(0, 1), expected[0], torch.float32)
+        else:
+            assert_close(result.output[b], sparse.output[b], torch.float32)
+            assert_close(result.lse[b], sparse.lse[b], torch.float32)
+    filled.guarded.assert_untouched()
 
 
 def test_splits_come_from_shapes() -> None:

@@ -16,6 +16,7 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.attend import reference as attend_reference
 from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, last_read, sparse_decode
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
@@ -25,7 +26,7 @@ from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.rotation import rotation_signs
 from sglang_clusterkv.memory.step import SparseStep
 from tests.support import exactly as ex
-from tests.support.filled import LENGTHS, SCALE, Guarded, assert_close, index_on, scene_of, step_on
+from tests.support.filled import LENGTHS, SCALE, Guarded, assert_close, index_on, mixed, scene_of, step_on
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 MOST_LAUNCHES = 7
@@ -67,7 +68,7 @@ class Chain:
 
     def assert_is_reference(self) -> None:
         result, mass = self.result(), self.index.mass[0].clone()
-        self.index.mass.zero_()
+        self.index.mass_cells.zero_()
         expected = reference.sparse_decode(*self.arguments())
         assert result.dtype is self.dtype and result.shape == expected.shape
         if self.dtype is torch.float32:
@@ -100,6 +101,37 @@ def test_the_chain_equals_the_reference(
     config = msgspec.structs.replace(CONFIG, **fields)
     chain = Chain(config, device, head_dim=head_dim, group=group, dtype=dtype, kv_heads=kv_heads)
     chain.assert_is_reference()
+
+
+@pytest.mark.parametrize(("kinds", "fields"), [("sd", {}), ("-s", {}), ("d-", {}), ("ds", {"estimate": False})])
+def test_a_mixture_is_each_request_alone(kinds: str, fields: dict[str, object], device: str) -> None:
+    """And only sparse ones count for the recalled mass."""
+    chain = Chain(msgspec.structs.replace(CONFIG, **fields), device)
+    sparse = reference.sparse_decode(*chain.arguments())
+    chain.index.mass_cells.zero_()
+    plain = scene_of(chain.index.config, 64, torch.float32, 2)[1]
+    chain.step = step_on(mixed(plain, chain.scene, kinds), device)
+    result = chain.result()
+    for b, kind in enumerate(kinds):
+        if kind == "s":
+            assert_close(result[b], sparse[b], torch.float32)
+        elif kind == "-":
+            assert not result[b].any()
+        else:
+            slots = chain.scene.slots(b + 1, LENGTHS[b]).to(device)[None]
+            lengths = torch.tensor([LENGTHS[b]], device=device)
+            whole = attend_reference.dense_decode(chain.q[b : b + 1], *chain.pool, slots, lengths, SCALE)
+            assert_close(result[b], whole[0], torch.float32)
+    assert chain.index.mass[0, 1] == kinds.count("s") * chain.q.shape[1]
+
+
+def test_queries_cut_from_a_wider_product_are_read_where_they_lie(device: str) -> None:
+    chain = Chain(CONFIG, device)
+    whole = chain.result()
+    wide = torch.cat((chain.q.flatten(1), torch.full_like(chain.q.flatten(1), torch.nan)), 1)
+    chain.q = wide[:, : chain.q.shape[1] * chain.q.shape[2]].unflatten(1, chain.q.shape[1:])
+    assert not chain.q.is_contiguous()
+    assert torch.equal(chain.result(), whole)
 
 
 @pytest.mark.parametrize("fields", [{}, {"estimate": False}, {"refine": False}])

@@ -26,11 +26,10 @@ def config_of(**fields: object) -> ClusterKVConfig:
 
 def estimated(filled: Filled) -> Partial:
     """Launch; its parts as one."""
-    decoder, batch = filled.decoder, filled.step.batch
+    decoder = filled.decoder
     decoder.estimate(0, filled.dtype)
     filled.guarded.assert_untouched()
-    parts = sum(decoder.parts)
-    return merged(decoder.workspace.rest_output[:batch, :, :parts], decoder.workspace.rest_lse[:batch, :, :parts])
+    return merged(*decoder.workspace.rest(filled.step.batch, sum(decoder.parts)))
 
 
 def assert_is_reference(filled: Filled) -> None:

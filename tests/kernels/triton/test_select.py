@@ -114,6 +114,7 @@ class Case:
         step = SparseStep(
             batch, listed, torch.tensor(pages), ordinal, begin, torch.tensor([len(request) for request in segments]),
             torch.zeros(batch, 70, dtype=torch.int64), torch.tensor([70, 33, 1][:batch]), max(pages) * PAGE,
+            torch.zeros(batch, dtype=torch.int64),
         )  # fmt: skip
         return SparseStep(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in step))
 

@@ -332,7 +332,10 @@ def main() -> None:
         print("running the operations' tests", flush=True)
         red = red_operations(TESTS[args.device], lambda arguments: run_tests(arguments, args.device))
     config = ClusterKVConfig(
-        budget_tokens=args.budget, candidate_tokens=args.candidates, centroid_dtype=args.centroid_dtype
+        budget_tokens=args.budget,
+        candidate_tokens=args.candidates,
+        centroid_dtype=args.centroid_dtype,
+        dense_below="never",
     )
     clock: Clock = CpuClock() if args.device == "cpu" else CudaClock()
     bandwidth = copy_gbps(clock, args.device)

@@ -34,6 +34,7 @@ STEP_OPTIONS = (
     "estimate_clusters",
     "dense_layers",
     "dense_below_tokens",
+    "dense_below",
 )
 
 
@@ -61,6 +62,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     centroid_dtype: Literal["int4", "int8", "bf16"] = "int4"
     dense_layers: int = 0
     dense_below_tokens: int = 0
+    dense_below: Literal["auto", "never"] = "auto"
     recluster_every: int = 256
     merge_segments: bool = True
     reproducible: bool = False
@@ -90,6 +92,8 @@ FIELD_DOCS: dict[str, str] = {
     "centroid_dtype": "Format of stored centroids and mean values: int4, int8 or bf16.",
     "dense_layers": "First layers that attend to everything.",
     "dense_below_tokens": "Sequences shorter than this, in tokens, attend to everything.",
+    "dense_below": "auto: on a GPU a step attends to everything where its batch has so few clustered tokens that this is "
+    "likely faster, never with a host tier; never: each request by itself. See [gpu.md](gpu.md).",
     "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
     "pages, four or more, at most segment_tokens.",
     "merge_segments": "Cluster neighbouring segments that one running request alone sees again as one, when that at least "

@@ -54,6 +54,7 @@ def test_the_defaults_are_those_of_the_design():
         "centroid_dtype": "int4",
         "dense_layers": 0,
         "dense_below_tokens": 0,
+        "dense_below": "auto",
         "recluster_every": 256,
         "merge_segments": True,
         "reproducible": False,

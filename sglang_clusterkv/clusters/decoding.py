@@ -12,6 +12,7 @@ from sglang_clusterkv.clusters.backoff import BackOff
 from sglang_clusterkv.clusters.counters import StepCounts
 from sglang_clusterkv.clusters.rows import DenseReason, RowTables
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.break_even import MODELLED, BreakEven
 from sglang_clusterkv.kernels.decode import prepare
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step, to_device
@@ -54,6 +55,10 @@ class DecodeLists:
         self.req_to_token = req_to_token
         self._dtype = dtype
         self._group = group
+        self._kv_bytes = 2 * index.geometry.head_dim * dtype.itemsize  # of a token and kv head
+        # On a CPU a sparse step costs little more than what it reads; with a host tier a dense one reads all from the host.
+        always = index.device == "cpu" or index.config.host_ratio > 1
+        self.break_even: BreakEven | None = None if always else MODELLED
 
     def step(self, rows: np.ndarray, seq_lens: np.ndarray, looks: BackOff, layers: BackOff) -> DecodeStep:
         """Sort a batch into sparse and dense requests, and make the lists of both.
@@ -80,6 +85,8 @@ class DecodeLists:
             [DenseReason.FAULT, DenseReason.DIRTY, DenseReason.SHORT, DenseReason.BUDGET, DenseReason.WINDOW],
             0 if layers.over else DenseReason.FAULT,
         )
+        if self._dense_is_faster(covered[reasons == 0]):
+            reasons[reasons == 0] = DenseReason.FASTER
         sparse, dense = np.flatnonzero(reasons == 0), np.flatnonzero(reasons)
         device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
         step = DecodeStep(
@@ -99,6 +106,13 @@ class DecodeLists:
         )
         tables.exact[rows[sparse]] = np.minimum(tables.exact[rows[sparse]], seq_lens[sparse] - 1)
         return step
+
+    def _dense_is_faster(self, covered: np.ndarray) -> bool:
+        """Whether requests with so many clustered tokens each, int [B], should attend to everything together."""
+        if self.break_even is None or self._index.config.dense_below == "never":
+            return False
+        heads = self._index.geometry.kv_heads
+        return not self.break_even.pays(len(covered) * heads, int(covered.sum()) * heads * self._kv_bytes)
 
     def all_dense(self, rows: np.ndarray, seq_lens: np.ndarray) -> DecodeStep:
         """The step after a fault in `step`: every request attends to everything."""

@@ -53,6 +53,7 @@ class DenseReason(enum.IntEnum):
     SHARED_KV = 7  # the layer reads another layer's KV
     FIRST_LAYERS = 8  # below dense_layers
     FAULT = 9  # our own code failed for it: counted in `faults`, looked at again later
+    FASTER = 10  # on a GPU the whole batch has too few clustered tokens: dense is likely faster
 
 
 @dataclass(eq=False)

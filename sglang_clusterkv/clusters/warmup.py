@@ -63,6 +63,7 @@ def compile_kernels(
     config = msgspec.structs.replace(
         config,
         dense_below_tokens=0,  # nothing may go the dense way
+        dense_below="never",
         sink_tokens=page_size,
         window_tokens=min(config.window_tokens, 4 * page_size),
         segment_tokens=min(config.segment_tokens, segment_tokens),

@@ -107,6 +107,7 @@ Exact, counted in `dense_steps` or `dense_layer_calls` (`/server_info`, `/metric
 | `logit_cap` | layers that cap their logits, where others do not |
 | `shared_kv` | layers that read another layer's KV |
 | `first_layers` | layers below `dense_layers` |
+| `faster` | on a GPU, a batch that has so few clustered tokens that dense is likely faster (`dense_below`) |
 
 ## Refused
 

@@ -94,7 +94,7 @@ class Server:
         raise AssertionError("the cache was not flushed: something still runs")
 
 
-def _end_with_parent() -> None:
+def ends_with_us() -> None:
     """Runs in the server's process: it ends when ours does, however that ends (Linux; its own children follow it)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -133,17 +133,17 @@ def serve(
             stderr=output,
             env=variables,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=ends_with_us,
         )
     try:
         server = Server(port, log, process)
         _wait(server, process)
         yield server
     finally:
-        _stop(process)
+        stop(process)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """End the server's processes, where a test has not done so."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):

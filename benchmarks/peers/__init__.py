@@ -1,0 +1,1 @@
+"""Other programs on the same machine, to compare with; never part of CI."""

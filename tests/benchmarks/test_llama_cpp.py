@@ -1,0 +1,69 @@
+"""`benchmarks.peers.llama_cpp` without llama.cpp: what it would run, and what it makes of the answers.
+
+Red when: sequences do not share their prompt or do not fit the context, attention is not flash attention, a step's time is of
+another number of tokens, the best of several rounds is not the least, or a source package that differs is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.peers import llama_cpp
+from benchmarks.peers.llama_cpp import PeerError, bench_command, build, measure, program, table, token_ms
+
+
+def line(tokens: int, batch: int, seconds: float) -> str:
+    return json.dumps({"pp": tokens, "tg": 32, "pl": batch, "t_tg": seconds, "t_pp": 99.0, "speed_tg": 1.0})
+
+
+def test_the_prompt_is_shared_and_everything_fits() -> None:
+    command = bench_command(Path("bench"), Path("m.gguf"), [100, 7700], [1, 8], "q8_0", 2)
+    joined = " ".join(command)
+    for part in ("-npp 100,7700", "-npl 1,8", "-pps -kvu", "-fa on", "-ctk q8_0 -ctv q8_0", "-t 2 -tb 2", "jsonl"):
+        assert part in joined, part
+    assert int(command[command.index("-c") + 1]) >= 7700 + 8 * 32
+
+
+def test_a_steps_time_is_that_of_its_decoding() -> None:
+    output = f"main: loaded\n{line(100, 1, 0.32)}\n{line(7700, 8, 16)}\n"
+    assert token_ms(output) == {(100, 1): 10, (7700, 8): 500}
+
+
+def test_the_best_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"f16": iter([0.64, 0.32]), "q8_0": iter([0.96, 1.28])}
+
+    def run(command: list[str], **_: Any) -> Any:
+        kv = command[command.index("-ctk") + 1]
+        took = next(seconds[kv])
+        return subprocess.CompletedProcess(command, 0, f"{line(100, 1, took)}\n{line(7700, 1, 10 * took)}\n", "")
+
+    monkeypatch.setattr(llama_cpp, "program", lambda name: Path(name))
+    monkeypatch.setattr(llama_cpp, "demo_gguf", lambda weights: Path("m.gguf"))
+    monkeypatch.setattr(subprocess, "run", run)
+    args = argparse.Namespace(weights="F32", kv=["f16", "q8_0"], tokens=[100, 7700], batch=[1], rounds=2)
+    best = measure(args)
+    assert best == {"f16": {"100 x 1": 10, "7700 x 1": 100}, "q8_0": {"100 x 1": 30, "7700 x 1": 300}}
+    seconds["f16"], seconds["q8_0"] = iter([1.0]), iter([1.0])
+    with pytest.raises(PeerError, match="measured no 100 x 2"):
+        measure(argparse.Namespace(**vars(args) | {"batch": [1, 2], "rounds": 1}))
+    assert table(best, args.tokens, args.batch).splitlines()[2:] == [
+        "| f16 | 1 | 10.0 | 100.0 | 90.0 |",
+        "| q8_0 | 1 | 30.0 | 300.0 | 270.0 |",
+    ]
+
+
+def test_another_source_package_is_not_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SGLANG_CLUSTERKV_CACHE", str(tmp_path))
+    (tmp_path / "downloads").mkdir()
+    file = tmp_path / "downloads" / f"llama_cpp_python-{llama_cpp.VERSION}.tar.gz"
+    file.write_bytes(b"something else")
+    monkeypatch.setattr(llama_cpp.shutil, "which", lambda tool: tool)
+    with pytest.raises(PeerError, match="has SHA-256"):
+        build()
+    assert program("llama-server") is None and llama_cpp.main(["--rounds", "1"]) == 1

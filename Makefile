@@ -29,7 +29,7 @@ CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dty
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env browser demo-model serve demo explain test selected warm test-all test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check lint style types clean
+.PHONY: help env dev-env browser demo-model serve demo explain test selected warm test-all test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check package lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -52,7 +52,8 @@ help:
 	@echo "             and racecheck), then benchmarks.kernels against dense decode"
 	@echo "make soak    30 minutes of mixed traffic: are memory and latency flat? (SOAK_ARGS='--minutes 5')"
 	@echo "make mutants breaks the engine, one rule at a time: the state machine of the tests must notice each"
-	@echo "make check   compares the installed SGLang with what this package relies on"
+	@echo "make check   compares the installed SGLang with what this package relies on; SGLANG=0.5.22 another release, which it fetches"
+	@echo "make package  sdist and wheel in dist/, and their tests: a server from the wheel in an environment of its own"
 	@echo "make lint    ruff check, ruff format --check, import-linter (the floors), mypy"
 	@echo "make clean   removes $(VENV) (if make made it) and caches; the demo model stays in $(CACHE)"
 
@@ -180,8 +181,18 @@ mutants: dev-env
 	@echo "Breaking the engine, one rule at a time; the state machine must notice each. A few minutes."
 	@$(PY) -m tests.support.mutants
 
-check: env
-	$(PY) -m sglang_clusterkv.tools.cli check
+# Another release's modules lie before this environment's; all else that they import is this environment's.
+OTHER := build/sglang-$(SGLANG)
+check: env $(if $(SGLANG),$(OTHER))
+	$(if $(SGLANG),PYTHONPATH=$(OTHER):.) $(PY) -m sglang_clusterkv.tools.cli check
+
+build/sglang-%: | $(PY)
+	@$(PY) -m pip install --quiet --no-compile --no-deps --target $@.part 'sglang==$*' && mv $@.part $@
+
+package: dev-env
+	@rm -rf dist
+	$(PY) -m build --no-isolation
+	$(PY) -m pytest tests/test_package.py
 
 lint: style types
 

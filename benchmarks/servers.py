@@ -108,6 +108,8 @@ def serve(
     backend: str = "clusterkv",
     environment: dict[str, str] | None = None,
     device_flags: Sequence[str] = CPU_FLAGS,
+    python: str = sys.executable,
+    folder: Path | None = None,
 ) -> Iterator[Server]:
     """`python -m sglang.launch_server`, on the CPU in float32 unless told otherwise, until the block ends.
 
@@ -119,9 +121,11 @@ def serve(
         backend: of attention.
         environment: more variables than this process has.
         device_flags: which device and dtype.
+        python: of the environment that serves.
+        folder: in which it starts, by default this process's.
     """
     port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *device_flags]
+    command = [python, "-m", "sglang.launch_server", "--model-path", str(model), *device_flags]
     command += ["--host", "127.0.0.1", "--port", str(port), "--attention-backend", backend]
     if config is not None:
         command += ["--clusterkv-config", json.dumps(config)]
@@ -132,6 +136,7 @@ def serve(
             stdout=output,
             stderr=output,
             env=variables,
+            cwd=folder,
             start_new_session=True,
             preexec_fn=ends_with_us,
         )

@@ -1,3 +1,3 @@
 """ClusterKV for SGLang: long contexts attended by recalled clusters of keys (`--attention-backend clusterkv`)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

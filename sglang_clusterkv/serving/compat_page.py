@@ -55,11 +55,55 @@ BESIDE: tuple[Beside, ...] = (
 )
 
 
+class Release(NamedTuple):
+    """A release of SGLang, and what `make check SGLANG=...` said of it beside the newest one's packages."""
+
+    version: str
+    checked: str
+    served: str
+
+
+RELEASES: tuple[Release, ...] = (
+    Release("0.5.23, the newest", "all as expected", "yes: all tests"),
+    Release(
+        "0.5.22",
+        "all as expected; two symbols differ from 0.5.23's, and the table has both",
+        "yes: test_abuse.py, test_scheduler_server.py and test_server.py of tests/serving on the CPU, but for the test of "
+        "retraction, in which nothing had to be retracted",
+    ),
+    Release(
+        "0.5.21", "25 of 153 symbols differ, those of KV slots' translation most of all", "no: the start is refused"
+    ),
+)
+
+
+SPECULATIVE = """`--speculative-algorithm` is refused. What SGLang 0.5.23 asks of a backend there (read in its source, EAGLE
+and NGRAM), and what serving it would take:
+
+- The step that verifies (`ForwardMode.TARGET_VERIFY`) is a call of `forward_extend` with `spec_info.draft_token_num` queries
+  for each request, behind a prefix of `seq_lens` tokens. Where drafts are a tree, `spec_info.custom_mask` says which of them
+  each one sees: drafts by drafts on a CPU, prefix and drafts on a GPU. On a CPU our prefill takes no mask, so it would get
+  one; on a GPU SGLang's own backend takes it. That is a small step, but every such step is dense: all that clusters cost, and
+  nothing recalled. So it alone is not offered.
+- To recall, the chain must take several queries of a request. Score, refine and attend hold one per query head; queries of a
+  request would be further rows of the same tile, over one choice of clusters for all of them, and attention among the drafts
+  themselves a small masked part of its own beside base and recalled tokens.
+- A step's lists follow from lengths that the host knows. After a verification a request is 1 to `draft_token_num` tokens
+  longer, and with the overlap schedule the host learns how many a step later: lists would need lengths from the device, or
+  bounds.
+- Drafts that were refused leave keys in slots that are written again, and accepted ones of a tree are moved to their places
+  (`move_kv_cache`). Both are in the window as long as `draft_token_num` is at most `window_tokens`, and the window must be
+  counted from accepted lengths.
+- The draft model of EAGLE has a KV pool of its own at the same slots, which must get neither clusters nor our allocator's
+  notes twice, and traces, counts and `reproducible` go by accepted tokens."""
+
+
 def compatibility_markdown() -> str:
     """The text of docs/compatibility.md, from the table."""
     rows = "\n".join(f"| {row.name} | {row.sentence} |" for row in REFUSALS)
     host_tier = "\n".join(f"| {row.name} | {row.sentence} |" for row in HOST_TIER_REFUSALS)
     trace = "\n".join(f"| {row.name} | {row.sentence} |" for row in TRACE_REFUSALS)
+    releases = "\n".join(f"| {row.version} | {row.checked} | {row.served} |" for row in RELEASES)
     beside = "\n".join(f"| {row.what} | {row.status} |" for row in BESIDE)
     return f"""# Compatibility
 
@@ -68,8 +112,16 @@ compat_page.py, not this. -->
 
 ## SGLang
 
-0.5.23, unmodified. `sglang-clusterkv check` compares every symbol that the plugin relies on with the installed SGLang; the
-server does the same at start and ends with one sentence where something differs. Python 3.11 or newer, Linux.
+0.5.23 or 0.5.22, unmodified. `sglang-clusterkv check` compares every symbol that the plugin relies on with the installed
+SGLang; the server does the same at start and ends with one sentence where something differs. Python 3.11 or newer, Linux.
+
+`make check SGLANG=0.5.22` fetches another release's wheel, lays it before the packages of the environment and prints what
+differs: so the cost of a release is known the day it comes.
+
+<!-- no figures -->
+| SGLang | `make check SGLANG=` | served |
+|---|---|---|
+{releases}
 
 ## Served
 
@@ -108,6 +160,10 @@ Exact, counted in `dense_steps` or `dense_layer_calls` (`/server_info`, `/metric
 | `shared_kv` | layers that read another layer's KV |
 | `first_layers` | layers below `dense_layers` |
 | `faster` | on a GPU, a batch that has so few clustered tokens that dense is likely faster (`dense_below`) |
+
+## Speculative decoding
+
+{SPECULATIVE}
 
 ## Refused
 

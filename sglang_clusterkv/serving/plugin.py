@@ -230,7 +230,7 @@ def _model_facts(server_args: Any) -> ModelFacts:
 def _differs(differences: list[sglang_differences.Difference]) -> str:
     listed = "; ".join(map(str, differences[:3])) + (f"; and {len(differences) - 3} more" if differences[3:] else "")
     return (
-        f"the installed SGLang is not the one it was made for ({listed}): install sglang 0.5.23, or a newer "
+        f"the installed SGLang is not the one it was made for ({listed}): install sglang 0.5.23 or 0.5.22, or a newer "
         f"{_DISTRIBUTION} (`{_DISTRIBUTION} check` lists all)"
     )
 

@@ -150,4 +150,7 @@ def _refuse(scheduler: Any, request: Any, problem: str) -> None:
     if isinstance(request.positional_embed_overrides, PositionalEmbeds):
         request.positional_embed_overrides.reconstruct(get_device().gpu_id)
     reason = {"type": "abort", "message": problem, "status_code": HTTPStatus.BAD_REQUEST.value}
-    scheduler.send_abort_output(AbortReq(rid=request.rid, finished_reason=reason), _Sender(request.http_worker_ipc))
+    answer = getattr(scheduler, "send_abort_output", None)
+    if answer is None:  # SGLang 0.5.22
+        answer = scheduler.ipc_channels.send_to_tokenizer.send_output
+    answer(AbortReq(rid=request.rid, finished_reason=reason), _Sender(request.http_worker_ipc))

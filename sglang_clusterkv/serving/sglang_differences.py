@@ -14,6 +14,8 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
+from packaging.version import Version
+
 from sglang_clusterkv.serving.sglang_symbols import SYMBOLS
 from sglang_clusterkv.serving.symbol import Symbol
 
@@ -34,7 +36,18 @@ class Difference:
 
 def check(symbols: Iterable[Symbol] = SYMBOLS) -> list[Difference]:
     """Compare the installed SGLang with the table; an empty list means that nothing differs."""
-    return [difference for symbol in symbols for difference in _differences(symbol)]
+    return [difference for symbol in of_release(symbols) for difference in _differences(symbol)]
+
+
+def of_release(symbols: Iterable[Symbol], release: str | None = None) -> list[Symbol]:
+    """Those that are expected of a release, by default of the installed one."""
+    version = Version(release or metadata.version("sglang"))
+    return [
+        symbol
+        for symbol in symbols
+        if (not symbol.since or version >= Version(symbol.since))
+        and (not symbol.before or version < Version(symbol.before))
+    ]
 
 
 def report() -> dict[str, Any]:
@@ -43,7 +56,7 @@ def report() -> dict[str, Any]:
     return {
         "ok": not differences,
         "sglang": metadata.version("sglang"),
-        "symbols": len(SYMBOLS),
+        "symbols": len(of_release(SYMBOLS)),
         "differences": [{"symbol": d.symbol, "expected": d.expected, "found": d.found} for d in differences],
     }
 

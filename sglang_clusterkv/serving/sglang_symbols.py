@@ -185,7 +185,18 @@ REQUESTS = (
         "what was received goes there",
         mentions=("self.process_input_requests(recv_reqs)",),
     ),
-    Symbol("managers.scheduler.Scheduler.send_abort_output", "answers a refused request", "self abort_req req"),
+    Symbol(
+        "managers.scheduler.Scheduler.send_abort_output",
+        "answers a refused request",
+        "self abort_req req",
+        since="0.5.23",
+    ),
+    Symbol(
+        "managers.scheduler_components.output_sender.SenderWrapper.send_output",
+        "answers a refused request",
+        "self output recv_obj",
+        before="0.5.23",
+    ),
     Symbol(
         "managers.scheduler.Scheduler", "the model's facts", attributes="model_config tp_worker process_input_requests"
     ),

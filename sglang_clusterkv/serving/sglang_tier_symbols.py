@@ -92,6 +92,13 @@ HOST_TIER = (
         "mem_cache.kv_index_translator.KVIndexTranslator.pack_read_stream",
         "tells SGLang's own backends where prefixes are",
         "self plan req_pool_indices seq_lens indptr out kv_start_idx kind token_mapping num_token_blocks kv_lens_sum",
+        since="0.5.23",
+    ),
+    Symbol(
+        "mem_cache.kv_index_translator.KVIndexTranslator.pack_read_stream",
+        "tells SGLang's own backends where prefixes are (0.5.22)",
+        "self plan req_pool_indices seq_lens indptr out kv_start_idx kind token_mapping",
+        before="0.5.23",
     ),
     Symbol(
         "mem_cache.memory_pool.MHATokenToKVPool._store_kv_layer",

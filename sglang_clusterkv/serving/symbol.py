@@ -9,6 +9,7 @@ class Symbol:
 
     parameters: exact parameter names of a callable, separated by spaces. attributes: names that a class has, as
     fields, methods or `self.name = ...`. mentions: texts that its source contains (the calls that reach us).
+    since, before: where the releases that are served differ, the first one that it holds for, and the first that it does not.
     """
 
     path: str
@@ -16,3 +17,5 @@ class Symbol:
     parameters: str | None = None
     attributes: str = ""
     mentions: tuple[str, ...] = field(default=())
+    since: str = ""
+    before: str = ""

@@ -214,7 +214,7 @@ def _check(args: argparse.Namespace) -> int:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
             report = sglang_differences.report()
     except PackageNotFoundError:
-        print("sglang-clusterkv: SGLang is not installed: pip install 'sglang>=0.5.23,<0.5.24'", file=sys.stderr)
+        print("sglang-clusterkv: SGLang is not installed: pip install 'sglang>=0.5.22,<0.5.24'", file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(report, indent=2))
@@ -225,7 +225,7 @@ def _check(args: argparse.Namespace) -> int:
         verdict = (
             "all as expected"
             if report["ok"]
-            else f"{count} {'differs' if count == 1 else 'differ'}: install sglang 0.5.23"
+            else f"{count} {'differs' if count == 1 else 'differ'}: install sglang 0.5.23 or 0.5.22"
         )
         print(f"SGLang {report['sglang']}, {report['symbols']} symbols: {verdict}")
     return 0 if report["ok"] else 1

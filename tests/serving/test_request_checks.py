@@ -11,6 +11,7 @@ check that fails lets a request in or ends the scheduler.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +69,14 @@ class Scheduler:
 
     def send_abort_output(self, abort: Any, sender: Any) -> None:
         self.answers.append((abort.rid, abort.finished_reason, sender.http_worker_ipc))
+
+
+def older_scheduler() -> Any:
+    """SGLang 0.5.22's, which answers through its channel alone."""
+    newer = Scheduler()
+    older = SimpleNamespace(**vars(newer))
+    older.ipc_channels = SimpleNamespace(send_to_tokenizer=SimpleNamespace(send_output=newer.send_abort_output))
+    return older
 
 
 @pytest.mark.parametrize("ids", [[50], [99], [55, 50, 99]])
@@ -184,8 +193,9 @@ def reason(message: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("lowered")
-def test_the_others_of_a_batch_go_on_and_the_refused_are_answered() -> None:
-    scheduler = Scheduler()
+@pytest.mark.parametrize("made_by", [Scheduler, older_scheduler])
+def test_the_others_of_a_batch_go_on_and_the_refused_are_answered(made_by: Callable[[], Any]) -> None:
+    scheduler = made_by()
     good, bad = request([55]), request([100], rid="b", http_worker_ipc="ipc")
     control = FlushCacheReqInput()
     batches = [BatchTokenizedGenerateReqInput(batch=made) for made in ([bad, good], [bad])]

@@ -140,7 +140,7 @@ def made_trace(
             "kv_heads": heads,
             "recalling_layers": recalling,
             "sglang": "0.5.23",
-            "sglang_clusterkv": "0.1.0",
+            "sglang_clusterkv": "0.2.0",
         },
         "request": {
             "rid": "made",

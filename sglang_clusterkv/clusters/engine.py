@@ -207,7 +207,14 @@ class ClusterEngine:
         return step
 
     def sparse_layer(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, step: DecodeStep, scale: float
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: int,
+        step: DecodeStep,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Attention of one layer for the sparse requests of the step that was begun last; see `sparse_decode`.
 
@@ -218,6 +225,7 @@ class ClusterEngine:
             layer: counted from this rank's first.
             step: the whole step; some of its requests are sparse.
             scale: of the logits.
+            sinks: [heads], the layer's learned attention sinks; None: it has none.
 
         Returns:
             [B, heads, D] with the lines of the sparse requests, the others uninitialised. None where our own code failed: these
@@ -225,12 +233,12 @@ class ClusterEngine:
         """
         assert step.sparse is not None
         try:
-            host = self.residency.layer(layer)
+            more = self.residency.layer(layer) | ({} if sinks is None else {"sinks": sinks})
             if step.sparse_at is None:
-                return self.sparse_decode(q, keys, values, self.index, layer, step.sparse, scale, **host)
+                return self.sparse_decode(q, keys, values, self.index, layer, step.sparse, scale, **more)
             output = torch.empty_like(q)
             output[step.sparse_at] = self.sparse_decode(
-                q[step.sparse_at], keys, values, self.index, layer, step.sparse, scale, **host
+                q[step.sparse_at], keys, values, self.index, layer, step.sparse, scale, **more
             )
             return output
         except Exception as error:

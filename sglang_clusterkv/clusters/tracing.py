@@ -10,7 +10,7 @@ Everything on the device runs on the forward stream, and nothing waits for it be
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -130,13 +130,16 @@ class RequestTracing(Tracing):
             layer: int,
             step: SparseStep,
             scale: float,
-            **host: TierLayer,
+            tier: TierLayer | None = None,
+            **more: Any,
         ) -> torch.Tensor:
-            output = decode(q, keys, values, index, layer, step, scale, **host)
+            if tier is not None:
+                more["tier"] = tier
+            output = decode(q, keys, values, index, layer, step, scale, **more)
             if step is self._lists:
                 try:
                     for request in self._watched:
-                        self._look(request, q, keys, layer, step, scale, **host)
+                        self._look(request, q, keys, layer, step, scale, tier)
                 except Exception as error:
                     self._give_up(error)
             return output
@@ -226,7 +229,7 @@ class RequestTracing(Tracing):
         layer: int,
         step: SparseStep,
         scale: float,
-        tier: TierLayer | None = None,
+        tier: TierLayer | None,
     ) -> None:
         """Note what the layer that just ran read of one request; q [B, heads, D], keys [slots, H, D]."""
         heads = keys.shape[1]

@@ -148,13 +148,15 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Dense attention of new tokens over their prefix and themselves, [tokens, heads * D]."""
         _refuse_more(kwargs)
         if self.prefill is not None:
             with self._tier_prefill.layer(layer.layer_id) if self._tier_prefill is not None else nullcontext():
-                return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+                more = {} if sinks is None else {"sinks": sinks}
+                return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **more)
         self._write(k, v, layer, forward_batch, save_kv_cache)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)
@@ -171,6 +173,7 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
                 sliding_window=layer.sliding_window_size,
                 logit_cap=layer.logit_cap,
                 tier=self._tier(layer),
+                sinks=sinks,
             )
             begin += new
         return output.flatten(1)
@@ -183,6 +186,7 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """One query per request over its step's lists, [B, heads * D]."""
@@ -194,25 +198,31 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
         assert step is not None, "decode without init_forward_metadata"
         reason = self._dense_layer(layer) or (DenseReason.SHARED_KV if k is None else None)
         if reason is not None and step.sparse is not None:
-            output = self._dense(rows, keys, values, layer, self._dense_of_all(step)).flatten(1)
+            output = self._dense(rows, keys, values, layer, self._dense_of_all(step), sinks).flatten(1)
             self._count(reason, step)
             return output
         if step.sparse is not None:
             assert self.engine is not None
             local = layer.layer_id - self.first_layer
-            mixed = self.engine.sparse_layer(rows, keys, values, local, step, layer.scaling)
+            mixed = self.engine.sparse_layer(rows, keys, values, local, step, layer.scaling, sinks)
             if mixed is not None:
                 if step.dense is not None:
                     assert step.dense_at is not None
-                    mixed[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense)
+                    mixed[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense, sinks)
                 return mixed.flatten(1)
             # Our own code failed: all requests attend to everything from this layer on.
             step = self._step = _all_dense(step.rows, step.seq_lens, self._dense_of_all(step))
         assert step.dense is not None
-        return self._dense(rows, keys, values, layer, step.dense).flatten(1)
+        return self._dense(rows, keys, values, layer, step.dense, sinks).flatten(1)
 
     def _dense(
-        self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: RadixAttention, step: DenseStep
+        self,
+        rows: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: RadixAttention,
+        step: DenseStep,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         return dense_decode(
             rows,
@@ -224,6 +234,7 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
             sliding_window=layer.sliding_window_size,
             logit_cap=layer.logit_cap,
             tier=self._tier(layer),
+            sinks=sinks,
         )
 
     def _tier(self, layer: RadixAttention) -> TierLayer | None:
@@ -267,9 +278,9 @@ def _all_dense(rows: np.ndarray, seq_lens: np.ndarray, dense: DenseStep) -> Deco
 
 
 def _refuse_more(arguments: dict[str, Any]) -> None:
-    """Raise on what a model's code hands to attention beside queries, keys and values, and no kernel of ours reads.
+    """Raise on what a model's code hands to attention beside queries, keys, values and sinks, and no kernel of ours reads.
 
-    SGLang 0.5.23 knows sinks, q_rope, k_rope, topk_indices, idx_q, idx_k, idx_v, cos_sin_cache, llama_4_scaling, score_mod,
+    SGLang 0.5.23 knows q_rope, k_rope, topk_indices, idx_q, idx_k, idx_v, cos_sin_cache, llama_4_scaling, score_mod,
     aux_tensors, rel_bias and return_lse. Models with these are refused at start, where SGLang says that they have them.
     """
     given = sorted(name for name, value in arguments.items() if value is not None)

@@ -239,9 +239,9 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
         f"this model's cross-attention is not supported: {_OTHER}",
     ),
     Refusal(
-        "attention sinks",
-        lambda a, m: m.attention_sinks,
-        f"this model's learned attention sinks are not supported in this release: {_OTHER}",
+        "attention sinks on a GPU",
+        lambda a, m: m.attention_sinks and (a.device or "cpu") != "cpu",
+        f"this model's learned attention sinks are served on a CPU only in this release: {_OTHER}",
     ),
     Refusal(
         "own sparse attention",

@@ -51,6 +51,7 @@ def register() -> None:
     HookRegistry.register("sglang.srt.server_args.ServerArgs.add_cli_args", _after_add_cli_args, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.from_cli_args", _after_from_cli_args, HookType.AFTER)
     HookRegistry.register("sglang.srt.runtime_context.publish", _after_publish, HookType.AFTER)
+    HookRegistry.register("sglang.srt.arg_groups.model_hook.attention_backends_of", _after_backends, HookType.AFTER)
     register_resolution_hook("handle_pd_disaggregation")(_check_arguments)
     register_resolution_hook("handle_model_specific_adjustments")(_check_model)
     register_resolution_hook("handle_attention_backend_compatibility")(_declare_defaults)
@@ -116,6 +117,11 @@ def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
     if view is not None and (sentence := compat.refusal(view, _model_facts(server_args))):
         _refuse(server_args, sentence)
     previous(server_args)
+
+
+def _after_backends(result: tuple[str | None, ...], cfg: Any) -> tuple[str | None, ...] | None:
+    """SGLang looks whether a model's lists of backends have the chosen one (gpt-oss): ours passes as Triton's, which does as much."""
+    return tuple("triton" if backend == BACKEND else backend for backend in result) if BACKEND in result else None
 
 
 def _declare_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:

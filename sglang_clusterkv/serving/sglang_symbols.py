@@ -18,6 +18,7 @@ REGISTRATION = (
     Symbol("plugins.hook_registry.HookType", "kinds of hooks", attributes="BEFORE AFTER AROUND"),
     Symbol("arg_groups.resolution_hooks.register_resolution_hook", "checks and defaults", "name"),
     Symbol("arg_groups.overrides.resolved_view", "arguments as resolved so far", "server_args"),
+    Symbol("arg_groups.model_hook.attention_backends_of", "which backends a model may have", "cfg"),
     Symbol("server_args.ServerArgs.add_cli_args", "adds --clusterkv-config", "parser"),
     Symbol("server_args.ServerArgs.from_cli_args", "takes its value", "args"),
     Symbol(

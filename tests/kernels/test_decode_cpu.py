@@ -50,11 +50,38 @@ def config_of(**fields: object) -> ClusterKVConfig:
 def test_the_chain_equals_the_reference(centroid_dtype: str, head_dim: int, group: int, bits: int) -> None:
     scene, step = scene_and_step(config_of(centroid_dtype=centroid_dtype, code_bits=bits), head_dim=head_dim)
     q = scene.queries(3, 2 * group)
-    for layer in range(2):
-        arguments = (q, scene.keys[layer], scene.values[layer], scene.index, layer, step, SCALE)
+    for layer, sinks in ((0, None), (1, 3 * torch.randn(2 * group, generator=scene.generator) + 5)):
+        arguments = (q, scene.keys[layer], scene.values[layer], scene.index, layer, step, SCALE, None, sinks)
         torch.testing.assert_close(
             cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=2e-5, rtol=2e-5
         )
+
+
+@pytest.mark.parametrize("chain", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("fields", [{}, {"estimate": False}])
+def test_a_learned_sink_is_an_attended_token_without_a_value(chain: object, fields: dict[str, bool]) -> None:
+    """So it takes its share of the mass, from what is ranked, too; with one query head per kv head there is such a key."""
+    scene, step = scene_and_step(config_of(**fields), head_dim=64)
+    keys, values, index = scene.keys[0], scene.values[0], scene.index
+    step = step._replace(batch=1, **{name: getattr(step, name)[:1] for name in step._fields[1:-1]})
+    q, sinks = scene.queries(1, 2), torch.tensor([12.0, 9.0])
+    plain = chain.sparse_decode(q, keys, values, index, 0, step, SCALE)
+    index.mass.zero_()
+    with_sinks = chain.sparse_decode(q, keys, values, index, 0, step, SCALE, None, sinks)
+    mass = index.mass[0].clone()
+    if chain is cpu:
+        base = cpu.last_read(cpu.decoder_of(index, 1, False), 0).base_logit
+        assert torch.equal(base[..., -1].flatten(), sinks) and base.shape[-1] == int(step.base_count[0]) + 1
+
+    keys[0] = q[0] * (sinks / (SCALE * q[0].square().sum(-1))).unsqueeze(-1)  # of the padding page
+    values[0] = 0
+    slots = step.base_slots[:, : int(step.base_count[0])]
+    longer = step._replace(base_slots=torch.nn.functional.pad(slots, (0, 1)), base_count=step.base_count + 1)
+    index.mass.zero_()
+    expected = chain.sparse_decode(q, keys, values, index, 0, longer, SCALE)
+    torch.testing.assert_close(with_sinks, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mass, index.mass[0], atol=1e-5, rtol=1e-5)
+    assert (with_sinks - plain).norm() > 0.1 * plain.norm(), "the sinks changed nothing"
 
 
 def test_a_bf16_pool_gives_what_the_reference_gives() -> None:

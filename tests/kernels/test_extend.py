@@ -14,6 +14,7 @@ from sglang_clusterkv.kernels.attend import reference as attend_reference
 from sglang_clusterkv.kernels.extend import cpu, reference
 
 POOL, KV_HEADS, HEADS, CHANNELS = 900, 3, 9, 64
+SINKS = torch.linspace(-2.0, 8.0, HEADS)
 
 
 def pool(dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -28,25 +29,37 @@ def pool(dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor,
 def test_new_tokens_see_their_prefix_and_themselves(dtype: torch.dtype, bound: float, new: int, total: int) -> None:
     keys, values, slots = pool(dtype)
     q = torch.randn(new, HEADS, CHANNELS, generator=torch.Generator().manual_seed(1)).to(dtype)
-    actual = cpu.extend(q, keys, values, slots[:total], 0.125)
-    expected = reference.extend(q, keys, values, slots[:total], 0.125)
-    assert (actual.float() - expected.float()).abs().max() < bound
+    for sinks in (None, SINKS):
+        actual = cpu.extend(q, keys, values, slots[:total], 0.125, sinks=sinks)
+        expected = reference.extend(q, keys, values, slots[:total], 0.125, sinks=sinks)
+        assert (actual.float() - expected.float()).abs().max() < bound
 
 
-def test_the_definition_is_softmax_over_earlier_tokens() -> None:
+@pytest.mark.parametrize("sinks", [None, SINKS])
+def test_the_definition_is_softmax_over_earlier_tokens(sinks: torch.Tensor | None) -> None:
     keys, values, slots = pool(torch.float32)
     q = torch.randn(5, HEADS, CHANNELS)
-    outputs = reference.extend(q, keys, values, slots[:40], 0.125)
+    outputs = reference.extend(q, keys, values, slots[:40], 0.125, sinks=sinks)
     for i in range(5):
         k, v = keys[slots[: 36 + i], 1].double(), values[slots[: 36 + i], 1].double()
-        weights = torch.softmax(0.125 * k @ q[i, 4].double(), 0)
+        logits = 0.125 * k @ q[i, 4].double()
+        more = logits if sinks is None else torch.cat((logits, sinks[4:5].double()))
+        weights = torch.softmax(more, 0)[: len(logits)]
         torch.testing.assert_close(outputs[i, 4].double(), weights @ v, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "options", [{"sliding_window": 17}, {"logit_cap": 1.5}, {"sliding_window": 3, "logit_cap": 2.0}]
+    "options",
+    [
+        {"sliding_window": 17},
+        {"logit_cap": 1.5},
+        {"sliding_window": 3, "logit_cap": 2.0},
+        {"sinks": SINKS},
+        {"sliding_window": 17, "sinks": SINKS},
+    ],
+    ids=str,
 )
-def test_windows_and_caps_hold_in_decode_as_in_prefill(options: dict[str, float]) -> None:
+def test_windows_caps_and_sinks_hold_in_decode_as_in_prefill(options: dict[str, object]) -> None:
     keys, values, slots = pool(torch.float32)
     q = torch.randn(2, HEADS, CHANNELS)
     lengths = torch.tensor([500, 37])

@@ -125,7 +125,7 @@ CASES = [
     ("Ray", {"use_ray": True}, {}, {}),
     ("MLA", {}, {"mla": True}, {}),
     ("encoder-decoder", {}, {"encoder_decoder": True}, {}),
-    ("attention sinks", {}, {"attention_sinks": True}, {}),
+    ("attention sinks on a GPU", {"device": "cuda"}, {"attention_sinks": True}, {}),
     ("own sparse attention", {}, {"own_sparse": True}, {}),
     ("hybrid linear", {}, {"hybrid_linear": True}, {}),
     ("hybrid SWA", {}, {"hybrid_swa": True}, {}),
@@ -338,7 +338,6 @@ MLA_MODEL = {
     ("changes", "sentence"),
     [
         ({"head_dim": 72}, "this model's head size is not a multiple of 16"),
-        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, "learned attention sinks"),
         ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "Mamba or linear attention"),
         ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}, "chunked attention is not"),
         (MLA_MODEL, "MLA attention has no keys"),
@@ -371,6 +370,15 @@ def test_layers_that_share_kv_are_refused_with_a_host_tier_alone(resolve, model_
     with pytest.raises(SystemExit) as end:
         resolve(*CLUSTERKV, "--clusterkv-config", '{"host_ratio": 4}', model=tmp_path)
     assert "read another layer's KV densely" in str(end.value.code)
+
+
+def test_learned_attention_sinks_are_served_on_a_cpu(resolve, model_path, tmp_path):
+    """SGLang itself names the backends that serve gpt-oss, and ours is none of them."""
+    config = json.loads((model_path / "config.json").read_text())
+    gpt_oss = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64, "sliding_window": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config | gpt_oss))
+    record, _ = resolve(*CLUSTERKV, "--disable-hybrid-swa-memory", model=tmp_path)
+    assert active.config_of(record) == ClusterKVConfig()
 
 
 def test_models_with_sliding_layers_in_one_pool_are_served(resolve, model_path, tmp_path):
@@ -459,8 +467,8 @@ def test_what_a_model_hands_to_attention_beside_queries_keys_and_values_is_refus
     backend = object.__new__(ClusterKVAttnBackend)
     backend.prefill = None
     arguments = [object()] * 5
-    with pytest.raises(NotImplementedError, match="hands sinks, unheard_of to its attention"):
-        getattr(backend, phase)(*arguments, sinks=object(), unheard_of=0, topk_indices=None)
+    with pytest.raises(NotImplementedError, match="hands rel_bias, unheard_of to its attention"):
+        getattr(backend, phase)(*arguments, sinks=object(), rel_bias=object(), unheard_of=0, topk_indices=None)
 
     # Without them, and with None where a model has none, the arguments get as far as the pool.
     class Reached(Exception):
@@ -471,7 +479,7 @@ def test_what_a_model_hands_to_attention_beside_queries_keys_and_values_is_refus
 
     monkeypatch.setattr(backend, "_write", reached)
     with pytest.raises(Reached):
-        getattr(backend, phase)(*arguments, save_kv_cache=False, sinks=None)
+        getattr(backend, phase)(*arguments, save_kv_cache=False, topk_indices=None)
 
 
 def test_a_refusal_is_a_value_error_for_a_library_call(model_path):

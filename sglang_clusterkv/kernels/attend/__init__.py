@@ -23,6 +23,7 @@ def dense_decode(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query per request over all its tokens; see `reference.dense_decode`."""
     if q.device.type == "cuda":
@@ -36,5 +37,6 @@ def dense_decode(
     else:
         chosen = reference.dense_decode
     return chosen(
-        q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
-    )
+        q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier,
+        sinks=sinks,
+    )  # fmt: skip

@@ -21,6 +21,8 @@ from sglang_clusterkv.kernels.cpu_math import (
     fast_exp,
     njit,
 )
+from sglang_clusterkv.kernels.merge.cpu import sinks_kernel
+from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, load_row, prefetch, prefetch_heads
 from sglang_clusterkv.memory.tier import DENSE_HOST, RECALLED_DEVICE, RECALLED_HOST, TierLayer
 
@@ -102,13 +104,13 @@ def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
 def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
     """Compile attention over listed tokens for one head_dim, group size and pool dtype.
 
-    All kv heads of a token are read before the next token: they lie together.
+    Outputs: out [B, H, G, D] and lse [B, H, G]. All kv heads of a token are read before the next token: they lie together.
     """
     row_bytes = channels * (2 if is_bf16 else 4)
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
-        q: Any, keys: Any, values: Any, host: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any
+        q: Any, keys: Any, values: Any, host: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any, lse: Any
     ) -> None:
         heads = q.shape[1]
         row = np.empty(channels, np.float32)
@@ -132,7 +134,7 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
                     if cap > 0:
                         for t in range(begin, end):
                             logits[h, g, t] = cap * np.tanh(logits[h, g, t] / cap)
-                    softmax_in_place(logits[h, g], begin, end)
+                    lse[b, h, g] = softmax_in_place(logits[h, g], begin, end)
                     for t in range(end, end + ROWS_AT_ONCE):
                         logits[h, g, t] = 0.0
                     for d in range(channels):
@@ -159,20 +161,24 @@ def dense_decode(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.dense_decode`."""
     if keys.dtype not in (torch.bfloat16, torch.float32):
         return reference.dense_decode(
-            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
-        )
+            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier,
+            sinks=sinks,
+        )  # fmt: skip
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
     begins = torch.zeros_like(seq_lens) if sliding_window < 0 else (seq_lens - 1 - sliding_window).clamp(min=0)
-    out = torch.empty_like(grouped)
+    out, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3])
     host = None if tier is None else tier.arrays
     kernel = dense_kernel(channels, grouped.shape[2], keys.dtype is torch.bfloat16)
     kernel(
         grouped.numpy(), bits(keys), bits(values), host, slots.numpy(), begins.numpy(), seq_lens.numpy(),
-        np.float32(scale), np.float32(logit_cap), out.numpy(),
+        np.float32(scale), np.float32(logit_cap), out.numpy(), lse.numpy(),
     )  # fmt: skip
+    if sinks is not None:
+        sinks_kernel(out.numpy(), lse.numpy(), by_kv_head(sinks, kv_heads).numpy())
     return out.flatten(1, 2).to(q.dtype)

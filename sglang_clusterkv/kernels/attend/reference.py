@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_clusterkv.kernels.merge.reference import Partial
+from sglang_clusterkv.kernels.merge.reference import Partial, add_sinks, by_kv_head
 from sglang_clusterkv.kernels.score.reference import exact_logits, gather_heads
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def attend(
     recalled_count: torch.Tensor,
     scale: float,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Partial:
     """Attend to sinks, window and recalled tokens.
 
@@ -35,12 +36,14 @@ def attend(
         recalled_count: int64 [B, H].
         scale: of the logits.
         tier: where some slots' keys and values are on the host.
+        sinks: float32 [H, G], a learned logit of each query head that has no token; None: there are none.
     """
     base = exact_logits(q, keys, step.base_slots, step.base_count, scale, tier)
     chosen = exact_logits(q, keys, recalled, recalled_count, scale, tier)
     logits = torch.cat((base, chosen), -1)
     rows = torch.cat((gather_heads(values, step.base_slots, tier, 1), gather_heads(values, recalled, tier, 1)), 2)
-    return Partial(torch.einsum("bhgw,bhwd->bhgd", logits.softmax(-1), rows), logits.logsumexp(-1))
+    part = Partial(torch.einsum("bhgw,bhwd->bhgd", logits.softmax(-1), rows), logits.logsumexp(-1))
+    return part if sinks is None else add_sinks(part, sinks)
 
 
 def dense_decode(
@@ -54,6 +57,7 @@ def dense_decode(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query per request over all its tokens, or the last `sliding_window` + 1 of them.
 
@@ -67,6 +71,7 @@ def dense_decode(
         sliding_window: tokens before the query's own that it sees; negative: all.
         logit_cap: logits become cap * tanh(logit / cap); 0: unchanged.
         tier: where some slots' keys and values are on the host.
+        sinks: [heads], a learned logit of each query head that has no token and is not capped; None: there are none.
 
     Returns:
         [B, heads, D] in q's dtype.
@@ -81,4 +86,6 @@ def dense_decode(
         early = torch.arange(slots.shape[1], device=q.device) < (seq_lens - 1 - sliding_window).unsqueeze(1)
         logits = logits.masked_fill(early[:, None, None], -torch.inf)
     output = torch.einsum("bhgt,bhtd->bhgd", logits.softmax(-1), gather_heads(values, slots, tier, 1))
+    if sinks is not None:
+        output = add_sinks(Partial(output, logits.logsumexp(-1)), by_kv_head(sinks, keys.shape[1])).output
     return output.flatten(1, 2).to(q.dtype)

@@ -46,6 +46,7 @@ def sparse_decode(
     step: SparseStep,
     scale: float,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one layer over sinks, window, recalled tokens and the estimate of the rest.
 
@@ -58,6 +59,7 @@ def sparse_decode(
         step: the lists of this step.
         scale: of the logits.
         tier: where some slots' keys and values are on the host.
+        sinks: [heads], a learned logit of each query head that has no token; None: there are none.
 
     Returns:
         [B, heads, D] in q's dtype.
@@ -65,12 +67,12 @@ def sparse_decode(
     if q.device.type == "cpu":
         from sglang_clusterkv.kernels.decode import cpu
 
-        return cpu.sparse_decode(q, keys, values, index, layer, step, scale, tier)
+        return cpu.sparse_decode(q, keys, values, index, layer, step, scale, tier, sinks)
     if q.device.type == "cuda":
         from sglang_clusterkv.kernels.decode import triton
 
-        return triton.sparse_decode(q, keys, values, index, layer, step, scale, tier)
-    return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier)
+        return triton.sparse_decode(q, keys, values, index, layer, step, scale, tier, sinks)
+    return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier, sinks)
 
 
 def last_read(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseStep, place: int) -> LastRead:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.kernels.attend.cpu import attend_kernel
-from sglang_clusterkv.kernels.cpu_math import bits
+from sglang_clusterkv.kernels.cpu_math import NEGLIGIBLE, bits
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.estimate.cpu import estimate_kernel
-from sglang_clusterkv.kernels.merge.cpu import mass_kernel, merge_kernel
+from sglang_clusterkv.kernels.merge.cpu import mass_kernel, merge_kernel, sinks_kernel
+from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.refine.cpu import recall_all_kernel, recall_kernel, value_kernel
 from sglang_clusterkv.kernels.row_cpu import ROW_FORMATS, row_views
 from sglang_clusterkv.kernels.score.cpu import score_kernel
@@ -135,6 +136,8 @@ class CpuDecoder:
         self._value = value_kernel(channels, group, config.code_bits)
         self._attend = attend_kernel(channels, group, is_bf16)
         self._estimate = estimate_kernel(channels, group, row_format, per_scale)
+        self.sinks: np.ndarray | None = None  # of the layer that was scored last
+        self._no_sinks = np.full((geometry.kv_heads, group), NEGLIGIBLE)
         self._step: SparseStep | None = None
         self._shape: tuple[int, ...] = ()
 
@@ -158,13 +161,22 @@ class CpuDecoder:
         self.base_count = step.base_count.numpy()
         self._step = step
 
-    def score(self, q: np.ndarray, keys: np.ndarray, layer: int, scale: float, host: TierArrays | None = None) -> None:
-        """Clusters' masses and totals, always-attended tokens' logits."""
+    def score(
+        self,
+        q: np.ndarray,
+        keys: np.ndarray,
+        layer: int,
+        scale: float,
+        host: TierArrays | None = None,
+        sinks: np.ndarray | None = None,
+    ) -> None:
+        """Clusters' masses and totals, always-attended tokens' logits; sinks [H, G] as `attend` adds them."""
         a, u = self.layers[layer], self.buffers
+        self.sinks = sinks
         self._score(
             q, keys, host, *a.key_rows, a.spread, a.cluster_end, a.vectors, self.pages, self.segment_begin,
-            self.segment_count, self.page_count, self.base_slots, self.base_count, np.float32(scale),
-            np.float32(self.config.choice_spread), np.float32(self.config.estimate_spread),
+            self.segment_count, self.page_count, self.base_slots, self.base_count,
+            self._no_sinks if sinks is None else sinks, np.float32(scale), np.float32(self.config.choice_spread), np.float32(self.config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page,
             u.size, u.begin, u.dot, u.weight, u.log_mass, u.base_logit, u.peak, u.total,
         )  # fmt: skip
@@ -211,12 +223,14 @@ class CpuDecoder:
         output: np.ndarray,
         host: TierArrays | None = None,
     ) -> None:
-        """Exact attention over always-attended and recalled tokens."""
+        """Exact attention over always-attended and recalled tokens, and the learned sinks that score was given."""
         u = self.buffers
         self._attend(
             q, keys, values, host, self.base_slots, self.base_count, u.base_logit, u.recalled, u.recalled_count,
             np.float32(scale), output, u.lse,
         )  # fmt: skip
+        if self.sinks is not None:
+            sinks_kernel(output, u.lse, self.sinks)
 
     def estimate(self, layer: int) -> None:
         """What was not recalled, by clusters."""
@@ -266,10 +280,11 @@ def sparse_decode(
     step: SparseStep,
     scale: float,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
     if keys.dtype not in KERNEL_DTYPES:
-        return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier)
+        return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier, sinks)
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
     decoder = decoder_of(index, grouped.shape[2], keys.dtype is torch.bfloat16)
@@ -277,7 +292,8 @@ def sparse_decode(
     output = torch.empty_like(grouped)
     q_rows, key_rows, out = grouped.numpy(), bits(keys), output.numpy()
     host = None if tier is None else tier.arrays
-    decoder.score(q_rows, key_rows, layer, scale, host)
+    by_head = None if sinks is None else by_kv_head(sinks, kv_heads).numpy()
+    decoder.score(q_rows, key_rows, layer, scale, host, by_head)
     decoder.select()
     if index.config.refine:
         decoder.refine((grouped @ rotation_matrix(channels).T).numpy(), layer, scale)
@@ -297,6 +313,8 @@ def last_read(decoder: CpuDecoder, place: int) -> LastRead:
     """See `kernels.decode.last_read`."""
     u = decoder.buffers
     base = torch.from_numpy(u.base_logit[place, :, :, : decoder.base_count[place]])
+    if decoder.sinks is not None:  # they count with the base
+        base = torch.cat((base, torch.from_numpy(decoder.sinks).unsqueeze(-1)), -1)
     if decoder.config.estimate:
         exact, whole = torch.from_numpy(u.exact_lse[place]), torch.from_numpy(u.lse[place])
     else:

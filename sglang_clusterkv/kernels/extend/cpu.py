@@ -26,6 +26,7 @@ from sglang_clusterkv.kernels.cpu_math import (
     njit,
 )
 from sglang_clusterkv.kernels.extend import reference
+from sglang_clusterkv.kernels.merge.reference import Partial, add_sinks, by_kv_head
 from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, load_row, prefetch
 from sglang_clusterkv.memory.tier import PREFILL_HOST, TierLayer
 
@@ -140,11 +141,12 @@ def extend(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.extend`."""
     if sliding_window >= 0 or logit_cap > 0:
         return reference.extend(
-            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
+            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier, sinks=sinks
         )
     new, heads, channels = q.shape
     kv_heads = keys.shape[1]
@@ -157,6 +159,11 @@ def extend(
     if prefix:
         stacked = grouped.reshape(kv_heads, group * new, channels)
         earlier, earlier_lse = _attend_prefix(stacked, keys, values, slots[:prefix], scale, tier)
-        weight = torch.sigmoid(earlier_lse.view_as(lse) - lse).unsqueeze(-1)
-        output = torch.lerp(output.float(), earlier.view(grouped.shape), weight).to(q.dtype)
+        earlier_lse = earlier_lse.view_as(lse)
+        weight = torch.sigmoid(earlier_lse - lse).unsqueeze(-1)
+        output, lse = torch.lerp(output.float(), earlier.view(grouped.shape), weight), torch.logaddexp(lse, earlier_lse)
+    if sinks is not None:
+        by_head = by_kv_head(sinks, kv_heads).unsqueeze(-1)  # the same for all new tokens
+        output = add_sinks(Partial(output.float(), lse), by_head).output
+    output = output.to(q.dtype)
     return output.permute(2, 0, 1, 3).reshape(new, heads, channels)

@@ -24,6 +24,20 @@ def merge_kernel(output: Any, lse: Any, other: Any, other_lse: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def sinks_kernel(output: Any, lse: Any, sinks: Any) -> None:
+    """As `merge.reference.add_sinks`, in place: output [B, H, G, D], lse [B, H, G], sinks [H, G]."""
+    for b in range(lse.shape[0]):
+        for h in range(lse.shape[1]):
+            for g in range(lse.shape[2]):
+                most = max(lse[b, h, g], sinks[h, g])
+                tokens = np.exp(lse[b, h, g] - most)
+                all_of_it = tokens + np.exp(sinks[h, g] - most)
+                lse[b, h, g] = most + np.log(all_of_it)
+                for d in range(output.shape[3]):
+                    output[b, h, g, d] *= tokens / all_of_it
+
+
+@njit(cache=True, nogil=True)
 def mass_kernel(mass: Any, lse: Any, other_lse: Any, other_is_whole: bool) -> None:
     """As `merge.reference.note_mass`. `other_lse` is the estimate's, or the whole's if `other_is_whole`."""
     total = 0.0

@@ -22,11 +22,22 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(a.output * weight_a + b.output * weight_b, lse)
 
 
+def by_kv_head(sinks: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """A model's sinks [heads] as kernels take them: float32 [H, G]."""
+    return sinks.float().unflatten(0, (kv_heads, -1)).contiguous()
+
+
+def add_sinks(part: Partial, sinks: torch.Tensor) -> Partial:
+    """A part to whose softmax each query head has one more logit, without a value: learned attention sinks, [H, G]."""
+    lse = torch.logaddexp(part.lse, sinks)
+    return Partial(part.output * (part.lse - lse).exp().unsqueeze(-1), lse)
+
+
 def note_mass(mass: torch.Tensor, exact_lse: torch.Tensor, whole_lse: torch.Tensor) -> None:
     """Add the recalled mass of one layer of one step to the layer's accumulator.
 
     The recalled mass of a (request, kv head, query head) is the share of its attention that was read exactly, namely of
-    sinks, gaps, window and recalled tokens: exp(exact_lse - whole_lse), at most 1. It is an estimate, because the rest of
+    sinks (learned ones too), gaps, window and recalled tokens: exp(exact_lse - whole_lse), at most 1. It is an estimate, because the rest of
     the whole is one: the clusters' estimate of what was not recalled, or, where that is switched off, score's `total`,
     which estimates all clusters. What is not a number counts as 0: one broken request must not hide all others.
 

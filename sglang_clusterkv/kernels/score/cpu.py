@@ -33,7 +33,8 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
 
     Its outputs, for request b, kv head h, query head g, cluster c: size [B, H, C], begin [B, H, C] (in the request's list
     of recallable tokens), dot [B, H, G, C] (scale q.centroid), weight [B, H, G, C] (size times exp(estimate logit less
-    size - peak)), log_mass [B, H, C], base_logit [B, H, G, W], peak and total [B, H, G].
+    size - peak)), log_mass [B, H, C], base_logit [B, H, G, W], peak and total [B, H, G]. sinks: [H, G], `NEGLIGIBLE` where
+    there are none.
     """
     quarter = channels // 4
     # Of the closure, not the module: so numba's cache knows of a change.
@@ -42,7 +43,7 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
         q: Any, keys: Any, host: Any, words: Any, halves: Any, octets: Any, row_scales: Any, spread: Any, cluster_end: Any,
-        vectors: Any, pages: Any, segment_begin: Any, segment_count: Any, page_count: Any, base_slots: Any, base_count: Any,
+        vectors: Any, pages: Any, segment_begin: Any, segment_count: Any, page_count: Any, base_slots: Any, base_count: Any, sinks: Any,
         scale: Any, choice_spread: Any, estimate_spread: Any, page_size: Any, per_page: Any,
         size: Any, begin: Any, dot: Any, weight: Any, log_mass: Any, base_logit: Any, peak: Any, total: Any,
     ) -> None:  # fmt: skip
@@ -106,7 +107,7 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
                 for g in range(group):
                     # Two peaks: where clusters are wide, the choice's is so much higher that the estimate would vanish.
                     # Neither knows of the other's weight, for either may be the larger.
-                    base_peak = NEGLIGIBLE
+                    base_peak = sinks[h, g]
                     for t in range(tokens):
                         base_peak = max(base_peak, base_logit[b, h, g, t])
                     highest = base_peak
@@ -114,7 +115,7 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
                     for c in range(clusters):
                         choice_peak = max(choice_peak, dot[b, h, g, c] + bonus[g, c] * choice_spread)
                         highest = max(highest, dot[b, h, g, c] + min(bonus[g, c], cap) * estimate_spread)
-                    base = np.float32(0.0)
+                    base = fast_exp(sinks[h, g] - base_peak)
                     for t in range(tokens):
                         base += fast_exp(base_logit[b, h, g, t] - base_peak)
                     estimated = base * fast_exp(base_peak - highest)

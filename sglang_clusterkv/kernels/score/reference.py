@@ -91,6 +91,7 @@ def score(
     step: SparseStep,
     scale: float,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Scores:
     """Score all clusters.
 
@@ -102,6 +103,7 @@ def score(
         step: the lists of this step.
         scale: of the logits.
         tier: where some slots' keys are on the host.
+        sinks: float32 [H, G], a learned logit of each query head that has no token; None: there are none.
     """
     config, view, per_page = index.config, index.layer(layer), index.clusters_per_page
     page_size = index.geometry.page_size
@@ -133,6 +135,8 @@ def score(
     log_size = size.float().log().unsqueeze(2)  # -inf where a cluster is empty
 
     base = exact_logits(q, keys, step.base_slots, step.base_count, scale, tier).logsumexp(-1)
+    if sinks is not None:
+        base = torch.logaddexp(base, sinks)
     choice = dot + config.choice_spread * bonus  # of one token: times the size and by the size again would break ties
     normaliser = torch.logaddexp((log_size + choice).logsumexp(-1), base)
     # Its log: where heads are sharp, most masses are too small for a float, and the best of them are candidates still.

@@ -40,6 +40,7 @@ def compile_kernels(
     context_tokens: int,
     query_dtype: torch.dtype | None = None,
     host_dtype: str | None = None,
+    sinks: bool = False,
 ) -> None:
     """Run prefill, clustering, sparse and dense decode on a small pool of the same types, at every size that is compiled for.
 
@@ -56,6 +57,7 @@ def compile_kernels(
         context_tokens: the longest request.
         query_dtype: of the model; None: the pool's.
         host_dtype: of a host tier's rows; None: there is no tier.
+        sinks: whether layers have learned attention sinks.
     """
     begin = time.perf_counter()
     by_size = _compiles_by_size(device)
@@ -90,7 +92,11 @@ def compile_kernels(
     engine.tracing.start(1, trace)
     engine.begin_extend([Extend(1, "warm-up", 0, tokens, tokens, last_chunk=True)])
     step = engine.begin_decode(np.array([1]), np.array([tokens + 1]))
-    host = None if tier is None else tier.layer(0)
+    more = {} if tier is None else {"tier": tier.layer(0)}
+    if sinks:
+        more["sinks"] = torch.zeros(
+            kv_heads * group, dtype=torch.bfloat16, device=device
+        )  # as SGLang's models have them
     q = torch.randn(1, kv_heads * group, head_dim, device=device).to(query_dtype or dtype)
     assert step.sparse is not None, f"the warm-up's {tokens} tokens were decoded densely"
     steps = [step.sparse]
@@ -100,12 +106,12 @@ def compile_kernels(
         steps += [_repeated(step.sparse, count) for count in counts]
     decode = engine.tracing.around(sparse_decode)
     for sparse in steps:
-        decode(q, keys, values, engine.index, 0, sparse, 1.0, tier=host)
+        decode(q, keys, values, engine.index, 0, sparse, 1.0, **more)
     engine.tracing.collect(trace, tokens + 1)
     slots = engine.req_to_token[1, : tokens + 1].long()
-    dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0, tier=host)
+    dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0, **more)
     if device == "cpu":  # elsewhere SGLang's own backend prefills
-        extend(q, keys, values, slots, 1.0, tier=host)
+        extend(q, keys, values, slots, 1.0, **more)
     took_s = time.perf_counter() - begin
     if took_s > _SLOW_S:
         logger.info("clusterkv: compiled the kernels in %.0f s; they are kept for the next start", took_s)

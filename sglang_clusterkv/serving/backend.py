@@ -305,4 +305,5 @@ def _warm_up(runner: ModelRunner, engine: ClusterEngine) -> None:
         context_tokens=min(runner.model_config.context_len, geometry.slots),
         query_dtype=runner.model_config.dtype,
         host_dtype=None if engine.tier is None else engine.tier.host.host_dtype,
+        sinks=runner.model_config.has_attention_sinks,
     )

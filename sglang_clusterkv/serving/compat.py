@@ -239,11 +239,6 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
         f"this model's cross-attention is not supported: {_OTHER}",
     ),
     Refusal(
-        "attention sinks on a GPU",
-        lambda a, m: m.attention_sinks and (a.device or "cpu") != "cpu",
-        f"this model's learned attention sinks are served on a CPU only in this release: {_OTHER}",
-    ),
-    Refusal(
         "own sparse attention",
         lambda a, m: m.own_sparse,
         f"this model brings a sparse attention of its own: {_OTHER}",

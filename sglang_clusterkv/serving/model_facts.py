@@ -11,7 +11,6 @@ class ModelFacts:
     v_head_dim: int
     mla: bool = False
     encoder_decoder: bool = False
-    attention_sinks: bool = False
     hybrid_swa: bool = False  # two KV pools, one of them for sliding-window layers
     hybrid_linear: bool = False  # Mamba, GDN, KDA, lightning: layers without KV
     own_sparse: bool = False  # DSA, QSA, MiniMax sparse, DeepSeek V4: the model brings its selection

@@ -120,7 +120,7 @@ def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def _after_backends(result: tuple[str | None, ...], cfg: Any) -> tuple[str | None, ...] | None:
-    """SGLang looks whether a model's lists of backends have the chosen one (gpt-oss): ours passes as Triton's, which does as much."""
+    """SGLang looks whether a list of backends has the chosen one (gpt-oss): ours passes as Triton's, which does as much."""
     return tuple("triton" if backend == BACKEND else backend for backend in result) if BACKEND in result else None
 
 
@@ -213,7 +213,6 @@ def _model_facts(server_args: Any) -> ModelFacts:
         v_head_dim=model.v_head_dim,
         mla=use_mla_backend(server_args),
         encoder_decoder=model.is_encoder_decoder,
-        attention_sinks=model.has_attention_sinks,
         hybrid_swa=model.is_hybrid_swa,
         hybrid_linear=mambaish_config(model) is not None,
         own_sparse=any(is_sparse(model.hf_config) for is_sparse in sparse),

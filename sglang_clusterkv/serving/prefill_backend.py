@@ -15,32 +15,36 @@ if TYPE_CHECKING:
 
 TRTLLM_PAGE_SIZES = (16, 32, 64, 128)  # SGLang changes other page sizes for this backend
 TIER_BACKENDS = ("flashinfer", "triton")  # these ask for the indices of what they read (tier_prefill.py)
+SINK_BACKENDS = ("fa3", "triton")  # these take learned attention sinks in the type in which SGLang keeps them for us
 # In this order, where SGLang's own choice is none that prefills here.
 _OTHERS = ("flashinfer", "triton")
 
 
-def choose(config: ClusterKVConfig, view: Any, sglang_choice: str) -> str:
+def choose(config: ClusterKVConfig, view: Any, sglang_choice: str, sinks: bool = False) -> str:
     """The backend that prefills on the GPU of this machine.
 
     Args:
         config: the configuration; `prefill_backend` and `host_ratio` count.
         view: SGLang's resolved arguments; the page size counts.
         sglang_choice: what SGLang would take by default.
+        sinks: whether the model has learned attention sinks.
 
     Raises:
         ConfigError: the backend that was asked for does not run here; the sentence says why and what to do.
     """
     asked = config.prefill_backend
     if asked != "auto":
-        if why := _unusable(asked, config, view.page_size):
+        if why := _unusable(asked, config, view.page_size, sinks):
             raise ConfigError(f"prefill_backend={asked} {why}, or set it to auto")
         return asked
-    choices = (name for name in (sglang_choice, *_OTHERS) if _unusable(name, config, view.page_size) is None)
+    choices = (name for name in (sglang_choice, *_OTHERS) if _unusable(name, config, view.page_size, sinks) is None)
     return next(choices)
 
 
-def _unusable(name: str, config: ClusterKVConfig, page_size: int) -> str | None:
+def _unusable(name: str, config: ClusterKVConfig, page_size: int, sinks: bool) -> str | None:
     """Why a backend does not prefill on this GPU, in words that follow its name; None where it does."""
+    if sinks and name not in SINK_BACKENDS:
+        return f"does not take this model's learned attention sinks: use {' or '.join(SINK_BACKENDS)}"
     if config.host_ratio > 1 and name not in TIER_BACKENDS:
         return f"reads a prefix by pages, some of which are on the host: use {' or '.join(TIER_BACKENDS)}"
     return _UNUSABLE[name](page_size) if name in _UNUSABLE else "is none that clusterkv prefills with: use triton"
@@ -92,8 +96,9 @@ def resolve(config: ClusterKVConfig, server_args: Any, view: Any) -> ClusterKVCo
     from sglang.srt.arg_groups.model_override_base import get_default_attn_backend
     from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend
 
-    own = get_default_attn_backend(view, use_mla_backend(view), model_config_of(server_args))
-    return msgspec.structs.replace(config, prefill_backend=choose(config, view, own))
+    model = model_config_of(server_args)
+    own = get_default_attn_backend(view, use_mla_backend(view), model)
+    return msgspec.structs.replace(config, prefill_backend=choose(config, view, own, model.has_attention_sinks))
 
 
 def create(runner: ModelRunner, config: ClusterKVConfig | None) -> AttentionBackend:

@@ -70,6 +70,17 @@ def test_auto_is_what_sglang_would_take(
         assert choose(DEFAULT, SimpleNamespace(page_size=16), own) == name
 
 
+@pytest.mark.parametrize(
+    ("facts", "own", "name"),
+    [(H100, "fa3", "fa3"), (B200, "trtllm_mha", "triton"), (RTX, "flashinfer", "triton")],
+)
+def test_learned_sinks_go_to_a_backend_that_takes_them(facts: dict[str, Any], own: str, name: str) -> None:
+    with machine(facts):
+        assert choose(DEFAULT, SimpleNamespace(page_size=16), own, sinks=True) == name
+        with pytest.raises(ConfigError, match="learned attention sinks: use fa3 or triton, or set it to auto"):
+            choose(ClusterKVConfig(prefill_backend="flashinfer"), SimpleNamespace(page_size=16), own, sinks=True)
+
+
 @pytest.mark.parametrize(("page_size", "name"), [(16, "trtllm_mha"), (128, "trtllm_mha"), (24, "flashinfer")])
 def test_pages_that_trtllm_does_not_read_go_to_another(page_size: int, name: str) -> None:
     with machine(B200):

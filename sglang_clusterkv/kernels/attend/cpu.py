@@ -110,7 +110,17 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
 
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
-        q: Any, keys: Any, values: Any, host: Any, slots: Any, begins: Any, ends: Any, scale: Any, cap: Any, out: Any, lse: Any
+        q: Any,
+        keys: Any,
+        values: Any,
+        host: Any,
+        slots: Any,
+        begins: Any,
+        ends: Any,
+        scale: Any,
+        cap: Any,
+        out: Any,
+        lse: Any,
     ) -> None:
         heads = q.shape[1]
         row = np.empty(channels, np.float32)

@@ -290,6 +290,7 @@ def dense_decode(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.dense_decode`; two launches."""
     batch, heads, channels = q.shape[0], keys.shape[1], keys.shape[2]
@@ -303,7 +304,7 @@ def dense_decode(
         grouped, keys, values, *tier_arguments(tier), slots, seq_lens, output, lse, scale, logit_cap, window, splits,
         grouped.stride(0), slots.stride(0), CAPPED=logit_cap > 0, **_constants(heads, group, channels, keys.dtype, tier),
     )  # fmt: skip
-    return merge_parts(output, lse, q.dtype)
+    return merge_parts(output, lse, q.dtype, sinks)
 
 
 _TYPES = {

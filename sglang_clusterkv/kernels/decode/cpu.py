@@ -176,7 +176,8 @@ class CpuDecoder:
         self._score(
             q, keys, host, *a.key_rows, a.spread, a.cluster_end, a.vectors, self.pages, self.segment_begin,
             self.segment_count, self.page_count, self.base_slots, self.base_count,
-            self._no_sinks if sinks is None else sinks, np.float32(scale), np.float32(self.config.choice_spread), np.float32(self.config.estimate_spread),
+            self._no_sinks if sinks is None else sinks, np.float32(scale),
+            np.float32(self.config.choice_spread), np.float32(self.config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page,
             u.size, u.begin, u.dot, u.weight, u.log_mass, u.base_logit, u.peak, u.total,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
 from sglang_clusterkv.kernels.merge import triton as merge_triton
+from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.refine import triton as refine_triton
 from sglang_clusterkv.kernels.score import triton as score_triton
 from sglang_clusterkv.kernels.select import triton as select_triton
@@ -56,6 +57,7 @@ class TritonDecoder:
             candidates=self.limit, budget=config.budget_tokens, own=config.estimate_clusters, exact_parts=0, rest_parts=0,
         )  # fmt: skip
         self._step: SparseStep | None = None
+        self.sinks: torch.Tensor | None = None  # of the layer that was selected last
 
     def prepare(self, step: SparseStep) -> None:
         """Take a step's lists and make the workspace fit."""
@@ -112,9 +114,10 @@ class TritonDecoder:
         """Clusters and always-attended tokens against the queries [B, H, G, D], those of a request side by side."""
         score_triton.score(q, keys, self.index, layer, self.step, scale, self.workspace, tier)
 
-    def select(self) -> None:
-        """The clusters whose tokens are candidates."""
-        select_triton.select(self.index, self.step, self.limit, self.workspace)
+    def select(self, sinks: torch.Tensor | None = None) -> None:
+        """The clusters whose tokens are candidates; sinks [heads] as `merge` adds them."""
+        self.sinks = sinks
+        select_triton.select(self.index, self.step, self.limit, self.workspace, sinks)
 
     def refine(self, layer: int, scale: float, dtype: torch.dtype) -> None:
         """Candidates' values from their codes, for queries of `dtype`; nothing where nothing is refined."""
@@ -141,9 +144,9 @@ class TritonDecoder:
             estimate_triton.estimate(self.index, layer, self.step, self.workspace, self.parts, dtype)
 
     def merge(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
-        """Both parts, [B, heads, D] in `dtype`; and how much of the mass was read exactly."""
+        """Both parts, and the sinks that select was given: [B, heads, D] in `dtype`; and how much was read exactly."""
         return merge_triton.merge(
-            self.workspace, self.step, self.splits, sum(self.parts), self.index.mass_cells[layer], dtype
+            self.workspace, self.step, self.splits, sum(self.parts), self.index.mass_cells[layer], dtype, self.sinks
         )
 
 
@@ -164,6 +167,7 @@ def sparse_decode(
     step: SparseStep,
     scale: float,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
     # No copies where the queries have the pool's dtype and a request's lie together, as they do while serving: models cut
@@ -172,7 +176,7 @@ def sparse_decode(
     decoder = decoder_of(index, grouped.shape[2])
     decoder.prepare(step)
     decoder.score(grouped, keys, layer, scale, tier)
-    decoder.select()
+    decoder.select(sinks)
     decoder.refine(layer, scale, grouped.dtype)
     decoder.recall(layer)
     decoder.attend(grouped, keys, values, scale, tier)
@@ -187,6 +191,9 @@ def last_read(decoder: TritonDecoder, place: int) -> LastRead:
     listed = torch.arange(logits.shape[-1], device=logits.device) < step.base_count[place]
     base = logits.masked_fill(~listed, -torch.inf)
     exact = w.exact(step.batch, decoder.splits)[1][place].logsumexp(1)
+    if decoder.sinks is not None:  # they count with the base
+        sinks = by_kv_head(decoder.sinks, decoder.heads)
+        base, exact = torch.cat((base, sinks.unsqueeze(-1)), -1), torch.logaddexp(exact, sinks)
     if decoder.config.estimate:
         whole = torch.logaddexp(exact, w.rest(step.batch, sum(decoder.parts))[1][place].logsumexp(1))
     else:

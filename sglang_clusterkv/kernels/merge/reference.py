@@ -37,9 +37,10 @@ def note_mass(mass: torch.Tensor, exact_lse: torch.Tensor, whole_lse: torch.Tens
     """Add the recalled mass of one layer of one step to the layer's accumulator.
 
     The recalled mass of a (request, kv head, query head) is the share of its attention that was read exactly, namely of
-    sinks (learned ones too), gaps, window and recalled tokens: exp(exact_lse - whole_lse), at most 1. It is an estimate, because the rest of
-    the whole is one: the clusters' estimate of what was not recalled, or, where that is switched off, score's `total`,
-    which estimates all clusters. What is not a number counts as 0: one broken request must not hide all others.
+    sinks (learned ones too), gaps, window and recalled tokens: exp(exact_lse - whole_lse), at most 1. It is an estimate,
+    because the rest of the whole is one: the clusters' estimate of what was not recalled, or, where that is switched off,
+    score's `total`, which estimates all clusters. What is not a number counts as 0: one broken request must not hide all
+    others.
 
     Nothing here waits for the device.
 

@@ -62,7 +62,7 @@ COUNTS = ("splits", "parts")  # they change from step to step
 
 @triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
-    exact_output, exact_lse, rest_output, rest_lse, total, page_count, merged, mass, splits, parts,
+    exact_output, exact_lse, rest_output, rest_lse, sinks, total, page_count, merged, mass, splits, parts,
     HEADS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     ESTIMATED: tl.constexpr, NOTED: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def merge_kernel(
     exact_output [B, H, splits, G, D], exact_lse [B, H, splits, G]; rest_* likewise, if ESTIMATED; merged [B, H, G, D]. If
     NOTED, a request without pages of clusters (page_count [B]) has no rest, and of all others the share of the mass that was
     read exactly goes to mass float64 [H, 2] (see `reference.note_mass`); the whole is the parts' sum or, not ESTIMATED,
-    exp(total [B, H, G]).
+    exp(total [B, H, G]). sinks: [H, G], learned logits that are read exactly and have no value; None: there are none.
     """
     pair, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     exact_first = pair * splits * GROUP + g
@@ -82,8 +82,13 @@ def merge_kernel(
     peak = highest_lse(exact_lse, exact_first, splits, GROUP, BLOCK_P)
     if ESTIMATED:
         peak = tl.maximum(peak, highest_lse(rest_lse, rest_first, parts, GROUP, BLOCK_P))
+    if sinks is not None:
+        sink = tl.load(sinks + pair % HEADS * GROUP + g).to(tl.float32)
+        peak = tl.maximum(peak, sink)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     sums, exact = sum_parts(exact_output, exact_lse, exact_first, splits, peak, GROUP, CHANNELS, BLOCK_D, BLOCK_P)
+    if sinks is not None:
+        exact += tl.exp2((sink - peak) * LOG2_E)
     whole = exact
     if ESTIMATED:
         others, rest = sum_parts(rest_output, rest_lse, rest_first, parts, peak, GROUP, CHANNELS, BLOCK_D, BLOCK_P)
@@ -114,19 +119,26 @@ def _launch(
     page_count: torch.Tensor | None,
     mass: torch.Tensor | None,
     merged: torch.Tensor,
+    sinks: torch.Tensor | None,
 ) -> None:
     """Launch over merged [B, H, G, D]; `exact` and `rest` are (output, lse)."""
     batch, heads, group, channels = merged.shape
     rest_output, rest_lse = rest or (None, None)
     merge_kernel[(batch * heads, group)](
-        *exact, rest_output, rest_lse, total, page_count, merged, mass, splits, parts, HEADS=heads,
+        *exact, rest_output, rest_lse, sinks, total, page_count, merged, mass, splits, parts, HEADS=heads,
         GROUP=group, CHANNELS=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_P=PARTS_AT_ONCE,
         ESTIMATED=rest is not None, NOTED=mass is not None,
     )  # fmt: skip
 
 
 def merge(
-    w: Workspace, step: SparseStep, splits: int, parts: int, mass: torch.Tensor, dtype: torch.dtype
+    w: Workspace,
+    step: SparseStep,
+    splits: int,
+    parts: int,
+    mass: torch.Tensor,
+    dtype: torch.dtype,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Merge what attend and the estimate left in the workspace, and note the recalled mass of the sparse requests.
 
@@ -137,6 +149,7 @@ def merge(
         parts: that the estimate wrote; 0: there was none, then only the mass knows of what was not recalled.
         mass: float64 [H, 2] of the layer.
         dtype: of the result.
+        sinks: [heads], learned logits that have no token; None: there are none.
 
     Returns:
         [B, heads, D]; 0 for a request that attended to nothing.
@@ -144,15 +157,17 @@ def merge(
     shape = w.shape
     merged = torch.empty((step.batch, shape.heads, shape.group, shape.channels), dtype=dtype, device=w.exact_lse.device)
     rest = (w.rest_output, w.rest_lse) if parts else None
-    _launch((w.exact_output, w.exact_lse), splits, rest, parts, w.total, step.page_count, mass, merged)
+    _launch((w.exact_output, w.exact_lse), splits, rest, parts, w.total, step.page_count, mass, merged, sinks)
     return merged.flatten(1, 2)
 
 
-def merge_parts(output: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Merge the parts of one attention: output [B, H, P, G, D], lse [B, H, P, G] -> [B, H * G, D] in `dtype`."""
+def merge_parts(
+    output: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Merge the parts of one attention: output [B, H, P, G, D], lse [B, H, P, G] -> [B, H * G, D] in `dtype`; sinks [H * G]."""
     batch, heads, parts, group, channels = output.shape
     merged = torch.empty((batch, heads, group, channels), dtype=dtype, device=output.device)
-    _launch((output, lse), parts, None, 0, None, None, None, merged)
+    _launch((output, lse), parts, None, 0, None, None, None, merged, sinks)
     return merged.flatten(1, 2)
 
 
@@ -167,7 +182,7 @@ def _case(channels: int) -> CompileCase:
     """A case of Llama's group."""
     constants = {
         "HEADS": 8, "GROUP": 4, "CHANNELS": channels, "BLOCK_D": channels, "BLOCK_P": PARTS_AT_ONCE, "ESTIMATED": True,
-        "NOTED": True,
+        "NOTED": True, "sinks": None,
     }  # fmt: skip
     return CompileCase(
         f"merge D={channels}",

@@ -15,7 +15,6 @@ import numpy as np
 
 from sglang_clusterkv.kernels.cpu_math import (
     FAST,
-    NEGLIGIBLE,
     dot_group,
     fast_exp,
     fast_log,
@@ -43,8 +42,8 @@ def score_kernel(channels: int, group: int, row_format: int, per_scale: int, is_
     @njit(cache=True, fastmath=FAST, nogil=True)
     def kernel(
         q: Any, keys: Any, host: Any, words: Any, halves: Any, octets: Any, row_scales: Any, spread: Any, cluster_end: Any,
-        vectors: Any, pages: Any, segment_begin: Any, segment_count: Any, page_count: Any, base_slots: Any, base_count: Any, sinks: Any,
-        scale: Any, choice_spread: Any, estimate_spread: Any, page_size: Any, per_page: Any,
+        vectors: Any, pages: Any, segment_begin: Any, segment_count: Any, page_count: Any, base_slots: Any, base_count: Any,
+        sinks: Any, scale: Any, choice_spread: Any, estimate_spread: Any, page_size: Any, per_page: Any,
         size: Any, begin: Any, dot: Any, weight: Any, log_mass: Any, base_logit: Any, peak: Any, total: Any,
     ) -> None:  # fmt: skip
         row = np.empty(channels, np.float32)

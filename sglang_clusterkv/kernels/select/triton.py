@@ -18,6 +18,8 @@ from sglang_clusterkv.kernels.triton_threshold import added, bracket, counted_fr
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 
 if TYPE_CHECKING:
+    import torch
+
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
 
@@ -161,8 +163,8 @@ def _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_h
 
 @triton.jit(do_not_specialize=["pages_stride", "base_lse_stride", "lse_stride"])
 def select_kernel(
-    page_count, base_count, offset, segment_of_page, segment_bonus, dot, spread, base_lse, choice_lse, estimate_lse, left,
-    log_mass, estimate_mass, total, candidates, candidate_count,
+    page_count, base_count, offset, segment_of_page, segment_bonus, dot, spread, base_lse, sinks, choice_lse, estimate_lse,
+    left, log_mass, estimate_mass, total, candidates, candidate_count,
     pages_stride, clusters_stride, segments_stride, base_lse_stride, lse_stride, candidates_stride, limit, choice_spread,
     estimate_spread,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr,
@@ -176,6 +178,7 @@ def select_kernel(
 
     Args, beside the arrays of the step and the workspace:
         limit: candidates at most.
+        sinks: [H * GROUP], learned logits without a token; None: there are none.
         FEW, SOME, MANY: clusters that are held. LARGE: a request may have more than SOME.
         BLOCK: clusters at a time. TILES, BASE_TILES: score's tiles at a time, of clusters and of always-attended tokens.
         CANDIDATES: `limit`, padded. CLUSTERS, TOKENS: of one tile of score.
@@ -191,6 +194,8 @@ def select_kernel(
         tl.store(total + queries + g, normaliser, mask=g < GROUP)
         tl.store(candidate_count + pair, 0)
         return
+    if sinks is not None:
+        normaliser = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=float("-inf")).to(tl.float32)
     tokens = tl.load(base_count + request).to(tl.int32)
     first_tile = tl.load(offset + request) // CLUSTERS
     lse_at = head.to(tl.int64) * GROUP * lse_stride + first_tile
@@ -269,7 +274,7 @@ def warps(large: bool) -> int:
     return 16 if large else 8
 
 
-def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> None:
+def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace, sinks: torch.Tensor | None = None) -> None:
     """Choose candidates; writes what `Workspace` says select writes.
 
     Args:
@@ -277,13 +282,14 @@ def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
         step: the lists of this step.
         limit: candidates per (request, kv head) at most, no more than the workspace holds.
         w: as score left it.
+        sinks: [heads], learned logits that have no token; None: there are none.
     """
     assert limit <= w.shape.candidates, (limit, w.shape)
     clusters = step.pages.shape[1] * index.clusters_per_page
     fixed = constants(w.shape.heads, w.shape.group, index.clusters_per_page, clusters, limit)
     select_kernel[(w.shape.heads, step.batch)](
         step.page_count, step.base_count, w.offset, step.segment_of_page, w.segment_bonus, w.dot, w.spread, w.base_lse,
-        w.choice_lse, w.estimate_lse, w.left, w.log_mass, w.estimate_mass, w.total, w.candidates, w.candidate_count,
+        sinks, w.choice_lse, w.estimate_lse, w.left, w.log_mass, w.estimate_mass, w.total, w.candidates, w.candidate_count,
         step.segment_of_page.stride(0), w.shape.clusters, w.shape.segments, w.shape.base_tiles, w.shape.cluster_tiles,
         w.shape.candidates, limit, index.config.choice_spread, index.config.estimate_spread,
         **fixed, num_warps=warps(fixed["LARGE"]),
@@ -314,8 +320,8 @@ _ALIGNED = (
 
 COMPILE_CASES = [
     CompileCase(
-        f"select C={clusters} G={group}", select_kernel, _TYPES, constants(8, group, 2, clusters, 2048), _ALIGNED,
-        num_warps=warps(clusters > HELD[1]), programs_per_sm=1 if clusters > HELD[1] else 2,
+        f"select C={clusters} G={group}", select_kernel, _TYPES, constants(8, group, 2, clusters, 2048) | {"sinks": None},
+        _ALIGNED, num_warps=warps(clusters > HELD[1]), programs_per_sm=1 if clusters > HELD[1] else 2,
     )
     for clusters, group in ((4096, 3), (4096, 4), (4096, 8), (131072, 4), (131072, 8))
 ]  # fmt: skip

@@ -139,7 +139,6 @@ def _facts(raw: dict[str, Any], text: dict[str, Any], head_dim: int, layers: int
         v_head_dim=int(text.get("v_head_dim") or head_dim),
         mla=bool(text.get("kv_lora_rank")),
         encoder_decoder=bool(raw.get("is_encoder_decoder")),
-        attention_sinks=text.get("model_type") == "gpt_oss",
         hybrid_linear=bool(kinds & _LINEAR_KINDS)
         or "hybrid_override_pattern" in text
         or "full_attention_interval" in text,

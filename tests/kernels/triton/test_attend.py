@@ -6,6 +6,8 @@ gets into a sum, the window or the cap is off by one, or something is written ou
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -126,7 +128,7 @@ def dense_arguments(device: str, head_dim: int, group: int, dtype: torch.dtype) 
     return q.to(device, dtype), keys.to(device, dtype), values.to(device, dtype), slots.to(device), lengths.to(device)
 
 
-def expected_dense(arguments: tuple[torch.Tensor, ...], **options: float) -> torch.Tensor:
+def expected_dense(arguments: tuple[torch.Tensor, ...], **options: Any) -> torch.Tensor:
     """The reference, in float32, over a pool without NaN."""
     q, keys, values, slots, lengths = arguments
     pool = (keys.float().nan_to_num(), values.float().nan_to_num())
@@ -159,6 +161,14 @@ def test_dense_decode_caps_its_logits(cap: float, device: str) -> None:
     result = dense_decode(*arguments, SCALE, logit_cap=cap)
     torch.testing.assert_close(result, expected_dense(arguments, logit_cap=cap), atol=2e-5, rtol=2e-5)
     assert not torch.allclose(result, expected_dense(arguments), atol=1e-4)
+
+
+def test_dense_decode_has_sinks(device: str) -> None:
+    arguments = dense_arguments(device, 64, 3, torch.float32)
+    sinks = torch.linspace(-1.0, 7.0, 6).to(device)
+    result = dense_decode(*arguments, SCALE, sinks=sinks)
+    torch.testing.assert_close(result, expected_dense(arguments, sinks=sinks), atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(result, expected_dense(arguments), atol=1e-2)
 
 
 def test_a_strided_query_is_read_right(device: str) -> None:

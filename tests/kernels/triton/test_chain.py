@@ -44,6 +44,7 @@ class Chain:
         group: int = 3,
         dtype: torch.dtype = torch.float32,
         kv_heads: int = 2,
+        sinks: bool = False,
     ) -> None:
         self.scene, step = scene_of(config, head_dim, dtype, kv_heads)
         self.device, self.dtype, self.group = device, dtype, group
@@ -51,6 +52,7 @@ class Chain:
         self.pool = self.scene.keys[0].to(device), self.scene.values[0].to(device)
         generator = torch.Generator().manual_seed(group)
         self.q = torch.randn(step.batch, kv_heads * group, head_dim, generator=generator).to(device, dtype)
+        self.sinks = (5 + 4 * torch.randn(kv_heads * group, generator=generator)).to(device) if sinks else None
         self.guarded = Guarded(device)
         self.poison(self.index)
 
@@ -59,7 +61,7 @@ class Chain:
         index.scratch["triton decoder", self.group] = TritonDecoder(index, self.group, self.guarded)
 
     def arguments(self, requests: slice = slice(None)) -> tuple[object, ...]:
-        return self.q[requests], *self.pool, self.index, 0, some(self.step, requests), SCALE
+        return self.q[requests], *self.pool, self.index, 0, some(self.step, requests), SCALE, None, self.sinks
 
     def result(self, requests: slice = slice(None)) -> torch.Tensor:
         result = sparse_decode(*self.arguments(requests))
@@ -85,21 +87,21 @@ def some(step: SparseStep, requests: slice) -> SparseStep:
 
 
 @pytest.mark.parametrize(
-    ("fields", "head_dim", "group", "dtype", "kv_heads"),
+    ("fields", "head_dim", "group", "dtype", "kv_heads", "sinks"),
     [
-        ({}, 64, 3, torch.float32, 2),
-        ({"centroid_dtype": "int8", "code_bits": 1}, 64, 1, torch.float16, 1),
-        ({"centroid_dtype": "bf16"}, 96, 4, torch.bfloat16, 1),
-        ({"refine": False}, 64, 1, torch.float32, 1),
-        ({"estimate": False}, 64, 1, torch.float32, 1),
-        ({"estimate_clusters": 4096}, 64, 1, torch.float32, 1),
+        ({}, 64, 3, torch.float32, 2, True),
+        ({"centroid_dtype": "int8", "code_bits": 1}, 64, 1, torch.float16, 1, False),
+        ({"centroid_dtype": "bf16"}, 96, 4, torch.bfloat16, 1, False),
+        ({"refine": False}, 64, 1, torch.float32, 1, False),
+        ({"estimate": False}, 64, 1, torch.float32, 1, True),
+        ({"estimate_clusters": 4096}, 64, 1, torch.float32, 1, False),
     ],
 )
 def test_the_chain_equals_the_reference(
-    fields: dict[str, object], head_dim: int, group: int, dtype: torch.dtype, kv_heads: int, device: str
+    fields: dict[str, object], head_dim: int, group: int, dtype: torch.dtype, kv_heads: int, sinks: bool, device: str
 ) -> None:
     config = msgspec.structs.replace(CONFIG, **fields)
-    chain = Chain(config, device, head_dim=head_dim, group=group, dtype=dtype, kv_heads=kv_heads)
+    chain = Chain(config, device, head_dim=head_dim, group=group, dtype=dtype, kv_heads=kv_heads, sinks=sinks)
     chain.assert_is_reference()
 
 

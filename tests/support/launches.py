@@ -87,6 +87,7 @@ def decode(
     waiting: int = 0,
     dtype: torch.dtype = DTYPE,
     host_dtype: str | None = None,
+    sinks: bool = False,
 ) -> None:
     """One sparse and one dense step of the second of two layers, for requests of these lengths, and tokens that wait.
 
@@ -103,7 +104,9 @@ def decode(
     step = scene.decode(rows, [length + waiting for length in lengths])
     assert step.sparse is not None and step.dense is None, "it must decode sparsely"
     q = torch.zeros(len(rows), HEADS * GROUP, HEAD_DIM, dtype=dtype)
-    layer = scene.engine.residency.layer(1)
+    layer: dict[str, Any] = dict(scene.engine.residency.layer(1))
+    if sinks:
+        layer["sinks"] = torch.zeros(HEADS * GROUP, dtype=torch.bfloat16)
     sparse_decode(q, scene.keys[1], scene.values[1], scene.index, 1, step.sparse, 0.1, **layer)
     slots = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
     dense_decode(q, scene.keys[1], scene.values[1], slots, torch.tensor(lengths), 0.1, **layer)
@@ -124,7 +127,9 @@ def cluster(config: ClusterKVConfig, lengths: list[int]) -> None:
     write_in_place(scene.index, list(segments), scene.keys, scene.values)
 
 
-def warm_up(config: ClusterKVConfig, query_dtype: torch.dtype, host_dtype: str | None = None) -> None:
+def warm_up(
+    config: ClusterKVConfig, query_dtype: torch.dtype, host_dtype: str | None = None, sinks: bool = False
+) -> None:
     """What a server does at start."""
     warmup.compile_kernels(
         config,
@@ -137,6 +142,7 @@ def warm_up(config: ClusterKVConfig, query_dtype: torch.dtype, host_dtype: str |
         context_tokens=CONTEXT,
         query_dtype=query_dtype,
         host_dtype=host_dtype,
+        sinks=sinks,
     )
 
 
@@ -166,6 +172,12 @@ def main() -> None:
             decode(ClusterKVConfig(), lengths, host_dtype=host_dtype)
         late += compiled.late
         compiled.late.clear()
+    warm_up(ClusterKVConfig(), DTYPE, sinks=True)
+    at_start += len(compiled.late)
+    compiled.late.clear()
+    for lengths in ([700], [701, 1500]):
+        compiled.occasion = f"decode {lengths} with sinks"
+        decode(ClusterKVConfig(), lengths, sinks=True)
     for waiting in (500, 1000, 1800):
         compiled.occasion = f"decode, {waiting} tokens wait"
         decode(ClusterKVConfig(), [7000], waiting)
@@ -183,6 +195,6 @@ if __name__ == "__main__":
         patch.object(warmup, "_compiles_by_size", lambda device: True),
         patch.object(warmup, "sparse_decode", sparse_decode),
         patch.object(warmup, "dense_decode", dense_decode),
-        patch.object(warmup, "extend", lambda *_, tier: None),
+        patch.object(warmup, "extend", lambda *_, **__: None),
     ):
         main()

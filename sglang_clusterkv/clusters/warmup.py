@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -92,7 +93,7 @@ def compile_kernels(
     engine.tracing.start(1, trace)
     engine.begin_extend([Extend(1, "warm-up", 0, tokens, tokens, last_chunk=True)])
     step = engine.begin_decode(np.array([1]), np.array([tokens + 1]))
-    more = {} if tier is None else {"tier": tier.layer(0)}
+    more: dict[str, Any] = {} if tier is None else {"tier": tier.layer(0)}
     if sinks:
         more["sinks"] = torch.zeros(
             kv_heads * group, dtype=torch.bfloat16, device=device

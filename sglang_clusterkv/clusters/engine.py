@@ -207,15 +207,9 @@ class ClusterEngine:
         return step
 
     def sparse_layer(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        layer: int,
-        step: DecodeStep,
-        scale: float,
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, step: DecodeStep, scale: float,
         sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor | None:  # fmt: skip
         """Attention of one layer for the sparse requests of the step that was begun last; see `sparse_decode`.
 
         Args:

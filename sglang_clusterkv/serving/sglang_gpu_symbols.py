@@ -25,11 +25,18 @@ PREFILL = (
         "layers.attention.base_attn_backend.AttentionBackend",
         "what prefill asks of a backend",
         attributes="extend_dummy_seqs_capped_by_req_pool supports_prefill_cuda_graph_max_context_size "
-        "prefill_cuda_graph_default_max_seq_len prefill_cuda_graph_max_batch_size",
+        "prefill_cuda_graph_max_batch_size",
+    ),
+    Symbol(
+        "layers.attention.base_attn_backend.AttentionBackend",
+        "likewise, and which 0.5.22 does not ask",
+        attributes="prefill_cuda_graph_default_max_seq_len",
+        since="0.5.23",
     ),
     Symbol(
         "layers.attention.base_attn_backend.AttentionBackend.get_fused_kv_write_buffers",
         "forwarded in prefill",
         "self layer forward_batch",
+        since="0.5.23",
     ),
 )

@@ -8,7 +8,8 @@ process publishes a configuration with clusterkv, so nothing of SGLang's running
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
@@ -51,7 +52,6 @@ def register() -> None:
     HookRegistry.register("sglang.srt.server_args.ServerArgs.add_cli_args", _after_add_cli_args, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.from_cli_args", _after_from_cli_args, HookType.AFTER)
     HookRegistry.register("sglang.srt.runtime_context.publish", _after_publish, HookType.AFTER)
-    HookRegistry.register("sglang.srt.arg_groups.model_hook.attention_backends_of", _after_backends, HookType.AFTER)
     register_resolution_hook("handle_pd_disaggregation")(_check_arguments)
     register_resolution_hook("handle_model_specific_adjustments")(_check_model)
     register_resolution_hook("handle_attention_backend_compatibility")(_declare_defaults)
@@ -116,12 +116,27 @@ def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
     view = _chosen(server_args)
     if view is not None and (sentence := compat.refusal(view, _model_facts(server_args))):
         _refuse(server_args, sentence)
-    previous(server_args)
+    with _passes_as_triton() if view is not None and _is_gpt_oss(server_args) else nullcontext():
+        previous(server_args)
 
 
-def _after_backends(result: tuple[str | None, ...], cfg: Any) -> tuple[str | None, ...] | None:
-    """SGLang looks whether a list of backends has the chosen one (gpt-oss): ours passes as Triton's, which does as much."""
-    return tuple("triton" if backend == BACKEND else backend for backend in result) if BACKEND in result else None
+def _is_gpt_oss(server_args: Any) -> bool:
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return "GptOssForCausalLM" in (model_config_of(server_args).hf_config.architectures or ())
+
+
+@contextmanager
+def _passes_as_triton() -> Iterator[None]:
+    """While SGLang looks whether its list of backends for a model has the chosen one: ours does what Triton's does."""
+    from sglang.srt.arg_groups import model_hook
+
+    original = model_hook.attention_backends_of
+    model_hook.attention_backends_of = lambda cfg: tuple("triton" if b == BACKEND else b for b in original(cfg))
+    try:
+        yield
+    finally:
+        model_hook.attention_backends_of = original
 
 
 def _declare_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:

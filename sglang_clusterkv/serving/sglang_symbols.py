@@ -18,7 +18,6 @@ REGISTRATION = (
     Symbol("plugins.hook_registry.HookType", "kinds of hooks", attributes="BEFORE AFTER AROUND"),
     Symbol("arg_groups.resolution_hooks.register_resolution_hook", "checks and defaults", "name"),
     Symbol("arg_groups.overrides.resolved_view", "arguments as resolved so far", "server_args"),
-    Symbol("arg_groups.model_hook.attention_backends_of", "which backends a model may have", "cfg"),
     Symbol("server_args.ServerArgs.add_cli_args", "adds --clusterkv-config", "parser"),
     Symbol("server_args.ServerArgs.from_cli_args", "takes its value", "args"),
     Symbol(
@@ -39,6 +38,7 @@ RESOLUTION = (
         ),
     ),
     Symbol("arg_groups.overrides.attention_backends_of", "prefill and decode backend", "cfg"),
+    Symbol("arg_groups.model_hook.attention_backends_of", "which backends a model may have", "cfg"),
     Symbol("arg_groups.overrides.model_config_of", "the model's configuration", "server_args"),
     Symbol("arg_groups.overrides.use_mla_backend", "is it MLA", "server_args"),
     Symbol("arg_groups.overrides.declare_resolution", "page size, no decode graphs", "server_args source fields"),

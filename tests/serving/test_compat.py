@@ -378,6 +378,10 @@ def test_learned_attention_sinks_are_served(resolve, model_path, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | gpt_oss))
     record, _ = resolve(*CLUSTERKV, "--disable-hybrid-swa-memory", model=tmp_path)
     assert active.config_of(record) == ClusterKVConfig()
+    from sglang.srt.arg_groups import model_hook, overrides
+
+    assert overrides.attention_backends_of(overrides.resolved_view(record)) == ("clusterkv", "clusterkv")
+    assert model_hook.attention_backends_of is overrides.attention_backends_of
 
 
 def test_models_with_sliding_layers_in_one_pool_are_served(resolve, model_path, tmp_path):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.break_even import MODELLED
 from sglang_clusterkv.kernels.step_model import Launch, StepShape, dense_launches, lists_of, sparse_launches
 from sglang_clusterkv.memory.device import metadata_bytes_per_token
 from sglang_clusterkv.memory.host import host_row_bytes
@@ -181,10 +182,9 @@ def attention_ms(
         item_bytes=model.item_bytes,
         page_size=wish.page_size,
     )
-    clustered = context - lists_of(shape, config).base
     dense_layers = model.layers - model.sliding_layers
     sparse_layers = 0
-    if not is_dense and clustered > config.budget_tokens and context >= config.dense_below_tokens:
+    if not is_dense and _recalls(shape, config):
         dense_layers = min(dense_layers, config.dense_layers)
         sparse_layers = model.layers - model.sliding_layers - dense_layers
     parts = [(dense_layers, dense_launches(shape))]
@@ -193,6 +193,15 @@ def attention_ms(
     if model.sliding_layers:
         parts.append((model.sliding_layers, dense_launches(shape._replace(context=min(context, model.window)))))
     return sum(layers * _launches_ms(launches, wish.tbs) for layers, launches in parts)
+
+
+def _recalls(shape: StepShape, config: ClusterKVConfig) -> bool:
+    """Whether a server's step of this shape is sparse; clusters/decoding.py decides by the same rules."""
+    clustered = shape.context - lists_of(shape, config).base
+    if clustered <= config.budget_tokens or shape.context < config.dense_below_tokens:
+        return False
+    covered_bytes = shape.pairs * clustered * 2 * shape.row_bytes
+    return config.dense_below == "never" or config.host_ratio > 1 or MODELLED.pays(shape.pairs, covered_bytes)
 
 
 def _launches_ms(launches: Sequence[Launch], tbs: float) -> float:
@@ -216,13 +225,19 @@ def _host_tier(model: Checkpoint, config: ClusterKVConfig, wish: Wish, free_byte
     if side.fits >= wish.concurrency:
         return "not needed: all requests fit the device"
     tokens = wish.concurrency * wish.context
-    left = free_bytes / tokens - side.index_bytes
+    kv_heads = max(1, model.kv_heads // wish.tp)
+    row_bytes = (
+        model.layers * kv_heads * host_row_bytes(model.head_dim, getattr(torch, model.dtype), config.host_kv_dtype)
+    )
+    # On a CPU host rows lie in the same memory.
+    left = free_bytes / tokens - side.index_bytes - (row_bytes if wish.tbs is None else 0)
     ratio = math.ceil(2 * side.token_bytes / left) / 2 if left > 0 else math.inf
     if ratio > _MOST_RATIO:
-        return f"none helps: {wish.concurrency} such requests would need host_ratio above {_MOST_RATIO}"
-    kv_heads = max(1, model.kv_heads // wish.tp)
-    row = host_row_bytes(model.head_dim, getattr(torch, model.dtype), config.host_kv_dtype)
-    host_gb = wish.tp * tokens * model.layers * kv_heads * row / 1e9
+        return (
+            f"none helps: {wish.concurrency} such requests would need host_ratio above {_MOST_RATIO} with "
+            f"{config.host_kv_dtype} rows"
+        )
+    host_gb = wish.tp * tokens * row_bytes / 1e9
     said = (
         f"host_ratio {ratio:g} would let all {wish.concurrency} in, with {host_gb:.1f} GB of host memory for "
         f"{config.host_kv_dtype} rows"

@@ -21,7 +21,7 @@ from sglang_clusterkv.tools.plan.checkpoint import read_checkpoint
 from sglang_clusterkv.tools.plan.devices import GPUS, MEMORY_SHARE, REACHED
 from sglang_clusterkv.tools.plan.plan import Plan, Wish, make_plan
 
-CONFIG = ClusterKVConfig()
+CONFIG = ClusterKVConfig(dense_below="never")
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -97,10 +97,14 @@ def test_what_is_not_recalled_is_dense(tmp_path: Path) -> None:
         (WISH._replace(context=512), CONFIG),
         (WISH, ClusterKVConfig(budget_tokens=32_768, candidate_tokens=32_768)),
         (WISH, ClusterKVConfig(dense_below_tokens=40_000)),
+        (WISH._replace(concurrency=2), ClusterKVConfig()),  # a batch of 65,536 tokens: `dense_below` is auto
     ):
         plan = plan_of(tmp_path, wish, config)
         assert plan.sparse.attention_ms == plan.dense.attention_ms
         assert plan.pays_from is None
+    by_itself, always = plan_of(tmp_path, WISH, ClusterKVConfig()), plan_of(tmp_path)
+    assert by_itself.sparse == always.sparse
+    assert by_itself.pays_from and always.pays_from and by_itself.pays_from > always.pays_from
     some = plan_of(tmp_path, WISH, ClusterKVConfig(dense_layers=8))
     mixed = (8 * step_ms(32_768, 8, True) + 24 * step_ms(32_768, 8, False)) / 32
     assert some.sparse.attention_ms == pytest.approx(mixed)
@@ -136,6 +140,12 @@ def test_a_host_tier_that_is_advised_lets_them_in(tmp_path: Path) -> None:
     assert f"{64 * 32_768 * 131_072 / 1e9:.1f} GB of host memory" in plan.host_tier
     rounded = plan_of(tmp_path, WISH._replace(concurrency=64), ClusterKVConfig(host_kv_dtype="int8"))
     assert f"{64 * 32_768 * 256 * 264 / 1e9:.1f} GB of host memory" in rounded.host_tier
+    cpu = WISH._replace(concurrency=30, tbs=None)
+    assert "none helps" in plan_of(tmp_path, cpu).host_tier  # both tiers are the same memory
+    rounded = plan_of(tmp_path, cpu, ClusterKVConfig(host_kv_dtype="int8"))
+    ratio = float(rounded.host_tier.split()[1])
+    row_bytes = 32 * 8 * (2 * 128 + 8)
+    assert rounded.sparse.token_bytes / ratio + rounded.sparse.index_bytes + row_bytes <= 116e9 / (30 * 32_768)
     assert "none helps" in plan_of(tmp_path, WISH._replace(concurrency=1000)).host_tier
 
 

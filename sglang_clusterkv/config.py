@@ -68,6 +68,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     reproducible: bool = False
     host_ratio: float = 1.0
     host_kv_dtype: Literal["auto", "int8"] = "auto"
+    attend_engine: Literal["auto", "triton", "flashinfer"] = "auto"
     prefill_backend: Literal["auto", "fa3", "trtllm_mha", "flashinfer", "triton"] = "auto"
     trace: bool = False
     trace_tokens: int = 256
@@ -106,6 +107,8 @@ FIELD_DOCS: dict[str, str] = {
     "off: everything is on the device. See [memory.md](memory.md).",
     "host_kv_dtype": "Format of keys and values in host memory: auto is the KV cache's own, bit for bit; int8 rounds a page "
     "once, when it is stored there.",
+    "attend_engine": "What attends to recalled tokens on a GPU: our own kernel (triton) or FlashInfer; auto is triton. See "
+    "[gpu.md](gpu.md).",
     "prefill_backend": "Backend of SGLang that prefills on a GPU; auto is SGLang's own choice. See [gpu.md](gpu.md).",
     "trace": "Requests may ask which tokens each step of their answer recalled, and get that with the answer. See "
     "[explain.md](explain.md).",

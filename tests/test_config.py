@@ -60,6 +60,7 @@ def test_the_defaults_are_those_of_the_design():
         "reproducible": False,
         "host_ratio": 1.0,
         "host_kv_dtype": "auto",
+        "attend_engine": "auto",
         "prefill_backend": "auto",
         "trace": False,
         "trace_tokens": 256,

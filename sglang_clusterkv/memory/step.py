@@ -29,6 +29,9 @@ class SparseStep(NamedTuple):
     base_count: torch.Tensor  # int64 [B]
     recallable_tokens: int  # most over the batch
     dense_count: torch.Tensor  # int64 [B], tokens of a request that attends to all of them; 0 for any other
+    lengths: np.ndarray | None = (
+        None  # int64 [B, 2], on the host: always-attended tokens (all, where dense), recallable ones
+    )
 
 
 class DenseStep(NamedTuple):
@@ -108,6 +111,7 @@ def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int)
         base_count=base_count,
         recallable_tokens=int(covered.max()),
         dense_count=torch.zeros_like(base_count),
+        lengths=np.stack([base, covered], 1),
     )
 
 

@@ -90,20 +90,23 @@ def mixed(step: SparseStep, scene: Scene, kinds: str) -> SparseStep:
     pages, segment_of_page = torch.zeros(2, step.batch, width, dtype=torch.int64)
     pages[:, : step.pages.shape[1]], segment_of_page[:, : step.pages.shape[1]] = step.pages, step.segment_of_page
     page_count, base_count, dense_count = step.page_count.clone(), step.base_count.clone(), step.dense_count.clone()
+    assert step.lengths is not None
+    lengths = step.lengths.copy()
     for b, kind in enumerate(kinds):
         if kind != "s":
             page_count[b] = base_count[b] = 0
-            pages[b] = 0
+            pages[b], lengths[b] = 0, 0
         if kind == "d":
             slots = scene.slots(b + 1, LENGTHS[b])
             pages[b, : -(-LENGTHS[b] // PAGE)] = slots[::PAGE] // PAGE
-            dense_count[b] = LENGTHS[b]
+            dense_count[b] = lengths[b, 0] = LENGTHS[b]
     return step._replace(
         pages=pages,
         segment_of_page=segment_of_page,
         page_count=page_count,
         base_count=base_count,
         dense_count=dense_count,
+        lengths=lengths,
     )
 
 

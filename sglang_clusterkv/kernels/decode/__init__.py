@@ -30,7 +30,9 @@ def prepare(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseSte
     if device == "cuda":
         from sglang_clusterkv.kernels.decode import triton
 
-        triton.decoder_of(index, group).prepare(step)
+        decoder = triton.decoder_of(index, group)
+        decoder.use_engine(dtype)
+        decoder.prepare(step)
     elif device == "cpu":
         from sglang_clusterkv.kernels.decode import cpu
 

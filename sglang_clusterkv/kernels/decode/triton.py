@@ -15,6 +15,7 @@ import triton
 
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.attend import triton as attend_triton
+from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend, engine_of
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
@@ -58,6 +59,13 @@ class TritonDecoder:
         )  # fmt: skip
         self._step: SparseStep | None = None
         self.sinks: torch.Tensor | None = None  # of the layer that was selected last
+        self._dtype: torch.dtype | None = None
+        self.engine: FlashInferAttend | None = None  # attends in our kernel's place
+
+    def use_engine(self, dtype: torch.dtype) -> None:
+        """Let FlashInfer attend over pools of `dtype`, if the configuration asks for it and it can; before `prepare`."""
+        if self._dtype is not dtype:
+            self._dtype, self.engine = dtype, engine_of(self.index, self._least.group, dtype)
 
     def prepare(self, step: SparseStep) -> None:
         """Take a step's lists and make the workspace fit."""
@@ -82,6 +90,8 @@ class TritonDecoder:
             self._grow(needed)
         begins = self.workspace.offset[: step.batch + 1]
         torch.arange(0, len(begins) * room, room, dtype=begins.dtype, device=begins.device, out=begins)
+        if self.engine is not None:
+            self.engine.prepare(step, self.config.budget_tokens, self.index.geometry.page_size)
         self._step = step
 
     def _grow(self, needed: WorkspaceShape) -> None:
@@ -135,6 +145,9 @@ class TritonDecoder:
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tier: TierLayer | None = None
     ) -> None:
         """Exact attention over always-attended and recalled tokens."""
+        if self.engine is not None:
+            self.engine.attend(q, keys, values, scale, self.workspace)
+            return
         page_size = self.index.geometry.page_size
         attend_triton.attend(q, keys, values, self.step, page_size, scale, self.workspace, self.splits, tier)
 
@@ -146,7 +159,7 @@ class TritonDecoder:
     def merge(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
         """Both parts, and the sinks that select was given: [B, heads, D] in `dtype`; and how much was read exactly."""
         return merge_triton.merge(
-            self.workspace, self.step, self.splits, sum(self.parts), self.index.mass_cells[layer], dtype, self.sinks
+            self.workspace, self.step, self.splits, sum(self.parts), self.index.mass_cells[layer], dtype, self.sinks, self.engine
         )
 
 
@@ -174,6 +187,7 @@ def sparse_decode(
     # them from one product with keys and values.
     grouped = q.to(keys.dtype).unflatten(1, (keys.shape[1], -1))
     decoder = decoder_of(index, grouped.shape[2])
+    decoder.use_engine(keys.dtype)
     decoder.prepare(step)
     decoder.score(grouped, keys, layer, scale, tier)
     decoder.select(sinks)

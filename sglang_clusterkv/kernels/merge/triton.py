@@ -6,6 +6,7 @@ A part whose log-sum-exp is -inf is not read. A request that has no other gives 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,12 +18,17 @@ from sglang_clusterkv.kernels.triton_softmax import LOG2_E
 from sglang_clusterkv.kernels.workspace import Workspace
 
 if TYPE_CHECKING:
+    from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend
     from sglang_clusterkv.memory.step import SparseStep
 
 # Shares are added to the float64 accumulator as multiples of this: sums below 2^33 are exact then, so that atomic additions
 # give the same sum in any order.
 SHARE_STEPS = tl.constexpr(1048576.0)
 PARTS_AT_ONCE = 32
+NATURAL, BINARY = (
+    1.0,
+    math.log(2),
+)  # natural units of a log-sum-exp, by its base: ours are of base e, FlashInfer's of base 2
 
 
 @triton.jit
@@ -38,9 +44,12 @@ def highest_lse(lse, first, parts, GROUP: tl.constexpr, BLOCK_P: tl.constexpr):
 @triton.jit
 def sum_parts(
     output, lse, first, parts, peak, GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_P: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """(sum [D], weight) of `parts` normalised outputs, relative to exp(peak), which is finite; the first is row `first`."""
+    """(sum [D], weight) of `parts` normalised outputs, relative to exp(peak), which is finite; the first is row `first`.
+
+    UNIT: of their log-sum-exps, in natural ones.
+    """
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
     weight = 0.0
@@ -49,7 +58,7 @@ def sum_parts(
         row = first + p * GROUP
         listed = p < parts
         own = tl.load(lse + row, mask=listed, other=float("-inf"))
-        share = tl.exp2((own - peak) * LOG2_E)
+        share = tl.exp2((own * UNIT - peak) * LOG2_E)
         at = output + row[:, None] * CHANNELS + d[None, :]
         rows = tl.load(at, mask=(own != float("-inf"))[:, None] & (d < CHANNELS)[None, :], other=0.0)
         total += tl.sum(rows * share[:, None], 0)
@@ -64,14 +73,15 @@ COUNTS = ("splits", "parts")  # they change from step to step
 def merge_kernel(
     exact_output, exact_lse, rest_output, rest_lse, sinks, total, page_count, merged, mass, splits, parts,
     HEADS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    ESTIMATED: tl.constexpr, NOTED: tl.constexpr,
+    ESTIMATED: tl.constexpr, NOTED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, query heads of a group).
 
     exact_output [B, H, splits, G, D], exact_lse [B, H, splits, G]; rest_* likewise, if ESTIMATED; merged [B, H, G, D]. If
     NOTED, a request without pages of clusters (page_count [B]) has no rest, and of all others the share of the mass that was
     read exactly goes to mass float64 [H, 2] (see `reference.note_mass`); the whole is the parts' sum or, not ESTIMATED,
-    exp(total [B, H, G]). sinks: [H, G], learned logits that are read exactly and have no value; None: there are none.
+    exp(total [B, H, G]). sinks: [H, G], learned logits that are read exactly and have no value; None: there are none. UNIT: of
+    exact_lse, in natural ones.
     """
     pair, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     exact_first = pair * splits * GROUP + g
@@ -79,19 +89,19 @@ def merge_kernel(
     if NOTED:
         sparse = tl.load(page_count + pair // HEADS) > 0
         parts = tl.where(sparse, parts, 0)
-    peak = highest_lse(exact_lse, exact_first, splits, GROUP, BLOCK_P)
+    peak = highest_lse(exact_lse, exact_first, splits, GROUP, BLOCK_P) * UNIT
     if ESTIMATED:
         peak = tl.maximum(peak, highest_lse(rest_lse, rest_first, parts, GROUP, BLOCK_P))
     if sinks is not None:
         sink = tl.load(sinks + pair % HEADS * GROUP + g).to(tl.float32)
         peak = tl.maximum(peak, sink)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    sums, exact = sum_parts(exact_output, exact_lse, exact_first, splits, peak, GROUP, CHANNELS, BLOCK_D, BLOCK_P)
+    sums, exact = sum_parts(exact_output, exact_lse, exact_first, splits, peak, GROUP, CHANNELS, BLOCK_D, BLOCK_P, UNIT)
     if sinks is not None:
         exact += tl.exp2((sink - peak) * LOG2_E)
     whole = exact
     if ESTIMATED:
-        others, rest = sum_parts(rest_output, rest_lse, rest_first, parts, peak, GROUP, CHANNELS, BLOCK_D, BLOCK_P)
+        others, rest = sum_parts(rest_output, rest_lse, rest_first, parts, peak, GROUP, CHANNELS, BLOCK_D, BLOCK_P, 1.0)
         sums += others
         whole += rest
     d = tl.arange(0, BLOCK_D)
@@ -120,14 +130,15 @@ def _launch(
     mass: torch.Tensor | None,
     merged: torch.Tensor,
     sinks: torch.Tensor | None,
+    unit: float = NATURAL,
 ) -> None:
-    """Launch over merged [B, H, G, D]; `exact` and `rest` are (output, lse)."""
+    """Launch over merged [B, H, G, D]; `exact` and `rest` are (output, lse); `unit` is that of exact's log-sum-exps."""
     batch, heads, group, channels = merged.shape
     rest_output, rest_lse = rest or (None, None)
     merge_kernel[(batch * heads, group)](
         *exact, rest_output, rest_lse, sinks, total, page_count, merged, mass, splits, parts, HEADS=heads,
         GROUP=group, CHANNELS=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_P=PARTS_AT_ONCE,
-        ESTIMATED=rest is not None, NOTED=mass is not None,
+        ESTIMATED=rest is not None, NOTED=mass is not None, UNIT=unit,
     )  # fmt: skip
 
 
@@ -139,6 +150,7 @@ def merge(
     mass: torch.Tensor,
     dtype: torch.dtype,
     sinks: torch.Tensor | None = None,
+    engine: FlashInferAttend | None = None,
 ) -> torch.Tensor:
     """Merge what attend and the estimate left in the workspace, and note the recalled mass of the sparse requests.
 
@@ -150,6 +162,7 @@ def merge(
         mass: float64 [H, 2] of the layer.
         dtype: of the result.
         sinks: [heads], learned logits that have no token; None: there are none.
+        engine: attended in our kernel's place, in one part; then the workspace has the estimate alone.
 
     Returns:
         [B, heads, D]; 0 for a request that attended to nothing.
@@ -157,7 +170,12 @@ def merge(
     shape = w.shape
     merged = torch.empty((step.batch, shape.heads, shape.group, shape.channels), dtype=dtype, device=w.exact_lse.device)
     rest = (w.rest_output, w.rest_lse) if parts else None
-    _launch((w.exact_output, w.exact_lse), splits, rest, parts, w.total, step.page_count, mass, merged, sinks)
+    if engine is not None:
+        exact = (engine.output, engine.lse)
+        _launch(exact, 1, rest, parts, w.total, step.page_count, mass, merged, sinks, BINARY)
+    else:
+        exact = (w.exact_output, w.exact_lse)
+        _launch(exact, splits, rest, parts, w.total, step.page_count, mass, merged, sinks)
     return merged.flatten(1, 2)
 
 
@@ -182,7 +200,7 @@ def _case(channels: int) -> CompileCase:
     """A case of Llama's group."""
     constants = {
         "HEADS": 8, "GROUP": 4, "CHANNELS": channels, "BLOCK_D": channels, "BLOCK_P": PARTS_AT_ONCE, "ESTIMATED": True,
-        "NOTED": True, "sinks": None,
+        "NOTED": True, "sinks": None, "UNIT": NATURAL,
     }  # fmt: skip
     return CompileCase(
         f"merge D={channels}",

@@ -29,7 +29,7 @@ CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dty
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env browser demo-model serve demo explain test selected warm test-all test-unit test-compiled test-servers test-long test-gpu sanitize bench bench-quick soak mutants check package lint style types clean
+.PHONY: help env dev-env browser demo-model serve demo explain test selected warm test-all test-unit test-compiled test-servers test-long test-gpu gpu-kit sanitize bench bench-quick soak mutants check package lint style types clean
 
 help:
 	@echo "make serve   environment (once), demo model (once), then a server on $(HOST):$(PORT) with clusterkv"
@@ -48,8 +48,10 @@ help:
 	@echo "             --question \"...\"'); make serve keeps traces unless it is given SERVE_ARGS or options"
 	@echo "make bench-quick  KL against bytes read, each operation's time, servers under load: the essential tables, 10 minutes"
 	@echo "make bench   the whole evaluation, quality and speed; alone on the machine, a night (BENCH_SAMPLES=10 shortens it)"
-	@echo "make test-gpu  on a machine with a CUDA device: the kernels' tests there, 'make sanitize' (compute-sanitizer's memcheck"
-	@echo "             and racecheck), then benchmarks.kernels against dense decode"
+	@echo "make test-gpu  on a machine with a CUDA device, without network and pip, in 8 minutes at most: the kernels' tests there,"
+	@echo "             graphs, each operation's time beside the prediction, servers, memcheck (GPU_ARGS='--parts tests graphs')"
+	@echo "make gpu-kit what such a machine may lack, SGLang among it, as one archive (docs/gpu.md)"
+	@echo "make sanitize  on such a machine: compute-sanitizer's memcheck and racecheck, as long as they take"
 	@echo "make soak    30 minutes of mixed traffic: are memory and latency flat? (SOAK_ARGS='--minutes 5')"
 	@echo "make mutants breaks the engine, one rule at a time: the state machine of the tests must notice each"
 	@echo "make check   compares the installed SGLang with what this package relies on; SGLANG=0.5.22 another release, which it fetches"
@@ -157,10 +159,17 @@ bench: dev-env demo-model
 	$(PY) -m benchmarks.quality.turns
 	$(PY) -m benchmarks.chat
 
-test-gpu: dev-env
-	$(PY) -m pytest tests/kernels/triton --device cuda
-	$(MAKE) sanitize
-	$(PY) -m benchmarks.kernels --device cuda --trust
+# Installs nothing, for such machines often have no network: with $(PY) where it is there, else with the machine's Python and
+# what GPU_SITE has (`make gpu-kit`).
+GPU_PY ?= $(or $(wildcard $(PY)),$(PYTHON))
+GPU_SITE ?= $(wildcard build/gpu-site)
+GPU_ARGS ?=
+test-gpu:
+	PYTHONPATH='$(GPU_SITE)' HF_HUB_OFFLINE=1 $(GPU_PY) -m benchmarks.gpu $(GPU_ARGS)
+
+# What a machine of Python 3.12, torch 2.11 and Triton 3.6 without a network lacks, as build/gpu-site.tar.xz.
+gpu-kit:
+	benchmarks/gpu/kit.sh build $(GPU_KIT_ARGS)
 
 # Every kernel, in a short run. Without the caching allocator, else a read beyond a tensor ends in another one.
 SANITIZED = tests/kernels/triton --device cuda -q -k 'chain_equals or dense_decode_equals or index_holds or duplicate_keys_are_labelled or as_a_cpu or either_tier'

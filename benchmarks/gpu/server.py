@@ -49,7 +49,7 @@ class Arm(NamedTuple):
 
 ARMS = {
     "sparse": Arm("clusterkv", True, {}),
-    "eager": Arm("clusterkv", True, {"disable_cuda_graph": True}),
+    "eager": Arm("clusterkv", True, {"disable_decode_cuda_graph": True}),
     "dense-triton": Arm("triton", False, {}),
     "dense-flashinfer": Arm("flashinfer", False, {}),
 }
@@ -61,8 +61,8 @@ def arguments_of(arm: Arm, folder: Path) -> dict[str, Any]:
     return {
         "model_path": str(folder), "load_format": "dummy", "skip_tokenizer_init": True, "attention_backend": arm.backend,
         "sampling_backend": "pytorch", "grammar_backend": "none", "context_length": CONTEXT + 1024,
-        "cuda_graph_max_bs": BATCH, "max_running_requests": BATCH, "chunked_prefill_size": 8192, "mem_fraction_static": 0.85,
-        "log_level": "warning", **arm.arguments,
+        "cuda_graph_max_bs_decode": BATCH, "max_running_requests": BATCH, "chunked_prefill_size": 8192,
+        "mem_fraction_static": 0.85, "log_level": "warning", **arm.arguments,
     }  # fmt: skip
 
 
@@ -114,9 +114,7 @@ def measure(name: str, dry: bool) -> list[Figure]:
         from sglang.srt.server_args import ServerArgs
 
         load_plugins()
-        # A backend of a GPU's is refused on a CPU, before anything of the arguments is looked at.
-        on_cpu = {} if arm.is_sparse else {"attention_backend": "torch_native"}
-        ServerArgs(**arguments | on_cpu | {"device": "cpu"}).resolve_once()
+        ServerArgs(**arguments | {"device": "cpu"}).resolve_once()
         return [Figure(f"step, {BATCH} x {CONTEXT:,}", math.nan, "ms", predicted_ms(arm))]
 
 

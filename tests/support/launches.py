@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
+from benchmarks.gpu.dry import NoGpu
 from sglang_clusterkv.clusters import build, warmup
 from sglang_clusterkv.clusters.build import write_in_place
 from sglang_clusterkv.config import ClusterKVConfig
@@ -32,22 +32,6 @@ from tests.support.scenes import PAGE, Scene, Tiers
 
 HEADS, GROUP, HEAD_DIM, DTYPE = 2, 4, 128, torch.bfloat16
 CONTEXT = 10240
-
-
-class NoGpu:
-    """What Triton's launcher asks of a driver before it compiles."""
-
-    def get_current_target(self) -> GPUTarget:
-        """An H100."""
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        """The first."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """The default one."""
-        return 0
 
 
 class Compiled:

@@ -159,7 +159,14 @@ class TritonDecoder:
     def merge(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
         """Both parts, and the sinks that select was given: [B, heads, D] in `dtype`; and how much was read exactly."""
         return merge_triton.merge(
-            self.workspace, self.step, self.splits, sum(self.parts), self.index.mass_cells[layer], dtype, self.sinks, self.engine
+            self.workspace,
+            self.step,
+            self.splits,
+            sum(self.parts),
+            self.index.mass_cells[layer],
+            dtype,
+            self.sinks,
+            self.engine,
         )
 
 

@@ -166,7 +166,7 @@ class TritonDecoder:
             self.index.mass_cells[layer],
             dtype,
             self.sinks,
-            self.engine,
+            None if self.engine is None else (self.engine.output, self.engine.lse),
         )
 
 

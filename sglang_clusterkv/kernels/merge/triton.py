@@ -18,7 +18,6 @@ from sglang_clusterkv.kernels.triton_softmax import LOG2_E
 from sglang_clusterkv.kernels.workspace import Workspace
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend
     from sglang_clusterkv.memory.step import SparseStep
 
 # Shares are added to the float64 accumulator as multiples of this: sums below 2^33 are exact then, so that atomic additions
@@ -150,7 +149,7 @@ def merge(
     mass: torch.Tensor,
     dtype: torch.dtype,
     sinks: torch.Tensor | None = None,
-    engine: FlashInferAttend | None = None,
+    binary: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Merge what attend and the estimate left in the workspace, and note the recalled mass of the sparse requests.
 
@@ -162,7 +161,8 @@ def merge(
         mass: float64 [H, 2] of the layer.
         dtype: of the result.
         sinks: [heads], learned logits that have no token; None: there are none.
-        engine: attended in our kernel's place, in one part; then the workspace has the estimate alone.
+        binary: the exact part of whoever attended in our kernel's place, output [B, H, 1, G, D] and log-sum-exps of base 2
+            [B, H, 1, G]; then the workspace has the estimate alone.
 
     Returns:
         [B, heads, D]; 0 for a request that attended to nothing.
@@ -170,9 +170,8 @@ def merge(
     shape = w.shape
     merged = torch.empty((step.batch, shape.heads, shape.group, shape.channels), dtype=dtype, device=w.exact_lse.device)
     rest = (w.rest_output, w.rest_lse) if parts else None
-    if engine is not None:
-        exact = (engine.output, engine.lse)
-        _launch(exact, 1, rest, parts, w.total, step.page_count, mass, merged, sinks, BINARY)
+    if binary is not None:
+        _launch(binary, 1, rest, parts, w.total, step.page_count, mass, merged, sinks, BINARY)
     else:
         exact = (w.exact_output, w.exact_lse)
         _launch(exact, splits, rest, parts, w.total, step.page_count, mass, merged, sinks)

@@ -34,15 +34,22 @@ def choose(config: ClusterKVConfig, view: Any, sglang_choice: str, sinks: bool =
     """
     asked = config.prefill_backend
     if asked != "auto":
-        if why := _unusable(asked, config, view.page_size, sinks):
+        if why := unusable(asked, config, view.page_size, sinks):
             raise ConfigError(f"prefill_backend={asked} {why}, or set it to auto")
         return asked
-    choices = (name for name in (sglang_choice, *_OTHERS) if _unusable(name, config, view.page_size, sinks) is None)
+    choices = (name for name in (sglang_choice, *_OTHERS) if unusable(name, config, view.page_size, sinks) is None)
     return next(choices)
 
 
-def _unusable(name: str, config: ClusterKVConfig, page_size: int, sinks: bool) -> str | None:
-    """Why a backend does not prefill on this GPU, in words that follow its name; None where it does."""
+def unusable(name: str, config: ClusterKVConfig, page_size: int, sinks: bool) -> str | None:
+    """Why a backend does not prefill on this GPU, in words that follow its name; None where it does.
+
+    Args:
+        name: of the backend, one of `NAMES` or any other of SGLang's.
+        config: `host_ratio` counts.
+        page_size: tokens per page.
+        sinks: whether the model has learned attention sinks.
+    """
     if sinks and name not in SINK_BACKENDS:
         return f"does not take this model's learned attention sinks: use {' or '.join(SINK_BACKENDS)}"
     if config.host_ratio > 1 and name not in TIER_BACKENDS:
@@ -80,6 +87,7 @@ def _flashinfer(page_size: int) -> str | None:
 
 
 _UNUSABLE = {"fa3": _fa3, "trtllm_mha": _trtllm, "flashinfer": _flashinfer, "triton": lambda page_size: None}
+NAMES = tuple(_UNUSABLE)
 
 
 def resolve(config: ClusterKVConfig, server_args: Any, view: Any) -> ClusterKVConfig:

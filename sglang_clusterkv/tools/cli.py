@@ -35,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     check = commands.add_parser(
-        "check", help="compare the installed SGLang with what the plugin relies on; exit code 1 when they differ"
+        "check",
+        help="compare the installed SGLang with what the plugin relies on, exit code 1 when they differ; and what the GPU can",
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -207,12 +208,12 @@ def _depths(text: str) -> list[int]:
 def _check(args: argparse.Namespace) -> int:
     from importlib.metadata import PackageNotFoundError
 
-    from sglang_clusterkv.serving import sglang_differences
+    from sglang_clusterkv.serving import gpu_facts, sglang_differences
 
     try:
         # SGLang's modules print and warn while they are imported; the result alone is wanted here.
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
-            report = sglang_differences.report()
+            report = sglang_differences.report() | {"gpu": gpu_facts.report()}
     except PackageNotFoundError:
         print("sglang-clusterkv: SGLang is not installed: pip install 'sglang>=0.5.22,<0.5.24'", file=sys.stderr)
         return 1
@@ -228,6 +229,7 @@ def _check(args: argparse.Namespace) -> int:
             else f"{count} {'differs' if count == 1 else 'differ'}: install sglang 0.5.23 or 0.5.22"
         )
         print(f"SGLang {report['sglang']}, {report['symbols']} symbols: {verdict}")
+        print("\n".join(gpu_facts.lines(report["gpu"])))
     return 0 if report["ok"] else 1
 
 

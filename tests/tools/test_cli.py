@@ -36,14 +36,15 @@ def no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_check_exits_1_with_one_line_per_difference(one_difference: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check"]) == 1
-    first, verdict = capsys.readouterr().out.splitlines()
+    first, verdict, *_ = capsys.readouterr().out.splitlines()
     assert first == "sglang.srt.some.thing: expected (a b), found (a)"
     assert "1 differs" in verdict
 
 
 def test_check_exits_0_when_nothing_differs(no_difference: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check"]) == 0
-    assert "all as expected" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "all as expected" in out and "GPU: none (torch finds no CUDA device); servers run on the CPU" in out
 
 
 def test_check_json_is_json_alone(one_difference: None, capsys: pytest.CaptureFixture[str]) -> None:

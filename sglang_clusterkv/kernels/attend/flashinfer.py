@@ -43,7 +43,7 @@ def why_not(config: ClusterKVConfig, heads: int, channels: int, dtype: torch.dty
         dtype: of the KV pool.
         slots: of the pool.
     """
-    if importlib.util.find_spec("flashinfer") is None:
+    if not _installed():
         return "FlashInfer is not installed"
     if config.trace:
         return "traces are made from what our own kernels leave"
@@ -56,6 +56,13 @@ def why_not(config: ClusterKVConfig, heads: int, channels: int, dtype: torch.dty
     if slots * heads >= _MOST_PAGES:
         return f"{slots:,} slots of {heads} kv heads are more than its indices of 32 bits can name"
     return None
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("flashinfer") is not None
+    except ValueError:  # it was put out of reach
+        return False
 
 
 class FlashInferAttend:

@@ -120,7 +120,10 @@ def run(part: Part, out: Path, dry: bool, limit_s: float) -> Result:
         return Result(part.name, "left out", f"no time was left: --parts {part.name}", 0.0, [])
     figures = out / f"{part.name}.figures.json"
     figures.unlink(missing_ok=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *_inherited()])}
+    environment = {
+        "FLASHINFER_DISABLE_JIT": "1"
+    } | os.environ  # its kernels take minutes to compile: those that are there
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *_inherited()])
     if part.name == "memcheck":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a read beyond a tensor ends in another one
     begin = time.monotonic()

@@ -5,7 +5,8 @@
 #     benchmarks/gpu/kit.sh OUT [AOT]     writes OUT/gpu-site.tar.xz, about 30 MB; PY names a python3.12 with pip
 #
 # There: mkdir build/gpu-site && tar -C build/gpu-site -xJf gpu-site.tar.xz, then `make test-gpu`.
-# AOT: a folder of FlashInfer's compiled modules, each NAME/NAME.so; without it FlashInfer compiles them there, for minutes.
+# AOT: a folder of FlashInfer's compiled modules, each NAME/NAME.so, as FlashInfer leaves them in its cache's folder cached_ops
+# where it has compiled for the same GPU; without it nothing runs by FlashInfer there unless it may compile, for minutes.
 #
 # SGLang's kernel package is compiled for a newer torch: the four operators of it that a Llama needs are torch's here. So its FA3 is
 # missing, and dense attention is Triton's or FlashInfer's.
@@ -23,7 +24,7 @@ out=$(cd "$out" && pwd)
     pydantic-core pyzmq ipython traitlets typing-inspection uvicorn uvloop fastapi annotated-types opentelemetry-api dill \
     compressed-tensors==0.18.0 loguru gguf openai==2.8.0 sniffio distro partial-json-parser setproctitle jsonschema referencing \
     rpds-py jsonschema-specifications xgrammar==0.2.7 soundfile==0.13.1 cffi pycparser python-multipart prometheus-client \
-    pytest pluggy iniconfig pytest-xdist execnet hypothesis sortedcontainers tqdm
+    pytest pluggy iniconfig pytest-xdist execnet hypothesis sortedcontainers psutil requests
 "$py" -m pip install -q --no-index --no-deps --no-compile --target "$site" \
     $(find "$wheels" -name '*.whl' | grep -v -e sglang -e flashinfer_python)
 

@@ -44,14 +44,14 @@ class Chain:
         self.guarded = Guarded(device)
         self.index.scratch["triton decoder", GROUP] = TritonDecoder(self.index, GROUP, self.guarded)
 
-    def result(self) -> torch.Tensor:
-        found = sparse_decode(self.q, *self.pool, self.index, 0, self.step, SCALE).float()
+    def result(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        found = sparse_decode(self.q, *self.pool, self.index, 0, self.step, SCALE, sinks=sinks).float()
         self.guarded.assert_untouched()
         return found
 
-    def expected(self) -> torch.Tensor:
+    def expected(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """By the references, every request sparse."""
-        return reference.sparse_decode(self.q, *self.pool, self.index, 0, self.sparse_step, SCALE).float()
+        return reference.sparse_decode(self.q, *self.pool, self.index, 0, self.sparse_step, SCALE, sinks=sinks).float()
 
     @property
     def engine(self) -> flashinfer.FlashInferAttend | None:
@@ -62,6 +62,11 @@ class Chain:
 def _stand_in(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if device == "cpu":
         stand_in.install(monkeypatch, HEADS)
+    else:
+        try:
+            flashinfer.FlashInferAttend(HEADS, GROUP, CHANNELS, DTYPE, device)
+        except Exception as error:
+            pytest.skip(f"FlashInfer has no kernels here: {error}")
     monkeypatch.setattr(flashinfer, "_said", set())
     yield
 
@@ -98,6 +103,13 @@ def test_a_mixture_is_each_request_alone(kinds: str, device: str) -> None:
             assert close(result[b], whole[0].float())
         else:
             assert result[b].isfinite().all()
+
+
+def test_learned_sinks_join_behind_flashinfer(device: str) -> None:
+    """They have no token, so no list has them; merge adds them in natural units."""
+    chain = Chain(device)
+    sinks = torch.linspace(-1, 6, HEADS * GROUP, device=device)
+    assert close(chain.result(sinks), chain.expected(sinks)) and not close(chain.expected(sinks), chain.expected())
 
 
 def test_natural_log_sum_exps_would_be_seen(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

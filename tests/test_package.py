@@ -116,7 +116,7 @@ def python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = home / "bin" / "python"
     (folder,) = home.glob("lib/python*/site-packages")
     # A path in a .pth file is searched for packages, but its own .pth files, the clone's among them, are not read.
-    (folder / "others.pth").write_text(f"{Path(os.__file__).parent}\n{_site_packages()}\n")
+    (folder / "others.pth").write_text(f"{_site_packages()}\n")
     install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(built.wheel)]
     subprocess.run([sys.executable, *install], check=True)
     return python

@@ -115,5 +115,18 @@ def compile_for(case: CompileCase, target: int) -> Compiled:
     )
 
 
+def listing_of(case: CompileCase, target: int) -> str:
+    """Machine code of a case, each instruction below the source lines that it is from, through all inlined functions."""
+    source, options = _source(case)
+    with triton.knobs.compilation.scope():
+        # What was compiled before names the lines, and the folder, of that time.
+        triton.knobs.compilation.always_compile = True
+        kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        return _tool("nvdisasm", "-c", "-gi", cubin.name)
+
+
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout

@@ -17,6 +17,7 @@ from sglang_clusterkv.config import MIN_SEGMENT_PAGES, ClusterKVConfig
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
+from sglang_clusterkv.kernels.grids import batch_of_large_tiles
 from sglang_clusterkv.kernels.tier import fetch, store
 from sglang_clusterkv.memory.device import Geometry, index_pages
 from sglang_clusterkv.memory.index import ClusterIndex
@@ -105,9 +106,11 @@ def compile_kernels(
         per_segment = config.segment_tokens // config.tokens_per_cluster
         counts = _segment_counts(per_segment, context_tokens // config.tokens_per_cluster)
         steps += [_repeated(step.sparse, count) for count in counts]
+        limit = config.candidate_tokens if config.refine else config.budget_tokens
+        steps.append(_many(step.sparse, batch_of_large_tiles(kv_heads, limit)))
     decode = engine.tracing.around(sparse_decode)
     for sparse in steps:
-        decode(q, keys, values, engine.index, 0, sparse, 1.0, **more)
+        decode(q.expand(sparse.batch, -1, -1), keys, values, engine.index, 0, sparse, 1.0, **more)
     engine.tracing.collect(trace, tokens + 1)
     slots = engine.req_to_token[1, : tokens + 1].long()
     dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0, **more)
@@ -159,3 +162,11 @@ def _repeated(step: SparseStep, segments: int) -> SparseStep:
         segment_count=torch.full_like(step.segment_count, segments),
         recallable_tokens=step.recallable_tokens // step.pages.shape[1] * pages * segments,
     )
+
+
+def _many(step: SparseStep, batch: int) -> SparseStep:
+    """A step of so many requests, each that of `step`."""
+    lists = [
+        value.repeat(batch, *(1,) * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value for value in step
+    ]
+    return SparseStep(*lists)._replace(batch=batch)

@@ -16,6 +16,8 @@ LEAST_REST = 512  # clusters that share their segment's mean value, likewise
 ATTEND_PROGRAMS = 264  # two for each of an H100's SMs
 SCORE_PROGRAMS = 528  # four, for clusters
 MOST_BASE = 16  # programs for the always-attended tokens of a (request, kv head); usual are 10 tiles of them
+FEW_CANDIDATES, MANY_CANDIDATES = 64, 256  # per program of refine's values
+CANDIDATE_PROGRAMS = 264  # two: then a program takes many candidates
 ESTIMATE_PROGRAMS = 528  # four: these wait for memory more than they compute
 
 
@@ -32,6 +34,16 @@ def score_programs(heads: int, batch: int, base: int, clusters: int) -> ScorePro
         max(1, min(-(-base // SCORE_TOKENS), MOST_BASE)),
         share_count(heads * batch, clusters, SCORE_CLUSTERS, SCORE_PROGRAMS),
     )
+
+
+def candidate_tile(pairs: int, candidates: int) -> int:
+    """Candidates per program of refine's values: many where there are programs enough for that."""
+    return MANY_CANDIDATES if pairs * -(-candidates // MANY_CANDIDATES) >= CANDIDATE_PROGRAMS else FEW_CANDIDATES
+
+
+def batch_of_large_tiles(heads: int, candidates: int) -> int:
+    """The least batch for which `candidate_tile` takes many."""
+    return -(-CANDIDATE_PROGRAMS // (heads * -(-candidates // MANY_CANDIDATES)))
 
 
 class EstimateParts(NamedTuple):

@@ -22,7 +22,6 @@ BANDWIDTHS_TBS = (3.35, 4.8)  # H100 SXM, H200
 # Rows from pinned memory over PCIe 5: as long copies, and a fifth of it, as scattered rows may be.
 BUSES_GBS = (50.0, 10.0)
 LAUNCH_US = 2.5  # inside a captured graph
-REFINE_CANDIDATES = 64  # candidates per program of refine's values
 _INT, _LONG, _FLOAT, _HALF = 4, 8, 4, 2  # bytes
 
 
@@ -117,7 +116,8 @@ def sparse_launches(shape: StepShape, config: ClusterKVConfig) -> list[Launch]:
         parts = grids.estimate_parts(shape.pairs, lists.clusters, config.estimate_clusters)
     splits = grids.split_count(shape.pairs, lists.base + config.budget_tokens)
     launches = [_score(shape, config, lists), _select(shape, config, lists)]
-    launches += _refine(shape, config, lists) if config.refine else [_recall_all(shape, config, lists)]
+    chosen = _own_bytes(shape, config, lists) if parts.rest else 0
+    launches += _refine(shape, config, lists, chosen) if config.refine else _recall_all(shape, config, lists, chosen)
     launches.append(_attend(shape, lists, splits))
     if config.estimate:
         launches.append(_estimate(shape, config, lists, parts))
@@ -200,21 +200,28 @@ def _select(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
     return Launch("select", shape.pairs, _logit_bytes(shape, lists) + shape.pairs * (sums + written) + segments)
 
 
-def _refine(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> list[Launch]:
+def _own_bytes(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> int:
+    """For the list of clusters that are estimated at their own mean value: what is left of all, and the list with its edge."""
+    return shape.pairs * (lists.clusters * (_FLOAT + _INT) + (min(config.estimate_clusters, lists.clusters) + 3) * _INT)
+
+
+def _refine(shape: StepShape, config: ClusterKVConfig, lists: Lists, chosen: int) -> list[Launch]:
     code = TokenCodec(config.code_bits, shape.head_dim).code_bytes + _HALF + _HALF  # and scale and member
     touched = lists.candidates // config.tokens_per_cluster  # clusters, each of average size
     read = lists.candidates * (code + _LONG) + touched * shape.group * _FLOAT
     read += shape.group * shape.head_dim * _FLOAT
     values = shape.pairs * (read + lists.candidates * (_FLOAT + _INT)) + _page_bytes(shape, lists)
     choice = lists.candidates * (_LONG + _FLOAT + _INT) + lists.recalled * (_LONG + 2 * _INT)
-    programs = shape.pairs * -(-config.candidate_tokens // REFINE_CANDIDATES)
-    return [Launch("refine: values", programs, values), Launch("refine: choice", shape.pairs, shape.pairs * choice)]
+    programs = shape.pairs * -(-config.candidate_tokens // grids.candidate_tile(shape.pairs, config.candidate_tokens))
+    choice = shape.pairs * choice + chosen
+    return [Launch("refine: values", programs, values), Launch("refine: choice", shape.pairs, choice)]
 
 
-def _recall_all(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
+def _recall_all(shape: StepShape, config: ClusterKVConfig, lists: Lists, chosen: int) -> list[Launch]:
     moved = lists.candidates * (_LONG + _HALF + _LONG + 2 * _INT)
-    programs = shape.pairs * -(-config.budget_tokens // REFINE_CANDIDATES)
-    return Launch("recall", programs, shape.pairs * moved + _page_bytes(shape, lists))
+    programs = shape.pairs * -(-config.budget_tokens // grids.FEW_CANDIDATES)
+    recall = Launch("recall", programs, shape.pairs * moved + _page_bytes(shape, lists))
+    return [recall, Launch("own clusters", shape.pairs, chosen)] if chosen else [recall]
 
 
 def _attend(shape: StepShape, lists: Lists, splits: int) -> Launch:
@@ -229,7 +236,7 @@ def _estimate(shape: StepShape, config: ClusterKVConfig, lists: Lists, parts: gr
     own = shape.pairs * chosen * RowCodec(config.centroid_dtype, shape.head_dim).row_bytes
     shared = _page_bytes(shape, lists)
     if parts.rest:
-        masses = lists.clusters * _FLOAT + 2 * chosen * _INT  # read, and the list written and read
+        masses = lists.clusters * _FLOAT + (chosen + 3) * _INT  # and the list with its edge
         own += shape.pairs * (masses + lists.segments * shape.head_dim * _HALF)
     moved = own + _logit_bytes(shape, lists) + shared + _part_bytes(shape, sum(parts))
     return Launch("estimate", shape.pairs * sum(parts), moved)

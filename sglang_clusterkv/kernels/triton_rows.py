@@ -29,19 +29,68 @@ _SIGN = tl.constexpr(-(2**31))  # of a float32, as int32
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@triton.jit
-def int4_levels(words, SLICE: tl.constexpr, DOT: tl.constexpr):
-    """Levels of one slice of int4 rows, -8 to 7, exact in every `DOT` dtype. words: int32, any shape.
+def _int4_assembly(exponent: int, offset: int, multiply_add: str) -> str:
+    """PTX that makes the levels of two words' nibbles, in pairs of 16-bit numbers: slice j of both in the j-th register.
 
-    A nibble is put into the mantissa of 2^23, where it stands, so that one logical operation and one fused multiply-add
-    make it a number: a conversion from an integer takes four times as long. The upper three are shifted down together.
+    Args:
+        exponent: 16 bits of the number whose last place is 1, so that a nibble in its mantissa counts as it stands.
+        offset: 16 bits of -(that number + 8).
+        multiply_add: the instruction for pairs.
     """
+    both, one = exponent | 8, {"bf16x2": 0x3F80, "f16x2": 0x3C00}[multiply_add.rsplit(".", 1)[1]]
+    lines = [
+        ".reg .b32 low, high, one, less, moved;",
+        f"mov.b32 one, 0x{one:04x}{one:04x};",
+        f"mov.b32 less, 0x{offset:04x}{offset:04x};",
+        "prmt.b32 low, $8, $9, 0x5410;",
+        "prmt.b32 high, $8, $9, 0x7632;",
+    ]
+    for j in range(8):
+        half, shift = ("low", "high")[j // 4], 4 * (j % 4)
+        lines.append(f"shr.u32 moved, {half}, {shift};" if shift else f"mov.b32 moved, {half};")
+        lines.append(f"lop3.b32 moved, moved, 0x000f000f, 0x{both:04x}{both:04x}, 0x6a;")  # (a & b) ^ c
+        lines.append(f"{multiply_add} ${j}, moved, one, less;")
+    return "{" + " ".join(lines) + "}"
+
+
+# 128 and 1024: the numbers of each type whose last place is 1.
+_BF16_LEVELS = tl.constexpr(_int4_assembly(0x4300, 0xC308, "fma.rn.bf16x2"))
+_FP16_LEVELS = tl.constexpr(_int4_assembly(0x6400, 0xE408, "fma.rn.f16x2"))
+
+
+@triton.jit
+def int4_slices(words, DOT: tl.constexpr):
+    """Levels of the eight slices of int4 rows, -8 to 7, exact in every `DOT` dtype. words: int32, any shape.
+
+    A nibble is put into the mantissa of a number whose last place is 1, and a fused multiply-add takes that number away: a
+    conversion from an integer takes four times as long. In 16 bits two words' nibbles go together.
+    """
+    if tl.bfloat16 == DOT:
+        return tl.inline_asm_elementwise(
+            _BF16_LEVELS, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
+        )  # fmt: skip
+    elif tl.float16 == DOT:
+        return tl.inline_asm_elementwise(
+            _FP16_LEVELS, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
+        )  # fmt: skip
+    else:
+        return (
+            _int4_level(words, 0), _int4_level(words, 1), _int4_level(words, 2), _int4_level(words, 3),
+            _int4_level(words, 4), _int4_level(words, 5), _int4_level(words, 6), _int4_level(words, 7),
+        )  # fmt: skip
+
+
+@triton.jit
+def _int4_level(words, SLICE: tl.constexpr):
+    """Levels of one slice as float32: as `int4_slices`, word by word."""
     LOW: tl.constexpr = SLICE < 5
     moved = words if LOW else words >> 20
     AT: tl.constexpr = 4 * SLICE if LOW else 4 * SLICE - 20
     mantissa = (moved & (15 << AT)) ^ (0x4B000000 | (8 << AT))
     UNIT: tl.constexpr = 1.0 / (1 << AT)
-    return (mantissa.to(tl.float32, bitcast=True) * UNIT - (8388608.0 * UNIT + 8.0)).to(DOT)
+    return mantissa.to(tl.float32, bitcast=True) * UNIT - (8388608.0 * UNIT + 8.0)
 
 
 @triton.jit
@@ -69,24 +118,12 @@ def load_words(rows, row, channel, mask, FORMAT: tl.constexpr, CHANNELS: tl.cons
 
 
 @triton.jit
-def slice_levels(
-    packed, rows, row, channel, live, real,
-    SLICE: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, DOT: tl.constexpr,
+def load_slice(
+    rows, row, channel, mask, SLICE: tl.constexpr, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
-    """Levels [N, M] of slice `SLICE` of M stored rows: channels SLICE * CHANNELS / 8 + channel, without their scale.
-
-    packed: what `load_words` gave of them [N, M]; rows as there; row int64 [M], channel int32 [N]; live [M], real [N]: masks.
-    """
-    first: tl.constexpr = SLICE * (CHANNELS // _SLICES)
-    if FORMAT == INT4:
-        return int4_levels(packed, SLICE, DOT)
-    elif FORMAT == INT8:
-        # Loaded the other way round: a thread that holds all N bytes of a row would hand them on byte by byte.
-        at = row[:, None] * CHANNELS + first + channel[None, :]
-        return tl.trans(tl.load(rows + at, mask=live[:, None] & real[None, :], other=0)).to(DOT)
-    else:
-        at = row[None, :] * CHANNELS + first + channel[:, None]
-        return tl.load(rows + at, mask=live[None, :] & real[:, None], other=0.0).to(DOT)
+    """Levels of slice `SLICE` of int8 or bf16 rows, without their scale; arguments as of `load_words`."""
+    at = row * CHANNELS + SLICE * (CHANNELS // _SLICES) + channel
+    return tl.load(rows + at, mask=mask, other=0).to(DOT)
 
 
 @triton.jit
@@ -151,7 +188,7 @@ def row_arguments(codec: RowCodec) -> tuple[dict[str, str], dict[str, None]]:
 
 def is_interpreted() -> bool:
     """Whether this module's kernels, and those defined with them, run in Triton's interpreter."""
-    return not isinstance(int4_levels, triton.JITFunction)
+    return not isinstance(int4_slices, triton.JITFunction)
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -14,6 +14,19 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: the difference of two of them is no NaN
 
 
+# As is written: whether Triton's interpreter runs this module's kernels, which knows no assembly.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def exp2(x):
+    """2^x in one instruction, 0 below 2^-126: with smaller numbers kept it would be four."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
 @triton.jit
 def raise_peak(peak, logits):
     """(new peak [G], factor of what was summed before [G], weights [G, N]) of logits [G, N], -inf where there is nothing."""

@@ -91,3 +91,39 @@ def bracket(keys, weights, limit):
             high = middle
             above = upper
     return low, high, tl.maximum(limit - (above >> 32).to(tl.int32), 0)
+
+
+@triton.jit
+def bracket_in_memory(read: tl.constexpr, arguments, count, limit, BLOCK: tl.constexpr):
+    """`bracket` of `count` keys that are read again in each round, BLOCK at a time.
+
+    read: a function of (arguments, first, BLOCK) that gives the keys and weights of the BLOCK elements from `first` on; a key
+    is -1 beyond `count`.
+    """
+    totals = tl.zeros((BLOCK,), tl.int64)
+    lowest = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
+    highest = tl.full((BLOCK,), -1, tl.int32)
+    for first in range(0, count, BLOCK):
+        keys, weights = read(arguments, first, BLOCK)
+        totals += counted_from(keys, weights, 0)
+        lowest = tl.minimum(lowest, tl.where(keys >= 0, keys, 0x7FFFFFFF))
+        highest = tl.maximum(highest, keys)
+    from_low = tl.sum(totals, 0)
+    low, high, above = tl.min(lowest, 0), tl.max(highest, 0) + 1, from_low * 0
+    if (from_low >> 32) <= limit:
+        low = 0
+        high = 0
+        above = from_low
+    while (high - low > 1) & (((from_low - above) & 0xFFFFFFFF) > 1):
+        step = (high - low) // 4 + 1
+        first_sum = tl.zeros((BLOCK,), tl.int64)
+        second_sum = tl.zeros((BLOCK,), tl.int64)
+        third_sum = tl.zeros((BLOCK,), tl.int64)
+        for first in range(0, count, BLOCK):
+            keys, weights = read(arguments, first, BLOCK)
+            first_sum += counted_from(keys, weights, tl.minimum(low + step, high))
+            second_sum += counted_from(keys, weights, tl.minimum(low + 2 * step, high))
+            third_sum += counted_from(keys, weights, tl.minimum(low + 3 * step, high))
+        sums = tl.reduce((first_sum, second_sum, third_sum), 0, added)
+        low, high, from_low, above = narrowed(low, high, from_low, above, step, sums[0], sums[1], sums[2], limit)
+    return low, high, tl.maximum(limit - (above >> 32).to(tl.int32), 0)

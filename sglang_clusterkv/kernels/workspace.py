@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-SCORE_CLUSTERS = 128  # clusters per program of score
+SCORE_CLUSTERS = 256  # clusters per program of score
 SCORE_TOKENS = 64  # always-attended tokens per program of score
 
 
@@ -114,12 +114,14 @@ class Workspace:
     recalled: torch.Tensor  # int64 [B, H, R], slots, in the order of `candidates`: by cluster, then by position
     recalled_count: torch.Tensor  # int32 [B, H]
 
+    own: torch.Tensor  # int32 [B, H, O], clusters that the estimate takes at their own mean value, ascending
+    own_edge: torch.Tensor  # int32 [B, H, 3], which those are, see `in_list` (estimate/triton_own.py)
+
     # Written by attend, one part of the list per split: those of a (request, kv head) lie together, see `exact`.
     exact_output: torch.Tensor  # float32 [X, G, D], normalised over the split; garbage where the log-sum-exp is -inf
     exact_lse: torch.Tensor  # float32 [X, G]
 
     # Written by estimate, one part of the clusters per program; see `rest`.
-    own: torch.Tensor  # int32 [B, H, O], clusters that use their own mean value, ascending
     rest_output: torch.Tensor  # float32 [Y, G, D], normalised over the part
     rest_lse: torch.Tensor  # float32 [Y, G]
 
@@ -188,6 +190,7 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
         exact_output=allocate((shape.exact_parts, shape.group, shape.channels), torch.float32),
         exact_lse=allocate((shape.exact_parts, shape.group), torch.float32),
         own=allocate((*by_head, shape.own), torch.int32),
+        own_edge=allocate((*by_head, 3), torch.int32),
         rest_output=allocate((shape.rest_parts, shape.group, shape.channels), torch.float32),
         rest_lse=allocate((shape.rest_parts, shape.group), torch.float32),
     )

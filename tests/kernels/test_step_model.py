@@ -60,9 +60,10 @@ def test_the_launches_of_a_llama_at_32k() -> None:
 
     code = 32 + 2 + 2  # two bits a channel, scale, member
     values = 2048 * (code + 8 + 4 + 4) + 256 * 16 + 4 * 128 * 4
-    assert launches["refine: values"].programs == pairs * 32
+    assert launches["refine: values"].programs == pairs * 8
+    assert by_name(LLAMA._replace(batch=1))["refine: values"].programs == 8 * 32
     assert launches["refine: values"].bytes == pages + pairs * values
-    assert launches["refine: choice"].bytes == pairs * (2048 * 16 + 512 * 16)
+    assert launches["refine: choice"].bytes == pairs * (2048 * 16 + 512 * 16 + 4086 * 8 + 515 * 4)
 
     part = group * 129 * 4
     assert launches["attend"].programs == pairs * 4
@@ -71,7 +72,7 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     )  # fmt: skip
     assert launches["estimate"].programs == pairs * (4 + 8)
     assert launches["estimate"].bytes == (
-        logits + pages + pairs * (512 * 72 + 32 * 256 + 4086 * 4 + 512 * 8 + 12 * part)
+        logits + pages + pairs * (512 * 72 + 32 * 256 + 4086 * 4 + 515 * 4 + 12 * part)
     )  # fmt: skip
     assert launches["merge"].programs == pairs * group
     assert launches["merge"].bytes == pairs * (16 * part + group * 256)
@@ -86,7 +87,7 @@ def test_a_dense_step_reads_every_token_once() -> None:
 
 def test_switches_change_the_launches() -> None:
     whole_clusters = by_name(LLAMA, msgspec.structs.replace(CONFIG, refine=False))
-    assert list(whole_clusters) == ["score", "select", "recall", "attend", "estimate", "merge"]
+    assert list(whole_clusters) == ["score", "select", "recall", "own clusters", "attend", "estimate", "merge"]
     assert whole_clusters["recall"].programs == 64 * 8
     assert whole_clusters["score"].programs == 64 * (2 + 8)
     assert whole_clusters["recall"].bytes == 64 * 512 * (8 + 2 + 8 + 8) + 8 * 2 * 2043 * 8

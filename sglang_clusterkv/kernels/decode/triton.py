@@ -1,4 +1,4 @@
-"""The chain on a GPU: seven launches per layer, six where nothing is refined, and nothing that waits for the device.
+"""The chain on a GPU: seven launches per layer, and nothing that waits for the device.
 
     score | select | refine: values | refine: choice | attend | estimate | merge, with the mass read
 
@@ -19,6 +19,7 @@ from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend, engine_
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
+from sglang_clusterkv.kernels.estimate import triton_own
 from sglang_clusterkv.kernels.merge import triton as merge_triton
 from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.refine import triton as refine_triton
@@ -135,11 +136,14 @@ class TritonDecoder:
             refine_triton.refine_values(self.index, layer, self.step, scale, self.limit, self.workspace, dtype)
 
     def recall(self, layer: int) -> None:
-        """The best candidates' slots, or all candidates'."""
+        """The best candidates' slots, or all candidates'; and which clusters the estimate takes at their own mean value."""
         if self.config.refine:
             refine_triton.recall(self.index, self.step, self.limit, self.workspace)
         else:
             refine_triton.recall_all(self.index, layer, self.step, self.limit, self.workspace)
+            clusters = estimate_triton.listed_clusters(self.index, self.step)
+            if self.config.estimate and triton_own.is_limited(clusters, self.config.estimate_clusters):
+                triton_own.choose_own(self.index, self.step, self.workspace)
 
     def attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tier: TierLayer | None = None

@@ -4,9 +4,7 @@ Some programs of a (request, kv head) take the clusters that use their own mean 
 rows in registers and weigh them; the others sum the weights of all other clusters by segment and multiply by the segments'
 mean values.
 
-Which clusters use their own mean value is the same for all programs of a (request, kv head). Each finds it for itself: it
-holds the masses in registers (up to 16,384; beyond, it reads them again from the cache) and bisects the bits of the
-smallest that is large enough. A launch less is worth more than the few microseconds that programs spend on this side by side.
+Which clusters use their own mean value was listed once for all programs of a (request, kv head): triton_own.py.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.estimate.triton_own import in_list, is_limited, masses_of
 from sglang_clusterkv.kernels.grids import LEAST_OWN
 from sglang_clusterkv.kernels.score.triton import CAP
 from sglang_clusterkv.kernels.triton_rows import (
@@ -32,7 +31,6 @@ from sglang_clusterkv.kernels.triton_rows import (
 )
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise, raise_peak
 from sglang_clusterkv.memory.codec import RowCodec
-from sglang_clusterkv.memory.masses import NO_MASS
 
 if TYPE_CHECKING:
     from sglang_clusterkv.kernels.grids import EstimateParts
@@ -40,84 +38,8 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
 
-MASSES_HELD = 16384  # by one program, in registers
-LEAST_HELD = 256  # fewer make no program faster, and every size is a compilation
 REST_CLUSTERS, REST_SEGMENTS = 128, 16  # per tile of the others
 STAGES = 2  # a third one spills registers
-NO_PLACE = tl.constexpr(2**31 - 1)
-LEAST_MASS = tl.constexpr(NO_MASS)
-
-
-@triton.jit
-def masses_of(mass, left, c, listed):
-    """Bits of the masses that are left of clusters c; they order as the masses do. -1 where a cluster is not listed."""
-    tokens = tl.load(left + c, mask=listed, other=0)
-    masses = tl.load(mass + c, mask=listed & (tokens > 0), other=0.0) * tokens.to(tl.float32)
-    # A GPU's NaN has all bits set, and the list is made by bits: a border could not lie above it.
-    masses = tl.where(masses == masses, masses, float("inf"))
-    masses = tl.where(masses < LEAST_MASS, 0.0, masses)
-    return tl.where(listed, masses.to(tl.int32, bitcast=True), -1)
-
-
-@triton.jit
-def load_masses(mass, left, first, clusters, BLOCK: tl.constexpr):
-    """Those of BLOCK clusters from `first` on."""
-    c = first + tl.arange(0, BLOCK)
-    return masses_of(mass, left, c, c < clusters)
-
-
-@triton.jit
-def count_from(mass, left, held, border, clusters, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """Masses whose bits are `border` or more. HELD: all are in `held`."""
-    if HELD:
-        return tl.sum((held >= border).to(tl.int32), 0)
-    count = 0
-    for first in range(0, clusters, BLOCK):
-        count += tl.sum((load_masses(mass, left, first, clusters, BLOCK) >= border).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
-def own_border(
-    mass, left, held, clusters, limit, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr
-):  # fmt: skip
-    """(border, last): the `limit` largest masses are those whose bits are above `border`, or equal and at most at `last`."""
-    border, last = -1, NO_PLACE
-    if clusters > limit:
-        border = 0
-        count = clusters
-        bit = 30
-        while (bit >= 0) & (count != limit):
-            higher = border | (1 << bit)
-            found = count_from(mass, left, held, higher, clusters, BLOCK, HELD)
-            border = tl.where(found >= limit, higher, border)
-            count = tl.where(found >= limit, found, count)
-            bit -= 1
-        if count != limit:
-            # More of them are equal to the border than there is room for: the first ones are taken.
-            room = limit - count_from(mass, left, held, border + 1, clusters, BLOCK, HELD)
-            passed = 0
-            last = -1
-            for first in range(0, clusters, CHUNK):
-                tied = load_masses(mass, left, first, clusters, CHUNK) == border
-                fits = tied & (passed + tl.cumsum(tied.to(tl.int32), 0) <= room)
-                last = tl.maximum(last, tl.max(tl.where(fits, first + tl.arange(0, CHUNK), -1), 0))
-                passed += tl.sum(tied.to(tl.int32), 0)
-    return border, last
-
-
-@triton.jit
-def list_own(mass, left, clusters, border, last, begin, end, own, CHUNK: tl.constexpr):
-    """Write the clusters that use their own mean value, those of rank [begin, end) among them, to their ranks in `own`."""
-    passed = 0
-    for first in range(0, clusters, CHUNK):
-        masses = load_masses(mass, left, first, clusters, CHUNK)
-        c = first + tl.arange(0, CHUNK)
-        chosen = (masses > border) | ((masses == border) & (c <= last))
-        chosen &= c < clusters
-        rank = passed + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(own + rank, c, mask=chosen & (rank >= begin) & (rank < end))
-        passed += tl.sum(chosen.to(tl.int32), 0)
 
 
 @triton.jit
@@ -204,7 +126,7 @@ def own_part(
 @triton.jit
 def rest_part(
     vectors, pages, segment_of_page, segment_begin, mass, dot, segment_bonus, spread, left, output, lse, h, begin, end,
-    border, last, estimate_spread, clusters_stride, segments_stride,
+    low, high, last, estimate_spread, clusters_stride, segments_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, QUARTER_PAD: tl.constexpr,
     PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +144,7 @@ def rest_part(
         listed = c < end
         bits = masses_of(mass, left, c, listed)
         tokens = tl.load(left + c, mask=listed, other=0)
-        live = (tokens > 0) & ((bits < border) | ((bits == border) & (c > last)))
+        live = (tokens > 0) & ~in_list(bits, c, low, high, last)
         segment = tl.load(segment_of_page + c // PER_PAGE, mask=listed, other=0).to(tl.int32)
         logits = left_logits(
             dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, clusters_stride, segments_stride,
@@ -250,12 +172,12 @@ def rest_part(
 @triton.jit(do_not_specialize=["own_parts", "rest_parts", "capacity", "pages_stride", "segment_begin_stride"])
 def estimate_kernel(
     rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
-    mass, own, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, pages_stride, segment_begin_stride,
+    mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, pages_stride, segment_begin_stride,
     clusters_stride, segments_stride, own_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
     QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
-    PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr, BLOCK_OWN: tl.constexpr,
-    BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr,
+    PER_PAGE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr,
+    LIMITED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, own_parts + rest_parts); without LIMITED no request has more clusters than `limit`.
 
@@ -273,29 +195,22 @@ def estimate_kernel(
     left += at
     output += (pair * capacity + part) * GROUP * CHANNELS
     lse += (pair * capacity + part) * GROUP
-    if LIMITED:
-        mass += at
-        own += pair * own_stride
-        held = load_masses(mass, left, 0, clusters, BLOCK)
-        border, last = own_border(mass, left, held, clusters, limit, BLOCK, CHUNK, HELD)
     if part < own_parts:
         count = tl.minimum(clusters, limit)
         share = tl.cdiv(count, own_parts)
         begin, end = part * share, tl.minimum((part + 1) * share, count)
-        if LIMITED:
-            list_own(mass, left, clusters, border, last, begin, end, own, CHUNK)
-            tl.debug_barrier()  # the list is read by other threads than wrote it
         own_part(
-            rows, row_scales, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin,
-            end, estimate_spread, clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD,
+            rows, row_scales, pages, segment_of_page, own + pair * own_stride, dot, segment_bonus, spread, left, output, lse, h,
+            begin, end, estimate_spread, clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD,
             FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN, LIMITED, DOT,
         )  # fmt: skip
     elif LIMITED:
         share = tl.cdiv(tl.cdiv(clusters, BLOCK_REST), rest_parts) * BLOCK_REST
         begin = (part - own_parts) * share
+        low, high, last = tl.load(edge + pair * 3), tl.load(edge + pair * 3 + 1), tl.load(edge + pair * 3 + 2)
         rest_part(
-            vectors, pages, segment_of_page, segment_begin + b * segment_begin_stride, mass, dot, segment_bonus, spread,
-            left, output, lse, h, begin, tl.minimum(begin + share, clusters), border, last, estimate_spread,
+            vectors, pages, segment_of_page, segment_begin + b * segment_begin_stride, mass + at, dot, segment_bonus, spread,
+            left, output, lse, h, begin, tl.minimum(begin + share, clusters), low, high, last, estimate_spread,
             clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, QUARTER_PAD, PER_PAGE, BLOCK_REST,
             SEGMENTS, DOT,
         )  # fmt: skip
@@ -306,14 +221,9 @@ def listed_clusters(index: ClusterIndex, step: SparseStep) -> int:
     return step.pages.shape[1] * index.clusters_per_page
 
 
-def warps(block: int) -> int:
-    """Of a program that holds `block` masses; 32 registers of a thread at most."""
-    return 4 if block <= 4096 else 16
-
-
-def own_clusters(codec: RowCodec, count: int) -> int:
-    """Clusters per tile of own mean values, of a program of `count` warps: enough for each thread to load 16 bytes of a row."""
-    return max(32, min(LEAST_OWN, 16 * 32 * count // triton.next_power_of_2(codec.packed_bytes)))
+def own_clusters(codec: RowCodec) -> int:
+    """Clusters per tile of own mean values: enough for each thread of four warps to load 16 bytes of a row."""
+    return max(32, min(LEAST_OWN, 16 * 32 * 4 // triton.next_power_of_2(codec.packed_bytes)))
 
 
 def estimate_constants(
@@ -321,8 +231,6 @@ def estimate_constants(
 ) -> dict[str, Any]:
     """The kernel's constants, by argument name, for `clusters` listed clusters of which `limit` use their own value."""
     channels = codec.head_dim
-    padded = max(LEAST_HELD, triton.next_power_of_2(clusters))
-    block = min(padded, MASSES_HELD)
     return {
         "HEADS": heads,
         "GROUP": group,
@@ -330,13 +238,10 @@ def estimate_constants(
         "EIGHTH_PAD": triton.next_power_of_2(channels // 8),
         "QUARTER_PAD": triton.next_power_of_2(channels // 4),
         "PER_PAGE": per_page,
-        "BLOCK": block,
-        "CHUNK": min(block, 256 * warps(block)),  # 8 for each thread
-        "HELD": clusters <= block,
-        "BLOCK_OWN": own_clusters(codec, warps(block)),
+        "BLOCK_OWN": own_clusters(codec),
         "BLOCK_REST": REST_CLUSTERS,
         "SEGMENTS": REST_SEGMENTS,
-        "LIMITED": padded > limit,  # by the padded size, as all else: a server compiles these at its start
+        "LIMITED": is_limited(clusters, limit),
         # Not float16: a mean value's scale times a weight can be too small for it.
         "DOT": tl.float32 if is_interpreted() or dtype is torch.float32 else tl.bfloat16,
         **row_constants(codec),
@@ -357,7 +262,7 @@ def estimate(
         index: the cluster index.
         layer: counted from this rank's first.
         step: the lists of this step.
-        w: holds `dot`, `segment_bonus`, `spread`, `estimate_mass`, and `left` as refine leaves it.
+        w: holds `dot`, `segment_bonus`, `spread`, `estimate_mass`, `left`, and `own` with its edge.
         parts: programs of a (request, kv head).
         dtype: of the queries; float32 also multiplies in float32.
     """
@@ -374,10 +279,10 @@ def estimate(
     )
     estimate_kernel[(step.batch * shape.heads, parts.own + parts.rest)](
         arrays.value_rows, arrays.value_scales, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin,
-        step.page_count, w.offset, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.rest_output, w.rest_lse,
-        parts.own, parts.rest, parts.own + parts.rest, index.config.estimate_clusters, index.config.estimate_spread,
-        step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.segments, w.own.shape[2], **constants,
-        num_warps=warps(constants["BLOCK"]), num_stages=STAGES,
+        step.page_count, w.offset, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.own_edge,
+        w.rest_output, w.rest_lse, parts.own, parts.rest, parts.own + parts.rest, index.config.estimate_clusters,
+        index.config.estimate_spread, step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.segments,
+        w.own.shape[2], **constants, num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -385,7 +290,7 @@ _TYPES = {
     **{"vectors": "*bf16", "spread": "*bf16"},
     **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "page_count"), "*i64"),
     **dict.fromkeys(("dot", "segment_bonus", "mass", "output", "lse"), "*fp32"),
-    **dict.fromkeys(("left", "own", "offset"), "*i32"),
+    **dict.fromkeys(("left", "own", "edge", "offset"), "*i32"),
     **dict.fromkeys(("own_parts", "rest_parts", "capacity", "limit"), "i32"),
     **{"estimate_spread": "fp32"},
     **dict.fromkeys(
@@ -405,7 +310,6 @@ def _case(codec: RowCodec, clusters: int, group: int = 4, **holds: Any) -> Compi
         types,
         constants | no_scales,
         tuple(name for name, kind in types.items() if kind[0] == "*" or name == "clusters_stride"),
-        num_warps=warps(constants["BLOCK"]),
         num_stages=STAGES,
         **holds,
     )
@@ -414,13 +318,10 @@ def _case(codec: RowCodec, clusters: int, group: int = 4, **holds: Any) -> Compi
 # loads_128: those of a tile's packed rows, twice for they are pipelined, and of segments' mean values where those are so wide.
 COMPILE_CASES = [
     _case(RowCodec("int4", 128), 512, loads_128=2, tensor_cores=8, programs_per_sm=3),
-    _case(RowCodec("int4", 64), 4096, loads_128=4, tensor_cores=8, programs_per_sm=3),
+    _case(RowCodec("int4", 64), 4096, loads_128=4, tensor_cores=8, programs_per_sm=2),
     _case(RowCodec("int4", 96), 4096, loads_128=6, tensor_cores=8, programs_per_sm=3),
     _case(RowCodec("int4", 128), 4096, loads_128=6, tensor_cores=16, programs_per_sm=3),
     _case(RowCodec("int4", 256), 4096, loads_128=12, tensor_cores=16, programs_per_sm=2),
-    _case(RowCodec("int4", 128), 8192, loads_128=2, tensor_cores=8),
-    _case(RowCodec("int4", 128), 16384, loads_128=2, tensor_cores=8),
-    _case(RowCodec("int4", 128), 32768, loads_128=2, tensor_cores=8),
     _case(RowCodec("int8", 128), 4096, group=8, loads_128=8, tensor_cores=16, programs_per_sm=2),
     _case(RowCodec("bf16", 128), 4096, loads_128=12, tensor_cores=16, programs_per_sm=2),
 ]

@@ -12,7 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.estimate.triton_own import is_limited, list_own, own_constants, own_warps
+from sglang_clusterkv.kernels.grids import FEW_CANDIDATES, MANY_CANDIDATES
 from sglang_clusterkv.kernels.triton_rows import code_levels, layer_arrays, padded_group, padded_slice
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
 from sglang_clusterkv.kernels.workspace import Workspace
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
 
-TILE = 64  # candidates per program of the values
 LEAST_BLOCK = 64  # candidates
 LEAST_MASS = tl.constexpr(NO_MASS)
 
@@ -100,19 +102,20 @@ def value_kernel(
 
 @triton.jit(do_not_specialize=["pages_stride"])
 def recall_kernel(
-    pages, offset, candidates, candidate_count, value, position, left, recalled, recalled_count,
-    pages_stride, clusters_stride, candidates_stride, recalled_stride, budget,
-    HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    pages, page_count, offset, candidates, candidate_count, value, position, left, recalled, recalled_count, mass, own, edge,
+    pages_stride, clusters_stride, candidates_stride, recalled_stride, own_stride, budget, estimate_clusters,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, CANDIDATES: tl.constexpr, OWN: tl.constexpr, PER_PAGE: tl.constexpr,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, requests): recall the `budget` candidates of the highest value (ties: the lower position).
 
-    BLOCK: candidates, padded.
+    CANDIDATES: padded. If OWN, `list_own` follows, whose constants the others are.
     """
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     pair = request * HEADS + head
     count = tl.load(candidate_count + pair)
-    k = tl.arange(0, BLOCK)
+    k = tl.arange(0, CANDIDATES)
     live = k < count
     at = tl.load(position + pair * candidates_stride + k, mask=live, other=0)
     best = tl.load(value + pair * candidates_stride + k, mask=live, other=0.0)
@@ -132,6 +135,23 @@ def recall_kernel(
     left += head.to(tl.int64) * clusters_stride + tl.load(offset + request)
     tl.atomic_add(left + cluster, -1, mask=chosen, sem="relaxed")
     tl.store(recalled_count + pair, tl.minimum(count, budget))
+    if OWN:
+        tl.debug_barrier()  # what is left of a cluster is read by other threads than changed it
+        clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
+        mass += head.to(tl.int64) * clusters_stride + tl.load(offset + request)
+        list_own(
+            mass,
+            left,
+            clusters,
+            estimate_clusters,
+            own + pair * own_stride,
+            edge + pair * 3,
+            FEW,
+            SOME,
+            MANY,
+            BLOCK,
+            LARGE,
+        )
 
 
 @triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride"])
@@ -160,8 +180,8 @@ def recall_all_kernel(
         tl.store(recalled_count + pair, count)
 
 
-def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Constants of the values' kernel but for the page size, by argument name.
+def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dtype, tile: int) -> dict[str, Any]:
+    """Constants of the values' kernel but for the page size, by argument name; tile: candidates of a program.
 
     Queries in 16 bits are multiplied in TF32, which has more of them than the queries had before they were rotated.
     """
@@ -172,14 +192,14 @@ def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dty
         "CHANNELS": channels,
         "SLICE_PAD": padded_slice(channels),
         "BITS": bits,
-        "BLOCK": TILE,
+        "BLOCK": tile,
         "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
     }
 
 
-def warps(block: int) -> int:
-    """Warps of a program that holds `block` candidates."""
-    return min(16, max(4, block // 256))
+def warps(block: int, clusters: int) -> int:
+    """Warps of a program that holds `block` candidates, and then so many clusters' masses."""
+    return max(own_warps(clusters), min(16, block // 256))
 
 
 def refine_values(
@@ -197,24 +217,37 @@ def refine_values(
         dtype: of the queries.
     """
     arrays, shape = layer_arrays(index, layer), w.shape
-    value_kernel[(shape.heads, triton.cdiv(limit, TILE), step.batch)](
+    tile = grids.candidate_tile(step.batch * shape.heads, limit)
+    value_kernel[(shape.heads, triton.cdiv(limit, tile), step.batch)](
         w.rotated, arrays.codes, arrays.code_scales, arrays.members, step.pages, step.segment_of_page,
         step.segment_begin, w.offset, w.dot, w.total, w.candidates, w.candidate_count, w.value, w.position,
         step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.candidates, scale,
         PAGE=index.geometry.page_size,
-        **constants(shape.heads, shape.group, shape.channels, index.config.code_bits, dtype),
+        **constants(shape.heads, shape.group, shape.channels, index.config.code_bits, dtype, tile),
     )  # fmt: skip
 
 
 def recall(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> None:
-    """Recall the best `budget_tokens` candidates; `w` as `refine_values` left it."""
-    shape, budget = w.shape, index.config.budget_tokens
-    assert budget <= shape.budget, (budget, shape)
+    """Recall the best `budget_tokens` candidates, and list the clusters that the estimate takes at their own mean value.
+
+    Args:
+        index: the cluster index.
+        step: the lists of this step.
+        limit: candidates per (request, kv head) at most, as given to select.
+        w: as `refine_values` left it.
+    """
+    shape, config = w.shape, index.config
+    assert config.budget_tokens <= shape.budget, (config.budget_tokens, shape)
     block = max(LEAST_BLOCK, triton.next_power_of_2(limit))
+    clusters = step.pages.shape[1] * index.clusters_per_page
     recall_kernel[(shape.heads, step.batch)](
-        step.pages, w.offset, w.candidates, w.candidate_count, w.value, w.position, w.left, w.recalled, w.recalled_count,
-        step.pages.stride(0), shape.clusters, shape.candidates, shape.budget, budget,
-        HEADS=shape.heads, PAGE=index.geometry.page_size, BLOCK=block, num_warps=warps(block),
+        step.pages, step.page_count, w.offset, w.candidates, w.candidate_count, w.value, w.position, w.left, w.recalled,
+        w.recalled_count, w.estimate_mass, w.own, w.own_edge,
+        step.pages.stride(0), shape.clusters, shape.candidates, shape.budget, w.own.shape[2], config.budget_tokens,
+        config.estimate_clusters,
+        HEADS=shape.heads, PAGE=index.geometry.page_size, CANDIDATES=block,
+        OWN=config.estimate and is_limited(clusters, config.estimate_clusters),
+        **own_constants(index.clusters_per_page, clusters), num_warps=warps(block, clusters),
     )  # fmt: skip
 
 
@@ -222,20 +255,21 @@ def recall_all(index: ClusterIndex, layer: int, step: SparseStep, limit: int, w:
     """Recall every candidate; `w` as select left it."""
     arrays, shape = layer_arrays(index, layer), w.shape
     assert limit <= shape.budget, (limit, shape)
-    recall_all_kernel[(shape.heads, triton.cdiv(limit, TILE), step.batch)](
+    recall_all_kernel[(shape.heads, triton.cdiv(limit, FEW_CANDIDATES), step.batch)](
         arrays.members, step.pages, step.segment_of_page, step.segment_begin, w.offset, w.candidates, w.candidate_count, w.left,
         w.recalled, w.recalled_count, step.pages.stride(0), step.segment_begin.stride(0), shape.clusters,
-        shape.candidates, shape.budget, HEADS=shape.heads, PAGE=index.geometry.page_size, BLOCK=TILE,
+        shape.candidates, shape.budget, HEADS=shape.heads, PAGE=index.geometry.page_size, BLOCK=FEW_CANDIDATES,
     )  # fmt: skip
 
 
 _TYPES = {
-    **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "candidates", "recalled"), "*i64"),
-    **dict.fromkeys(("rotated", "dot", "total", "value"), "*fp32"),
+    **dict.fromkeys(("pages", "page_count", "segment_of_page", "segment_begin", "candidates", "recalled"), "*i64"),
+    **dict.fromkeys(("rotated", "dot", "total", "value", "mass"), "*fp32"),
     **{"members": "*i16", "code_scales": "*bf16", "scale": "fp32"},
-    **dict.fromkeys(("offset", "candidate_count", "position", "left", "recalled_count"), "*i32"),
+    **dict.fromkeys(("offset", "candidate_count", "position", "left", "recalled_count", "own", "edge"), "*i32"),
     **dict.fromkeys(("pages_stride", "segment_begin_stride"), "i32"),
-    **dict.fromkeys(("clusters_stride", "candidates_stride", "recalled_stride", "budget"), "i32"),
+    **dict.fromkeys(("clusters_stride", "candidates_stride", "recalled_stride", "own_stride"), "i32"),
+    **dict.fromkeys(("budget", "estimate_clusters"), "i32"),
 }
 _ALIGNED_SIZES = ("clusters_stride", "candidates_stride", "recalled_stride", "budget")
 
@@ -250,17 +284,24 @@ def _case(name: str, kernel: Any, fixed: dict[str, Any], **holds: Any) -> Compil
 COMPILE_CASES = [
     *(
         _case(
-            f"values {bits} bits D={channels} G={group}", value_kernel, constants(8, group, channels, bits, torch.bfloat16),
-            tensor_cores=16, programs_per_sm=4,
+            f"values {bits} bits D={channels} G={group} x{tile}", value_kernel,
+            constants(8, group, channels, bits, torch.bfloat16, tile),
+            tensor_cores=16, programs_per_sm=4 if tile == FEW_CANDIDATES else 2,
         )
-        for bits, channels, group in ((2, 64, 3), (2, 96, 4), (2, 128, 4), (2, 128, 8), (2, 256, 4), (1, 128, 4))
+        for bits, channels, group, tile in (
+            *((2, channels, group, MANY_CANDIDATES) for channels, group in ((64, 3), (96, 4), (128, 4), (128, 8), (256, 4))),
+            *((2, channels, 4, FEW_CANDIDATES) for channels in (128, 256)),
+            (1, 128, 4, MANY_CANDIDATES),
+        )
     ),
-    _case("values 2 bits D=128 G=4 float32", value_kernel, constants(8, 4, 128, 2, torch.float32)),
+    _case("values 2 bits D=128 G=4 float32", value_kernel, constants(8, 4, 128, 2, torch.float32, MANY_CANDIDATES)),
     *(
         _case(
-            f"recall K={block}", recall_kernel, {"HEADS": 8, "BLOCK": block}, num_warps=warps(block), programs_per_sm=2
+            f"recall K={block} C={clusters:,}", recall_kernel,
+            {"HEADS": 8, "CANDIDATES": block, "OWN": True, **own_constants(2, clusters)},
+            num_warps=warps(block, clusters), programs_per_sm=2 if clusters == 4096 else 1,
         )
-        for block in (512, 2048)
+        for block, clusters in ((512, 4096), (2048, 4096), (2048, 131072))
     ),
-    _case("recall all", recall_all_kernel, {"HEADS": 8, "BLOCK": TILE}, programs_per_sm=8),
+    _case("recall all", recall_all_kernel, {"HEADS": 8, "BLOCK": FEW_CANDIDATES}, programs_per_sm=8),
 ]  # fmt: skip

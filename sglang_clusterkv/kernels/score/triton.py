@@ -18,16 +18,19 @@ from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.triton_rows import (
     BF16,
+    INT4,
     dot_dtype,
+    int4_slices,
     layer_arrays,
+    load_slice,
     load_words,
     padded_group,
     padded_slice,
     row_arguments,
     row_constants,
-    slice_levels,
     slice_scales,
 )
+from sglang_clusterkv.kernels.triton_softmax import LOG2_E, exp2
 from sglang_clusterkv.kernels.triton_tier import (
     OFF,
     ROUNDED,
@@ -54,12 +57,23 @@ CAP = tl.constexpr(SPREAD_CAP)
 
 
 @triton.jit
-def log_sum_exp(x):
-    """Over the last axis of [rows, n], -inf for a row of -inf."""
-    peak = tl.max(x, 1)
+def log_sum_exp(x, AXIS: tl.constexpr):
+    """Over an axis of a matrix, -inf where all is -inf."""
+    peak = tl.max(x, AXIS)
     finite = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp(x - finite[:, None]), 1)
+    total = tl.sum(exp2((x - tl.expand_dims(finite, AXIS)) * LOG2_E), AXIS)
     return tl.where(total > 0, finite + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
+
+
+@triton.jit
+def _first_columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr):
+    """The first KEPT of COLUMNS columns, both powers of two: without what `tl.dot` padded."""
+    if COLUMNS > KEPT:
+        halves = tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+        first, _ = tl.split(halves)
+        return _first_columns(first, ROWS, COLUMNS // 2, KEPT)
+    else:
+        return x
 
 
 @triton.jit
@@ -67,9 +81,9 @@ def _score_clusters(
     q, rows, row_scales, spread, cluster_end, vectors, pages, segment_of_page, segment_begin,
     segment_bonus, dot, spread_out, choice_lse, estimate_lse, left,
     head, tile, clusters, clusters_stride, lse_stride, segments_stride, scale, choice_spread, estimate_spread,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
-    CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
-    PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, GROUP_KEPT: tl.constexpr,
+    CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr, CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr,
+    PER_SCALE: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One tile of clusters. Pointers are at this request's and kv head's first element (the index's at its own first)."""
     EIGHTH: tl.constexpr = CHANNELS // 8
@@ -82,12 +96,10 @@ def _score_clusters(
     g = tl.arange(0, GROUP_PAD)
     real_head = g < GROUP
 
-    # Rows first, where there are registers to wait for them in: they are what takes long to come.
+    # Rows first: they are what takes long to come.
     i = tl.arange(0, SLICE_PAD)
-    real = i < EIGHTH
-    mask = live[None, :] & real[:, None]
-    if CHANNELS <= 128:
-        packed = load_words(rows, row[None, :], i[:, None], mask, FORMAT, CHANNELS)  # [SLICE_PAD, BLOCK]
+    mask = live[:, None] & (i < EIGHTH)[None, :]
+    packed = load_words(rows, row[:, None], i[None, :], mask, FORMAT, CHANNELS)  # [BLOCK, SLICE_PAD]
     wide = tl.load(spread + row, mask=live, other=0.0)
 
     # Sizes: a cluster begins where its predecessor in the segment ends.
@@ -102,12 +114,14 @@ def _score_clusters(
     size = end - tl.load(cluster_end + previous_row, mask=inside, other=0).to(tl.int32)
 
     # What clusters of a segment share, once per segment that the tile touches.
+    h = tl.arange(0, GROUP_KEPT)  # query heads, no more of them than there are but for a power of two
+    real_query = h < GROUP
     d = tl.arange(0, CHANNELS_PAD)
     inner = d < CHANNELS
-    query = tl.load(q + g[:, None] * CHANNELS + d[None, :], mask=real_head[:, None] & inner[None, :], other=0.0)
+    query = tl.load(q + h[:, None] * CHANNELS + d[None, :], mask=real_query[:, None] & inner[None, :], other=0.0)
     query = query.to(tl.float32)
-    dots = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
-    bonus = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+    of_segment = tl.zeros((BLOCK, GROUP_KEPT), tl.float32)
+    bonus = tl.zeros((BLOCK, GROUP_KEPT), tl.float32)
     last = tl.minimum(first + BLOCK, clusters) - 1
     s = tl.load(segment_of_page + first // PER_PAGE)
     last_segment = tl.load(segment_of_page + last // PER_PAGE)
@@ -119,38 +133,41 @@ def _score_clusters(
         variance = tl.load(vector + 2 * QUARTER, mask=inner, other=0.0).to(tl.float32)
         q_mean = tl.sum(query * mean[None, :], 1)
         unit_bonus = 0.5 * scale * scale * tl.sum(query * query * variance[None, :], 1)
-        here = (segment == s)[None, :]
-        dots = tl.where(here, q_mean[:, None], dots)
-        bonus = tl.where(here, unit_bonus[:, None], bonus)
+        here = (segment == s)[:, None]
+        of_segment = tl.where(here, q_mean[None, :], of_segment)
+        bonus = tl.where(here, unit_bonus[None, :], bonus)
         starts_here = begin * PER_PAGE >= first
-        tl.store(segment_bonus + g * segments_stride + s, unit_bonus, mask=real_head & starts_here)
+        tl.store(segment_bonus + h * segments_stride + s, unit_bonus, mask=real_query & starts_here)
         s += 1
 
-    # The dots with the rows as stored, relative to the segments' means.
-    if CHANNELS > 128:
-        packed = load_words(rows, row[None, :], i[:, None], mask, FORMAT, CHANNELS)
+    # The dots with the rows as stored, relative to the segments' means. Clusters are the long side of the products.
     SLICES_PER_SCALE: tl.constexpr = PER_SCALE // EIGHTH
-    q_mask = real_head[:, None] & real[None, :]
-    part = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+    q_mask = (i < EIGHTH)[:, None] & real_head[None, :]
+    dots = tl.zeros((BLOCK, GROUP_PAD), tl.float32)
+    part = tl.zeros((BLOCK, GROUP_PAD), tl.float32)
+    if FORMAT == INT4:
+        slices = int4_slices(packed, DOT)
     for j in tl.static_range(8):
-        levels = slice_levels(packed, rows, row, i, live, real, j, FORMAT, CHANNELS, DOT)
-        q_slice = tl.load(q + g[:, None] * CHANNELS + j * EIGHTH + i[None, :], mask=q_mask, other=0.0).to(DOT)
-        part = tl.dot(q_slice, levels, part, input_precision="ieee")
+        if FORMAT == INT4:
+            levels = slices[j]
+        else:
+            levels = load_slice(rows, row[:, None], i[None, :], mask, j, FORMAT, CHANNELS, DOT)
+        q_slice = tl.load(q + g[None, :] * CHANNELS + j * EIGHTH + i[:, None], mask=q_mask, other=0.0).to(DOT)
+        part = tl.dot(levels, q_slice, part, input_precision="ieee")
         if FORMAT != BF16 and (j + 1) % SLICES_PER_SCALE == 0:
-            dots += part * slice_scales(row_scales, row, live, j, CHANNELS, PER_SCALE)[None, :]
-            part = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+            dots += part * slice_scales(row_scales, row, live, j, CHANNELS, PER_SCALE)[:, None]
+            part = tl.zeros((BLOCK, GROUP_PAD), tl.float32)
     dots += part
 
-    logit = dots * scale
+    logit = (_first_columns(dots, BLOCK, GROUP_PAD, GROUP_KEPT) + of_segment) * scale
     filled = live & (size > 0)
     log_size = tl.where(filled, tl.log(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
-    bonus = bonus * wide.to(tl.float32)[None, :]
-    counted = log_size[None, :] + logit
-    tl.store(choice_lse + g * lse_stride, log_sum_exp(counted + choice_spread * bonus), mask=real_head)
-    tl.store(
-        estimate_lse + g * lse_stride, log_sum_exp(counted + estimate_spread * tl.minimum(bonus, CAP)), mask=real_head
-    )
-    tl.store(dot + g[:, None] * clusters_stride + c[None, :], logit, mask=real_head[:, None] & live[None, :])
+    bonus = bonus * wide.to(tl.float32)[:, None]
+    counted = log_size[:, None] + logit
+    tl.store(choice_lse + h * lse_stride, log_sum_exp(counted + choice_spread * bonus, 0), mask=real_query)
+    estimate = counted + estimate_spread * tl.minimum(bonus, CAP)
+    tl.store(estimate_lse + h * lse_stride, log_sum_exp(estimate, 0), mask=real_query)
+    tl.store(dot + h[None, :] * clusters_stride + c[:, None], logit, mask=live[:, None] & real_query[None, :])
     tl.store(spread_out + c, wide, mask=live)
     tl.store(left + c, size, mask=live)
 
@@ -184,7 +201,7 @@ def _score_tokens(
         dots = tl.dot(query.to(DOT), key, dots, input_precision="ieee")
     logit = scale * dots
     tl.store(base_logit + g[:, None] * base_stride + w[None, :], logit, mask=real_head[:, None] & live[None, :])
-    lse = log_sum_exp(tl.where(live[None, :], logit, float("-inf")))
+    lse = log_sum_exp(tl.where(live[None, :], logit, float("-inf")), 1)
     tl.store(base_lse + g * lse_stride, lse, mask=real_head)
 
 
@@ -247,9 +264,10 @@ def score_kernel(
     q_stride, pages_stride, segment_begin_stride, base_slots_stride,
     clusters_stride, segments_stride, base_stride, base_lse_stride, lse_stride, batch, base_programs, cluster_programs,
     scale, choice_spread, estimate_spread, norm,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
-    CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
-    PER_PAGE: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, ROTATE: tl.constexpr, PAGE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, GROUP_KEPT: tl.constexpr,
+    CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr, CHANNELS_PAD: tl.constexpr, FORMAT: tl.constexpr,
+    PER_SCALE: tl.constexpr, PER_PAGE: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr,
+    ROTATE: tl.constexpr, PAGE: tl.constexpr,
     TIER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, ROTATE + base_programs + cluster_programs, requests): kv heads first, for their rows of one cluster
@@ -308,8 +326,8 @@ def score_kernel(
                     dot + head.to(tl.int64) * GROUP * clusters_stride + begin,
                     spread_out + head.to(tl.int64) * clusters_stride + begin, choice_lse + lse_at, estimate_lse + lse_at,
                     left + head.to(tl.int64) * clusters_stride + begin, head, at - first_tile, clusters, clusters_stride,
-                    lse_stride, segments_stride, scale, choice_spread, estimate_spread, HEADS, GROUP, GROUP_PAD, CHANNELS,
-                    SLICE_PAD, CHANNELS_PAD, FORMAT, PER_SCALE, PER_PAGE, CLUSTERS, DOT,
+                    lse_stride, segments_stride, scale, choice_spread, estimate_spread, HEADS, GROUP, GROUP_PAD, GROUP_KEPT,
+                    CHANNELS, SLICE_PAD, CHANNELS_PAD, FORMAT, PER_SCALE, PER_PAGE, CLUSTERS, DOT,
                 )  # fmt: skip
             at += cluster_programs * batch
 
@@ -321,6 +339,7 @@ def constants(codec: RowCodec, heads: int, group: int, per_page: int, rotate: bo
         "HEADS": heads,
         "GROUP": group,
         "GROUP_PAD": padded_group(group, 8),
+        "GROUP_KEPT": triton.next_power_of_2(group),
         "SLICE_PAD": padded_slice(codec.head_dim),
         "CHANNELS_PAD": triton.next_power_of_2(codec.head_dim),
         "PER_PAGE": per_page,
@@ -411,16 +430,16 @@ def _case(codec: RowCodec, group: int, tier: int = OFF.value, **holds: Any) -> C
 
 # loads_128: those of queries, keys and signs, and of a tile's packed rows; fewer, and rows are loaded piecewise.
 COMPILE_CASES = [
-    _case(RowCodec("int4", 64), 3, loads_128=16, programs_per_sm=3),
-    _case(RowCodec("int4", 96), 4, loads_128=34, programs_per_sm=3),
-    _case(RowCodec("int4", 128), 4, loads_128=38, programs_per_sm=3),
-    _case(RowCodec("int4", 128), 8, loads_128=38, programs_per_sm=3),
-    _case(RowCodec("int4", 256), 4, loads_128=106, programs_per_sm=2),
-    _case(RowCodec("int8", 128), 4, loads_128=42, programs_per_sm=3),
-    _case(RowCodec("bf16", 128), 4, loads_128=50, programs_per_sm=3),
+    _case(RowCodec("int4", 64), 3, loads_128=16, programs_per_sm=2),
+    _case(RowCodec("int4", 96), 4, loads_128=34, programs_per_sm=2),
+    _case(RowCodec("int4", 128), 4, loads_128=38, programs_per_sm=2),
+    _case(RowCodec("int4", 128), 8, loads_128=38, programs_per_sm=2),
+    _case(RowCodec("int4", 256), 4, loads_128=106, programs_per_sm=1),
+    _case(RowCodec("int8", 128), 4, loads_128=42, programs_per_sm=2),
+    _case(RowCodec("bf16", 128), 4, loads_128=50, programs_per_sm=2),
     *(
         _case(RowCodec("int4", d), g, tier, loads_128=16, programs_per_sm=programs)
         for tier in (SAME.value, ROUNDED.value)
-        for d, g, programs in ((64, 3, 3), (128, 4, 3), (256, 4, 2))
+        for d, g, programs in ((64, 3, 2), (128, 4, 2), (256, 4, 1))
     ),
 ]

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.score.triton import CAP, log_sum_exp
-from sglang_clusterkv.kernels.triton_threshold import added, bracket, counted_from, narrowed, order_of_log
+from sglang_clusterkv.kernels.triton_threshold import bracket, bracket_in_memory, order_of_log
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _tiles_lse(lse, stride, tiles, whole, GROUP: tl.constexpr, GROUP_PAD: tl.con
     for first in range(0, tiles, AT_ONCE):
         tile = (first + tl.arange(0, AT_ONCE))[None, :]
         more = tl.load(lse + g * stride + tile, mask=(g < GROUP) & (tile < tiles), other=float("-inf"))
-        whole = log_sum_exp(tl.join(whole, log_sum_exp(more)))
+        whole = log_sum_exp(tl.join(whole, log_sum_exp(more, 1)), 1)
     return whole
 
 
@@ -94,47 +94,19 @@ def _choose(log_mass, left, clusters, limit, HELD: tl.constexpr):
 
 
 @triton.jit
-def _read_keys(log_mass, left, first, clusters, tied_low, tied_high, TIES: tl.constexpr, BLOCK: tl.constexpr):
-    """(keys, sizes) of a block: of the masses or, TIES, of the places of those in [tied_low, tied_high)."""
-    c = first + tl.arange(0, BLOCK)
-    keys, size = _load_keys(log_mass, left, c, clusters)
-    if TIES:
-        keys = tl.where((keys >= tied_low) & (keys < tied_high), _LAST - c, -1)
-    return keys, size
+def _read_masses(arguments, first, BLOCK: tl.constexpr):
+    """For `bracket_in_memory`: order of the masses, and sizes."""
+    log_mass, left, clusters = arguments
+    return _load_keys(log_mass, left, first + tl.arange(0, BLOCK), clusters)
 
 
 @triton.jit
-def _bracket_in_memory(
-    log_mass, left, clusters, limit, tied_low, tied_high, TIES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """`bracket` of what `_read_keys` gives, read again in each round."""
-    totals = tl.zeros((BLOCK,), tl.int64)
-    lowest = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
-    highest = tl.full((BLOCK,), -1, tl.int32)
-    for first in range(0, clusters, BLOCK):
-        keys, size = _read_keys(log_mass, left, first, clusters, tied_low, tied_high, TIES, BLOCK)
-        totals += counted_from(keys, size, 0)
-        lowest = tl.minimum(lowest, tl.where(keys >= 0, keys, 0x7FFFFFFF))
-        highest = tl.maximum(highest, keys)
-    from_low = tl.sum(totals, 0)
-    low, high, above = tl.min(lowest, 0), tl.max(highest, 0) + 1, from_low * 0
-    if (from_low >> 32) <= limit:
-        low = 0
-        high = 0
-        above = from_low
-    while (high - low > 1) & (((from_low - above) & 0xFFFFFFFF) > 1):
-        step = (high - low) // 4 + 1
-        first_sum = tl.zeros((BLOCK,), tl.int64)
-        second_sum = tl.zeros((BLOCK,), tl.int64)
-        third_sum = tl.zeros((BLOCK,), tl.int64)
-        for first in range(0, clusters, BLOCK):
-            keys, size = _read_keys(log_mass, left, first, clusters, tied_low, tied_high, TIES, BLOCK)
-            first_sum += counted_from(keys, size, tl.minimum(low + step, high))
-            second_sum += counted_from(keys, size, tl.minimum(low + 2 * step, high))
-            third_sum += counted_from(keys, size, tl.minimum(low + 3 * step, high))
-        sums = tl.reduce((first_sum, second_sum, third_sum), 0, added)
-        low, high, from_low, above = narrowed(low, high, from_low, above, step, sums[0], sums[1], sums[2], limit)
-    return low, high, tl.maximum(limit - (above >> 32).to(tl.int32), 0)
+def _read_tied(arguments, first, BLOCK: tl.constexpr):
+    """For `bracket_in_memory`: places, the lower the higher, of those whose keys are in [low, high), and sizes."""
+    log_mass, left, clusters, low, high = arguments
+    c = first + tl.arange(0, BLOCK)
+    keys, size = _load_keys(log_mass, left, c, clusters)
+    return tl.where((keys >= low) & (keys < high), _LAST - c, -1), size
 
 
 @triton.jit
@@ -235,8 +207,9 @@ def select_kernel(
         if clusters <= MANY:
             low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, MANY)
         else:
-            low, high, room = _bracket_in_memory(log_mass, left, clusters, limit, 0, 0, False, BLOCK)
-            tie_low, tie_high, tie_room = _bracket_in_memory(log_mass, left, clusters, room, low, high, True, BLOCK)
+            low, high, room = bracket_in_memory(_read_masses, (log_mass, left, clusters), clusters, limit, BLOCK)
+            tied = (log_mass, left, clusters, low, high)
+            tie_low, tie_high, tie_room = bracket_in_memory(_read_tied, tied, clusters, room, BLOCK)
     else:
         low, high, room, tie_low, tie_high, tie_room = 0, 0, 0, 0, 0, 0
     count = _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK)
@@ -321,7 +294,7 @@ _ALIGNED = (
 COMPILE_CASES = [
     CompileCase(
         f"select C={clusters} G={group}", select_kernel, _TYPES, constants(8, group, 2, clusters, 2048) | {"sinks": None},
-        _ALIGNED, num_warps=warps(clusters > HELD[1]), programs_per_sm=1 if clusters > HELD[1] else 2,
+        _ALIGNED, num_warps=warps(clusters > HELD[1]), programs_per_sm=2 if clusters <= HELD[1] and group < 8 else 1,
     )
     for clusters, group in ((4096, 3), (4096, 4), (4096, 8), (131072, 4), (131072, 8))
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
+from sglang_clusterkv.kernels.estimate import triton_own
 from sglang_clusterkv.kernels.merge.reference import Partial
 from tests.support.filled import FAR, Filled, assert_close, merged, of_request
 
@@ -27,6 +28,9 @@ def config_of(**fields: object) -> ClusterKVConfig:
 def estimated(filled: Filled) -> Partial:
     """Launch; its parts as one."""
     decoder = filled.decoder
+    clusters = estimate_triton.listed_clusters(filled.index, filled.step)
+    if triton_own.is_limited(clusters, filled.config.estimate_clusters):
+        triton_own.choose_own(filled.index, filled.step, decoder.workspace)
     decoder.estimate(0, filled.dtype)
     filled.guarded.assert_untouched()
     return merged(*decoder.workspace.rest(filled.step.batch, sum(decoder.parts)))
@@ -68,7 +72,7 @@ def test_any_number_of_own_values_is_right(limit: int, device: str) -> None:
 
 
 def test_several_tiles_of_own_values_give_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_triton, "own_clusters", lambda *_: 16)
+    monkeypatch.setattr(estimate_triton, "own_clusters", lambda _: 16)
     assert_is_reference(Filled(config_of(estimate_clusters=10_000), device, group=1))
 
 
@@ -79,9 +83,14 @@ def test_any_parts_give_the_same(least_own: int, least_rest: int, device: str, m
     assert_is_reference(Filled(CONFIG, device, group=1))
 
 
-def test_masses_that_no_program_can_hold_are_read_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_triton, "MASSES_HELD", 64)
-    monkeypatch.setattr(grids, "LEAST_OWN", 7)
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every request had more masses than a program holds, and they were read a few at a time."""
+    monkeypatch.setattr(triton_own, "HELD", (1, 1, 1))
+    monkeypatch.setattr(triton_own, "BLOCK", 16)
+
+
+def test_masses_that_no_program_can_hold_are_read_again(in_memory: None, device: str) -> None:
     assert_is_reference(Filled(CONFIG, device, group=1))
 
 
@@ -94,9 +103,10 @@ def test_the_own_clusters_are_the_references(device: str) -> None:
     assert filled.decoder.workspace.own[:2].tolist() == best.tolist()
 
 
-@pytest.mark.parametrize("held", [1024, 64])
-def test_ties_go_to_the_lower_place(held: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_triton, "MASSES_HELD", held)
+@pytest.mark.parametrize("held", [True, False])
+def test_ties_go_to_the_lower_place(held: bool, device: str, request: pytest.FixtureRequest) -> None:
+    if not held:
+        request.getfixturevalue("in_memory")
     filled = Filled(CONFIG, device, group=1)
     w, own = filled.decoder.workspace, int(filled.step.page_count[1]) * 2
     # All clusters are alike but for three; one of the others has nothing left, so it is not among the first.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.refine.reference import Recalled, candidate_scores, recall, recall_all
 from sglang_clusterkv.kernels.refine.triton import recall as recall_triton
 from sglang_clusterkv.kernels.select.reference import Candidates, select
@@ -88,6 +89,16 @@ def test_values_equal_the_reference(head_dim: int, group: int, bits: int, kv_hea
         torch.testing.assert_close(w.value[b, h, :count], expected[b, h][order], rtol=tolerance, atol=0)
         assert w.value[b, h, count:].isnan().all(), "values beyond the candidates"
     chosen.guarded.assert_untouched()
+
+
+def test_many_candidates_of_a_program_have_the_same_values(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = Chosen(config_of(), device)
+    chosen.decoder.refine(0, SCALE, torch.float32)
+    few = chosen.decoder.workspace.value.clone()
+    monkeypatch.setattr(grids, "CANDIDATE_PROGRAMS", 1)
+    chosen.decoder.workspace.value.fill_(torch.nan)
+    chosen.decoder.refine(0, SCALE, torch.float32)
+    torch.testing.assert_close(chosen.decoder.workspace.value, few, equal_nan=True)
 
 
 @pytest.mark.parametrize("budget", [1, 48, 159])

@@ -29,8 +29,8 @@ CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=
 @functools.cache
 def scene_of(config: ClusterKVConfig, head_dim: int, dtype: torch.dtype, kv_heads: int) -> tuple[Scene, SparseStep]:
     """Three requests; the longest has two tiles of clusters, whose border is inside a segment."""
-    scene = Scene(config, layers=1, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-    lengths = [700, 333, 1300]
+    scene = Scene(config, layers=1, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, pages=256, context=4096)
+    lengths = [700, 333, 2200]
     for row, length in enumerate(lengths, 1):
         scene.prefill(row, length)
     step = scene.decode([1, 2, 3], [length + 1 for length in lengths])

@@ -1,0 +1,170 @@
+"""Which clusters the estimate takes at their own mean value: those with the most mass left, once per (request, kv head).
+
+The program that recalled a (request, kv head)'s tokens goes on with this, for it is the last that changes what is left of
+clusters; where whole clusters are recalled by many programs, it is a launch of its own. The estimate's programs then share the
+list, and know of all others by its edge that they are not in it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.triton_threshold import bracket, bracket_in_memory
+from sglang_clusterkv.memory.masses import NO_MASS
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.kernels.workspace import Workspace
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
+
+HELD = (1024, 4096, 16384)  # masses that are held in registers: the first that a request's clusters fit into
+BLOCK = 2048  # clusters at a time
+LEAST_MASS = tl.constexpr(NO_MASS)
+_LAST = tl.constexpr(2**30)  # beyond every cluster
+
+
+@triton.jit
+def masses_of(mass, left, c, listed):
+    """Bits of the masses that are left of clusters c; they order as the masses do. -1 where a cluster is not listed."""
+    tokens = tl.load(left + c, mask=listed, other=0)
+    masses = tl.load(mass + c, mask=listed & (tokens > 0), other=0.0) * tokens.to(tl.float32)
+    # A GPU's NaN has all bits set, and the list is made by bits: an edge could not lie above it.
+    masses = tl.where(masses == masses, masses, float("inf"))
+    masses = tl.where(masses < LEAST_MASS, 0.0, masses)
+    return tl.where(listed, masses.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def in_list(bits, c, low, high, last):
+    """Whether clusters c, with so many bits of mass, are in the list whose edge is (low, high, last)."""
+    return (bits >= high) | ((bits >= low) & (c <= last))
+
+
+@triton.jit
+def _held_edge(mass, left, clusters, limit, HELD: tl.constexpr):
+    """(low, high, last): the `limit` largest masses are those whose bits are `high` or more, or `low` or more up to cluster
+    `last`. Of HELD clusters at most."""
+    c = tl.arange(0, HELD)
+    bits = masses_of(mass, left, c, c < clusters)
+    one = (bits >= 0).to(tl.int32)
+    low, high, room = bracket(bits, one, limit)
+    tied = (bits >= low) & (bits < high)
+    last = _LAST
+    if tl.sum(tied.to(tl.int32), 0) > room:
+        lowest, _, _ = bracket(tl.where(tied, _LAST - c, -1), one, room)
+        last = _LAST - lowest
+    return low, high, last
+
+
+@triton.jit
+def _read_bits(arguments, first, BLOCK: tl.constexpr):
+    """For `bracket_in_memory`: bits of masses, and ones."""
+    mass, left, clusters = arguments
+    c = first + tl.arange(0, BLOCK)
+    return masses_of(mass, left, c, c < clusters), tl.full((BLOCK,), 1, tl.int32)
+
+
+@triton.jit
+def _read_tied(arguments, first, BLOCK: tl.constexpr):
+    """For `bracket_in_memory`: places, the lower the higher, of those whose bits are in [low, high), and ones."""
+    mass, left, clusters, low, high = arguments
+    c = first + tl.arange(0, BLOCK)
+    bits = masses_of(mass, left, c, c < clusters)
+    return tl.where((bits >= low) & (bits < high), _LAST - c, -1), tl.full((BLOCK,), 1, tl.int32)
+
+
+@triton.jit
+def list_own(
+    mass, left, clusters, limit, own, edge,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """Write the list and its edge, of one (request, kv head) whose pointers are given; all threads of a program together.
+
+    FEW, SOME, MANY: clusters that are held. LARGE: there may be more than SOME. BLOCK: clusters at a time.
+    """
+    if clusters <= FEW:
+        low, high, last = _held_edge(mass, left, clusters, limit, FEW)
+    elif clusters <= SOME:
+        low, high, last = _held_edge(mass, left, clusters, limit, SOME)
+    elif LARGE:
+        if clusters <= MANY:
+            low, high, last = _held_edge(mass, left, clusters, limit, MANY)
+        else:
+            low, high, room = bracket_in_memory(_read_bits, (mass, left, clusters), clusters, limit, BLOCK)
+            tied = (mass, left, clusters, low, high)
+            lowest, _, _ = bracket_in_memory(_read_tied, tied, clusters, tl.maximum(room, 1), BLOCK)
+            last = _LAST - lowest
+    else:
+        low, high, last = 0, 0, _LAST
+    tl.store(edge, low)
+    tl.store(edge + 1, high)
+    tl.store(edge + 2, last)
+    passed = 0
+    for first in range(0, clusters, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        chosen = in_list(masses_of(mass, left, c, c < clusters), c, low, high, last) & (c < clusters)
+        one = chosen.to(tl.int32)
+        tl.store(own + passed + tl.cumsum(one, 0) - 1, c, mask=chosen)
+        passed += tl.sum(one, 0)
+
+
+@triton.jit
+def own_kernel(
+    page_count, offset, left, mass, own, edge, clusters_stride, own_stride, limit,
+    HEADS: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr,
+    BLOCK: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """Grid (kv heads, requests): `list_own` alone."""
+    head, request = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair = request * HEADS + head
+    clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
+    at = head.to(tl.int64) * clusters_stride + tl.load(offset + request)
+    list_own(
+        mass + at, left + at, clusters, limit, own + pair * own_stride, edge + pair * 3, FEW, SOME, MANY, BLOCK, LARGE
+    )
+
+
+def own_constants(per_page: int, clusters: int) -> dict[str, Any]:
+    """Constants of `list_own`, by name, for up to `clusters` clusters of a request."""
+    few, some, many = HELD
+    return {"PER_PAGE": per_page, "FEW": few, "SOME": some, "MANY": many, "BLOCK": BLOCK, "LARGE": clusters > some}
+
+
+def own_warps(clusters: int) -> int:
+    """Warps of a program that holds so many masses."""
+    return 16 if clusters > HELD[1] else 8
+
+
+def is_limited(clusters: int, limit: int) -> bool:
+    """Whether of so many clusters of a request some may not use their own mean value; by a power of two, as all is compiled."""
+    return triton.next_power_of_2(clusters) > limit
+
+
+def choose_own(index: ClusterIndex, step: SparseStep, w: Workspace) -> None:
+    """Write `own` and `own_edge` of the workspace; `left` as refine leaves it."""
+    clusters = step.pages.shape[1] * index.clusters_per_page
+    own_kernel[(w.shape.heads, step.batch)](
+        step.page_count, w.offset, w.left, w.estimate_mass, w.own, w.own_edge, w.shape.clusters, w.own.shape[2],
+        index.config.estimate_clusters, HEADS=w.shape.heads, **own_constants(index.clusters_per_page, clusters),
+        num_warps=own_warps(clusters),
+    )  # fmt: skip
+
+
+_TYPES = {
+    **{"page_count": "*i64", "mass": "*fp32"},
+    **dict.fromkeys(("offset", "left", "own", "edge"), "*i32"),
+    **dict.fromkeys(("clusters_stride", "own_stride", "limit"), "i32"),
+}
+_ALIGNED = tuple(name for name, kind in _TYPES.items() if kind[0] == "*" or name == "clusters_stride")
+
+COMPILE_CASES = [
+    CompileCase(
+        f"estimate own C={clusters:,}", own_kernel, _TYPES, own_constants(2, clusters) | {"HEADS": 8}, _ALIGNED,
+        num_warps=own_warps(clusters), programs_per_sm=1 if clusters > HELD[1] else 2,
+    )
+    for clusters in (4096, 131072)
+]  # fmt: skip

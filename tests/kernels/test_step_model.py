@@ -51,12 +51,12 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     vectors = 32 * 2 * 256  # mean key and variance
     tokens = 80 * (256 + 16)  # key, logits
     queries = group * (256 + 512)  # and rotated
-    sums = (2 + 2 * 32) * 16
+    sums = (2 + 2 * 16) * 16
     assert launches["score"].programs == pairs * (1 + 2 + 8)
     assert launches["score"].bytes == logits + pages + 8 * 80 * 8 + pairs * (rows + vectors + tokens + queries + sums)
 
     assert launches["select"].programs == pairs
-    assert launches["select"].bytes == logits + pages // 2 + pairs * ((2 + 2 * 32 + 1) * 16 + 2 * 4086 * 4 + 2048 * 8)
+    assert launches["select"].bytes == logits + pages // 2 + pairs * ((2 + 2 * 16 + 1) * 16 + 2 * 4086 * 4 + 2048 * 8)
 
     code = 32 + 2 + 2  # two bits a channel, scale, member
     values = 2048 * (code + 8 + 4 + 4) + 256 * 16 + 4 * 128 * 4

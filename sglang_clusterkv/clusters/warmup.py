@@ -166,7 +166,10 @@ def _repeated(step: SparseStep, segments: int) -> SparseStep:
 
 def _many(step: SparseStep, batch: int) -> SparseStep:
     """A step of so many requests, each that of `step`."""
-    lists = [
-        value.repeat(batch, *(1,) * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value for value in step
-    ]
-    return SparseStep(*lists)._replace(batch=batch)
+    lists: dict[str, Any] = {
+        name: value.repeat(batch, *(1,) * (value.dim() - 1))
+        for name, value in step._asdict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    lengths = None if step.lengths is None else step.lengths.repeat(batch, 0)
+    return step._replace(**lists, batch=batch, lengths=lengths)

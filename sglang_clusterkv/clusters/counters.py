@@ -59,6 +59,8 @@ class Counters:
     build_s: float = 0.0
     dense_steps: Counter[str] = field(default_factory=Counter)  # requests of a step, by reason
     dense_layer_calls: Counter[str] = field(default_factory=Counter)  # requests of one layer of a step, by reason
+    # Steps that captured graphs had no room for, by what there was too much of.
+    steps_without_graph: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)  # exceptions of our own code that were survived, by operation
 
     def server_info(self) -> dict[str, object]:

@@ -13,13 +13,32 @@ from sglang_clusterkv.clusters.counters import StepCounts
 from sglang_clusterkv.clusters.rows import DenseReason, RowTables
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.break_even import MODELLED, BreakEven
-from sglang_clusterkv.kernels.decode import prepare
+from sglang_clusterkv.kernels.decode import prepare, reserve
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS
 from sglang_clusterkv.memory.index import ClusterIndex
-from sglang_clusterkv.memory.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step, to_device
+from sglang_clusterkv.memory.step import (
+    DenseStep,
+    ListShape,
+    RowBorders,
+    SparseStep,
+    dense_step,
+    empty_lists,
+    first_requests,
+    lists_bytes,
+    pack_rows,
+    sparse_step,
+    to_device,
+)
+
+GAP_TOKENS = 1024  # in the base of a request of a captured step
 
 
 class DecodeStep(NamedTuple):
-    """How the requests of one decode batch attend; indices are places in the batch."""
+    """How the requests of one decode batch attend; indices are places in the batch.
+
+    On a GPU `sparse` has all requests if one of them is sparse, and without it there are no lists: the backend makes what it
+    needs. On a CPU each kind has lists of its own.
+    """
 
     sparse_at: torch.Tensor | None  # int64, None: the whole batch
     sparse: SparseStep | None
@@ -29,6 +48,12 @@ class DecodeStep(NamedTuple):
     seq_lens: np.ndarray  # int64 [B]
     counts: StepCounts | None = None  # None: not of a batch that the scheduler launched
     reasons: np.ndarray | None = None  # int64 [B], 0: sparse, else a DenseReason; None likewise
+    too_large: str | None = None  # of what the batch has more than captured steps have room for; None: of nothing
+
+    @property
+    def sparse_requests(self) -> int:
+        """How many attend sparsely in the layers that can."""
+        return 0 if self.sparse is None else self.sparse.batch if self.counts is None else self.counts.sparse
 
 
 class DecodeLists:
@@ -59,6 +84,37 @@ class DecodeLists:
         # On a CPU a sparse step costs little more than what it reads; with a host tier a dense one reads all from the host.
         always = index.device == "cpu" or index.config.host_ratio > 1
         self.break_even: BreakEven | None = None if always else MODELLED
+        self._mixes = takes_mixtures(index.device)
+        self.room: ListShape | None = None  # of the lists of captured steps
+        self._lists: SparseStep | None = None  # these
+
+    def reserve(self, batch: int, context_tokens: int) -> int:
+        """Make the lists and the workspace of captured steps, which never move; returns their bytes.
+
+        From now on steps are written there if they fit. What an earlier call made is given up.
+
+        Args:
+            batch: most requests of a captured step.
+            context_tokens: of the longest request.
+
+        Raises torch.OutOfMemoryError.
+        """
+        assert self._group is not None
+        self._lists = None
+        self.room = room = captured_room(self._index, batch, context_tokens)
+        tokens = room.pages * self._page_size
+        lists = empty_lists(room, self.req_to_token.device)
+        self._lists = lists._replace(recallable_tokens=tokens, dense_tokens=tokens)
+        return lists_bytes(lists) + reserve(self._index, self._group, room)
+
+    def captured(self, batch: int) -> SparseStep:
+        """The lists that a captured step of so many requests reads; until a step is made all of them are padding."""
+        assert self._lists is not None, "reserve comes first"
+        return first_requests(self._lists, batch)
+
+    @property
+    def _page_size(self) -> int:
+        return self._index.geometry.page_size
 
     def step(self, rows: np.ndarray, seq_lens: np.ndarray, looks: BackOff, layers: BackOff) -> DecodeStep:
         """Sort a batch into sparse and dense requests, and make the lists of both.
@@ -88,22 +144,29 @@ class DecodeLists:
         if self._dense_is_faster(covered[reasons == 0]):
             reasons[reasons == 0] = DenseReason.FASTER
         sparse, dense = np.flatnonzero(reasons == 0), np.flatnonzero(reasons)
-        device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
-        step = DecodeStep(
-            sparse_at=to_device(sparse, device) if mixed else None,
-            sparse=self._sparse(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
-            dense_at=to_device(dense, device) if mixed else None,
-            dense=dense_step(rows[dense], seq_lens[dense], self.req_to_token) if len(dense) else None,
-            rows=rows,
-            seq_lens=seq_lens,
-            counts=StepCounts(
-                sparse=len(sparse),
-                dense=_by_reason(reasons[dense]),
-                tokens_available=int(covered[sparse].sum()),
-                tokens_recalled=int(np.minimum(covered[sparse], config.budget_tokens).sum()),
-            ),
-            reasons=reasons,
+        counts = StepCounts(
+            sparse=len(sparse),
+            dense=_by_reason(reasons[dense]),
+            tokens_available=int(covered[sparse].sum()),
+            tokens_recalled=int(np.minimum(covered[sparse], config.budget_tokens).sum()),
         )
+        if self._mixes:
+            lists, too_large = None, None
+            if len(sparse):
+                lists, too_large = self._mixture(self._borders(rows, seq_lens, count), reasons == 0)
+            step = DecodeStep(None, lists, None, None, rows, seq_lens, counts, reasons, too_large)
+        else:
+            device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
+            step = DecodeStep(
+                sparse_at=to_device(sparse, device) if mixed else None,
+                sparse=self._sparse(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
+                dense_at=to_device(dense, device) if mixed else None,
+                dense=dense_step(rows[dense], seq_lens[dense], self.req_to_token) if len(dense) else None,
+                rows=rows,
+                seq_lens=seq_lens,
+                counts=counts,
+                reasons=reasons,
+            )
         tables.exact[rows[sparse]] = np.minimum(tables.exact[rows[sparse]], seq_lens[sparse] - 1)
         return step
 
@@ -116,18 +179,63 @@ class DecodeLists:
 
     def all_dense(self, rows: np.ndarray, seq_lens: np.ndarray) -> DecodeStep:
         """The step after a fault in `step`: every request attends to everything."""
-        dense = dense_step(rows, seq_lens, self.req_to_token)
+        dense = None if self._mixes else dense_step(rows, seq_lens, self.req_to_token)
         counts, reasons = StepCounts.of_faults(len(rows)), np.full(len(rows), DenseReason.FAULT)
         return DecodeStep(None, None, None, dense, rows, seq_lens, counts, reasons)
 
     def _sparse(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:
         """Lists, and the memory that the layers need for them."""
-        tables = self._tables
-        borders = RowBorders(rows, seq_lens, count, tables.begin[rows], tables.end[rows], tables.covered[rows])
-        step = sparse_step(borders, self.req_to_token, self._index.geometry.page_size)
+        step = sparse_step(self._borders(rows, seq_lens, count), self.req_to_token, self._page_size)
         if self._group is not None:
             prepare(self._index, self._group, self._dtype, step)
         return step
+
+    def _mixture(self, borders: RowBorders, sparse: np.ndarray) -> tuple[SparseStep, str | None]:
+        """The same of all requests; and of what there are more than captured steps have room for, if so."""
+        from sglang_clusterkv.kernels.lists.triton import make
+
+        packed = pack_rows(borders, sparse, self._page_size, self._index.clusters_per_page, SCORE_CLUSTERS)
+        lists, too_large = self._lists, None
+        if self.room is not None:
+            most = self.room._asdict()
+            too_large = next((name for name, needed in packed.shape._asdict().items() if needed > most[name]), None)
+        if lists is None or too_large is not None:
+            lists = empty_lists(packed.shape, self.req_to_token.device)
+            lists = lists._replace(recallable_tokens=packed.recallable_tokens, dense_tokens=packed.dense_tokens)
+        step = make(packed, self.req_to_token, self._page_size, lists)
+        if self._group is not None:
+            prepare(self._index, self._group, self._dtype, step)
+        return step, too_large
+
+    def _borders(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> RowBorders:
+        tables = self._tables
+        return RowBorders(rows, seq_lens, count, tables.begin[rows], tables.end[rows], tables.covered[rows])
+
+
+def captured_room(index: ClusterIndex, batch: int, context_tokens: int) -> ListShape:
+    """Room for the lists of captured steps of up to `batch` requests; what has more runs without a graph, counted.
+
+    A request may have twice the segments that it has when it is prefilled at once, and as many gaps as lie at the borders of
+    32k tokens beside the longest window. All requests together may have half as many clusters again as the pool, for they share
+    prefixes.
+    """
+    config, geometry = index.config, index.geometry
+    pages = max(1, context_tokens // geometry.page_size)
+    longest = -(-pages * index.clusters_per_page // SCORE_CLUSTERS) * SCORE_CLUSTERS
+    of_pool = 3 * geometry.slots // 2 // config.tokens_per_cluster + batch * SCORE_CLUSTERS
+    base = int(longest_base(config, geometry.page_size, np.zeros(1, np.int64))[0]) + GAP_TOKENS
+    return ListShape(
+        batch=batch,
+        pages=pages,
+        segments=2 * (context_tokens // config.segment_tokens) + 64,
+        base=base,
+        clusters=max(longest, min(batch * longest, of_pool)),
+    )
+
+
+def takes_mixtures(device: str) -> bool:
+    """Whether one chain takes all requests of a batch there: Triton's does, numba's does not."""
+    return device != "cpu"
 
 
 def longest_base(config: ClusterKVConfig, page_size: int, covered: np.ndarray) -> np.ndarray:

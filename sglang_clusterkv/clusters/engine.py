@@ -100,6 +100,8 @@ class ClusterEngine:
         fixed = [name for name in options if name not in STEP_OPTIONS]
         if fixed:
             raise ConfigError(f"{fixed[0]} is fixed when the server starts: change one of {', '.join(STEP_OPTIONS)}")
+        if self.decoding.room is not None:
+            raise ConfigError("captured decode steps keep the options that they were captured with")
         config = msgspec.structs.replace(self.config, **options)
         validate(config, self.page_size, self.index.geometry.head_dim)
         if config.refine and "codes" not in self.index.arrays:

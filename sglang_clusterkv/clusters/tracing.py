@@ -190,7 +190,8 @@ class RequestTracing(Tracing):
         borders = np.column_stack((np.append(0, ends), np.append(begins, length)))
         step = Step(length - 1, None, [(b, e) for b, e in borders.tolist() if b < e], clustered, segments)
         page_size = self._index.geometry.page_size
-        place = int((decode.reasons[:at] == 0).sum())
+        of_all = decode.sparse.batch == len(decode.rows)  # on a GPU, dense requests included
+        place = at if of_all else int((decode.reasons[:at] == 0).sum())
         first = np.concatenate([np.arange(b, e, page_size) for b, e in zip(begins, ends, strict=True)])
         pages, order = decode.sparse.pages[place, : len(first)].sort()
         positions = to_device(first, pages.device.type)[order]

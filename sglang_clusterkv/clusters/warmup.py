@@ -99,13 +99,15 @@ def compile_kernels(
         more["sinks"] = torch.zeros(
             kv_heads * group, dtype=torch.bfloat16, device=device
         )  # as SGLang's models have them
-    q = torch.randn(1, kv_heads * group, head_dim, device=device).to(query_dtype or dtype)
+    # As models hand them on: cut from one product with keys and values.
+    product = torch.randn(1, kv_heads * (group + 2) * head_dim, device=device).to(query_dtype or dtype)
+    q = product[:, : kv_heads * group * head_dim].unflatten(1, (-1, head_dim))
     assert step.sparse is not None, f"the warm-up's {tokens} tokens were decoded densely"
     steps = [step.sparse]
     if by_size:
         per_segment = config.segment_tokens // config.tokens_per_cluster
         counts = _segment_counts(per_segment, context_tokens // config.tokens_per_cluster)
-        steps += [_repeated(step.sparse, count) for count in counts]
+        steps += [_repeated(step.sparse, count, config.segment_tokens // page_size) for count in counts]
         limit = config.candidate_tokens if config.refine else config.budget_tokens
         steps.append(_many(step.sparse, batch_of_large_tiles(kv_heads, limit)))
     decode = engine.tracing.around(sparse_decode)
@@ -150,9 +152,8 @@ def _segment_counts(per_segment: int, most: int) -> list[int]:
     return sorted(count for count in counts if count)
 
 
-def _repeated(step: SparseStep, segments: int) -> SparseStep:
-    """A step of one request with so many recallable segments, each the first one of `step`."""
-    pages = int(step.segment_begin[0, 1])
+def _repeated(step: SparseStep, segments: int, pages: int) -> SparseStep:
+    """A step of one request with so many recallable segments, each the first one of `step`, which has so many pages."""
     segment = torch.arange(segments, device=step.pages.device)
     return step._replace(
         pages=step.pages[:, :pages].repeat(1, segments),
@@ -161,6 +162,7 @@ def _repeated(step: SparseStep, segments: int) -> SparseStep:
         segment_begin=segment.mul(pages).unsqueeze(0),
         segment_count=torch.full_like(step.segment_count, segments),
         recallable_tokens=step.recallable_tokens // step.pages.shape[1] * pages * segments,
+        offset=None,
     )
 
 
@@ -172,4 +174,4 @@ def _many(step: SparseStep, batch: int) -> SparseStep:
         if isinstance(value, torch.Tensor)
     }
     lengths = None if step.lengths is None else step.lengths.repeat(batch, 0)
-    return step._replace(**lists, batch=batch, lengths=lengths)
+    return step._replace(**lists | {"offset": None}, batch=batch, lengths=lengths)

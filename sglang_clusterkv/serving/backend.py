@@ -21,8 +21,9 @@ from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.memory.step import DenseStep, dense_step
-from sglang_clusterkv.serving import layers, prefill_backend, runtime, tier_prefill, trace
+from sglang_clusterkv.serving import graphs, layers, prefill_backend, runtime, tier_prefill, trace
 from sglang_clusterkv.serving.active import active_config
+from sglang_clusterkv.serving.model_facts import shares_kv
 from sglang_clusterkv.serving.platform import prefill_threads
 
 if TYPE_CHECKING:
@@ -68,12 +69,15 @@ def create_backend(runner: ModelRunner) -> AttentionBackend:
     return backend
 
 
-class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
+class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, AttentionBackend):
     """SGLang's side of ClusterKV.
 
-    Prefill runs on SGLang's own backend of the platform, on the CPU on ours. A pool without a cluster index (SGLang's
+    Prefill runs on SGLang's own backend of the platform, and so do decode steps without a sparse request and layers that never
+    recall; on the CPU, and in decode steps over a host tier, all of these on ours. A pool without a cluster index (SGLang's
     attention unit kit brings one) is served densely throughout.
     """
+
+    _prefill_decodes = False
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -85,12 +89,17 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
         self.prefill = None if on_cpu else prefill_backend.create(runner, active_config())
         # SGLang's backend knows nothing of a host tier; ours on the CPU does.
         self._tier_prefill = None if self.prefill is None else tier_prefill.of(runner, self.prefill)
+        self._prefill_decodes = self.prefill is not None and self._tier_prefill is None
+        self.calls_prefill = False
         self._threads = torch.get_num_threads()
         arguments = runner.server_args
         ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
         self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks, self._threads)
         if self.engine is not None:
             _warm_up(runner, self.engine)
+            dense = map(self._dense_layer, layers.attention_layers(runner.model))
+            self.calls_prefill = shares_kv(runner.model_config.hf_text_config) or any(dense)
+            self._longest = min(runner.model_config.context_len, self.engine.index.geometry.slots)
         self._step: DecodeStep | None = None
         self._all_dense: DenseStep | None = None
         self._extend_slots: list[torch.Tensor] = []
@@ -100,15 +109,11 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
         """Whether SGLang may run its Triton helpers for us."""
         return self.prefill is not None
 
-    def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Tokens of a made-up request in SGLang's warm-ups."""
-        return 1
-
     # -- per forward ----------------------------------------------------------------------------------------------
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Take the lists of the step, or those of the prefill."""
-        self._all_dense = None
+        self._all_dense, self._in_capture, self._prefill_ready = None, False, False
         if self._tier_prefill is not None:
             self._tier_prefill.forward()
         if self.prefill is None and self._prefill_threads != self._threads:
@@ -116,7 +121,9 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
             torch.set_num_threads(self._prefill_threads if many else self._threads)
         if forward_batch.forward_mode.is_decode_or_idle():
             self._step = runtime.take_step()
-            if self._step is None and forward_batch.batch_size:
+            if self._prefill_decodes:
+                self._step = self._step or graphs.NO_LISTS
+            elif self._step is None and forward_batch.batch_size:
                 # Warm-up and unit kits: no plan, so dense, and lengths that only the device knows.
                 rows, seq_lens = forward_batch.req_pool_indices.cpu().numpy(), forward_batch.seq_lens.cpu().numpy()
                 dense = dense_step(rows, seq_lens, self.req_to_token_pool.req_to_token)
@@ -191,19 +198,28 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
     ) -> torch.Tensor:
         """One query per request over its step's lists, [B, heads * D]."""
         _refuse_more(kwargs)
-        self._write(k, v, layer, forward_batch, save_kv_cache)
-        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        rows = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        if not self._prefill_decodes:
+            self._write(k, v, layer, forward_batch, save_kv_cache)
         step = self._step
         assert step is not None, "decode without init_forward_metadata"
         reason = self._dense_layer(layer) or (DenseReason.SHARED_KV if k is None else None)
-        if reason is not None and step.sparse is not None:
-            output = self._dense(rows, keys, values, layer, self._dense_of_all(step), sinks).flatten(1)
-            self._count(reason, step)
-            return output
-        if step.sparse is not None:
+        if self._prefill_decodes:
+            if reason is not None or step.sparse is None:
+                output = self._decode_by_prefill(q, k, v, layer, forward_batch, save_kv_cache, sinks)
+                self._count(reason, step, layer)
+                return output
+            self._write(k, v, layer, forward_batch, save_kv_cache)
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        rows = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        if reason is None and step.sparse is not None:
             assert self.engine is not None
             local = layer.layer_id - self.first_layer
+            if self._in_capture:  # a fault ends the capture
+                more = {} if sinks is None else {"sinks": sinks}
+                index, lists = self.engine.index, step.sparse
+                return self.engine.sparse_decode(
+                    rows, keys, values, index, local, lists, layer.scaling, **more
+                ).flatten(1)
             mixed = self.engine.sparse_layer(rows, keys, values, local, step, layer.scaling, sinks)
             if mixed is not None:
                 if step.dense is not None:
@@ -211,9 +227,34 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
                     mixed[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense, sinks)
                 return mixed.flatten(1)
             # Our own code failed: all requests attend to everything from this layer on.
+            if self._prefill_decodes:
+                self._step = step._replace(sparse=None)
+                return self._decode_by_prefill(q, k, v, layer, forward_batch, False, sinks)
             step = self._step = _all_dense(step.rows, step.seq_lens, self._dense_of_all(step))
-        assert step.dense is not None
-        return self._dense(rows, keys, values, layer, step.dense, sinks).flatten(1)
+        dense = self._dense_of_all(step) if step.sparse is not None or step.dense is None else step.dense
+        output = self._dense(rows, keys, values, layer, dense, sinks).flatten(1)
+        self._count(reason, step, layer)
+        return output
+
+    def _decode_by_prefill(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Dense attention of all requests, by the backend that prefills."""
+        assert self.prefill is not None
+        if not self._prefill_ready:
+            if self._in_capture:
+                raise RuntimeError(f"layer {layer.layer_id} attends densely, which its model did not say")
+            self.prefill.init_forward_metadata(forward_batch)
+            self._prefill_ready = True
+        more = {} if sinks is None else {"sinks": sinks}
+        return self.prefill.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **more)
 
     def _dense(
         self,
@@ -252,10 +293,15 @@ class ClusterKVAttnBackend(prefill_backend.PrefillFacts, AttentionBackend):
         """Why every request goes the dense way in this layer, if so; layers that read another one's KV show at a call."""
         return layers.dense_reason(layer, 0 if self.engine is None else self.engine.config.dense_layers)
 
-    def _count(self, reason: DenseReason, step: DecodeStep) -> None:
-        """Count the requests of a layer that goes the dense way, and say so once."""
-        assert self.engine is not None and step.sparse is not None
-        self.engine.counters.dense_layer_calls[reason.name.lower()] += step.sparse.batch
+    def _count(self, reason: DenseReason | None, step: DecodeStep, layer: RadixAttention) -> None:
+        """Count the sparse requests of a layer that goes the dense way, and say so once; of a capture, note it."""
+        if reason is None or step.sparse is None:
+            return
+        assert self.engine is not None
+        if self._in_capture:
+            self._dense_layers[layer.layer_id] = reason
+            return
+        self.engine.counters.dense_layer_calls[reason.name.lower()] += step.sparse_requests
         if reason not in self._said:
             self._said.add(reason)
             logger.info("clusterkv: some layers decode densely: %s", reason.name.lower())

@@ -40,14 +40,20 @@ def _split_backends(arguments: Any) -> bool:
     )
 
 
-def _full_prefill_graph(arguments: Any) -> bool:
+def _graph_backends(arguments: Any, phase: str) -> tuple[str | None, ...]:
+    """What captures a phase's graphs, wherever it is asked for."""
     # A config from JSON is a dict until SGLang has parsed it.
     config = arguments.cuda_graph_config
     if isinstance(config, dict):
-        backend = (config.get("prefill") or {}).get("backend")
+        backend = (config.get(phase) or {}).get("backend")
     else:
-        backend = getattr(getattr(config, "prefill", None), "backend", None)
-    return "full" in (backend, arguments.cuda_graph_backend_prefill)
+        backend = getattr(getattr(config, phase, None), "backend", None)
+    return backend, getattr(arguments, f"cuda_graph_backend_{phase}")
+
+
+def _captures_decode(arguments: Any) -> bool:
+    off = arguments.disable_cuda_graph or arguments.disable_decode_cuda_graph
+    return (arguments.device or "cpu") != "cpu" and not off and "disabled" not in _graph_backends(arguments, "decode")
 
 
 _OTHER = "use another --attention-backend"
@@ -148,8 +154,23 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "full prefill graph",
-        lambda a, m: _full_prefill_graph(a),
+        lambda a, m: "full" in _graph_backends(a, "prefill"),
         "a full prefill CUDA graph leaves no place for clustering: use --cuda-graph-backend-prefill breakable",
+    ),
+    Refusal(
+        "broken decode graphs",
+        lambda a, m: _captures_decode(a) and (a.debug_cuda_graph or "breakable" in _graph_backends(a, "decode")),
+        "its decode steps are captured whole or not at all: use --cuda-graph-backend-decode full or disabled",
+    ),
+    Refusal(
+        "torch.compile",
+        lambda a, m: _captures_decode(a) and a.enable_torch_compile,
+        "--enable-torch-compile would trace its kernels' launches: leave it out, or pass --disable-cuda-graph",
+    ),
+    Refusal(
+        "metadata glue graph",
+        lambda a, m: _captures_decode(a) and _on("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
+        "a captured preparation of a step would repeat the first one's: unset SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
     Refusal(
         "HiCache on a CPU",

@@ -57,6 +57,11 @@ _TOTALS = {
 _TOTALS_BY = {
     "dense_steps": ("dense_steps_total", "Decode steps of a request that attended to everything.", "reason"),
     "dense_layer_calls": ("dense_layer_calls_total", "The same of one layer in a sparse step.", "reason"),
+    "steps_without_graph": (
+        "steps_without_graph_total",
+        "Decode steps that ran without a graph because captured ones had no room for them.",
+        "reason",
+    ),
     "faults": ("faults_total", "Exceptions of clusterkv's own code that were survived.", "operation"),
 }
 _GAUGES = {

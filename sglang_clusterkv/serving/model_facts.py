@@ -1,6 +1,14 @@
 """What of a model decides whether it can be served."""
 
 from dataclasses import dataclass
+from typing import Any
+
+
+def shares_kv(text_config: Any) -> bool:
+    """Whether layers of a model, by its text configuration, read another layer's KV."""
+    layers = getattr(text_config, "num_kv_shared_layers", 0)
+    across = getattr(text_config, "use_cla", False) and getattr(text_config, "cla_share_factor", 1) > 1
+    return bool(layers) or bool(across)
 
 
 @dataclass(frozen=True)

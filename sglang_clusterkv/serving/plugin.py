@@ -17,7 +17,7 @@ from sglang_clusterkv.serving import compat, prefill_backend, sglang_differences
 from sglang_clusterkv.serving.active import config_of, keep_config
 from sglang_clusterkv.serving.compat import BACKEND
 from sglang_clusterkv.serving.late_refusal import sentence_alone
-from sglang_clusterkv.serving.model_facts import ModelFacts
+from sglang_clusterkv.serving.model_facts import ModelFacts, shares_kv
 from sglang_clusterkv.serving.platform import apply_thread_count, is_our_platform
 
 logger = logging.getLogger(__name__)
@@ -145,31 +145,35 @@ def _declare_defaults(server_args: Any, previous: Callable[[Any], None]) -> None
     if view is None:
         return
     from sglang.srt.arg_groups.overrides import declare_resolution
-    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+    from sglang.srt.model_executor.cuda_graph_config import Phase
 
     if view.page_size is None:
         declare_resolution(server_args, BACKEND, page_size=DEFAULT_PAGE_SIZE)
-    graphs = view.cuda_graph_config
-    if graphs is not None and graphs.decode.backend != Backend.DISABLED:
-        declare_resolution(
-            server_args, BACKEND, cuda_graph_config=with_phase(graphs, Phase.DECODE, backend=Backend.DISABLED)
-        )
-        if view.device != "cpu":  # there are none on the CPU in any case
-            logger.info("Decode CUDA graphs are off: --attention-backend %s does not support them yet", BACKEND)
-    if _load(server_args).host_ratio > 1:
-        _leave_out_prefill_graphs(server_args)
+    config = _load(server_args)
+    if config.host_ratio > 1:
+        # A prefill may read a prefix from elsewhere in every pass, and no graph of one has been looked at.
+        why = "a host tier does not support them yet"
+        _leave_out_graphs(server_args, Phase.PREFILL, why)
+        _leave_out_graphs(server_args, Phase.DECODE, why)
+    if config.trace:
+        _leave_out_graphs(server_args, Phase.DECODE, "traces look at each layer of a step")
+    if config.attend_engine == "flashinfer":
+        _leave_out_graphs(server_args, Phase.DECODE, "attend_engine=flashinfer plans each step anew")
+    if view.device == "cpu":  # there are none in any case
+        _leave_out_graphs(server_args, Phase.DECODE, None)
 
 
-def _leave_out_prefill_graphs(server_args: Any) -> None:
-    """With a host tier a prefill may read a prefix from elsewhere in every pass, and no graph of one has been looked at."""
+def _leave_out_graphs(server_args: Any, phase: str, why: str | None) -> None:
+    """Capture no graphs of a phase, and say why."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
-    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+    from sglang.srt.model_executor.cuda_graph_config import Backend, with_phase
 
     graphs = resolved_view(server_args).cuda_graph_config
-    if graphs is not None and graphs.prefill.backend != Backend.DISABLED:
-        off = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
+    if graphs is not None and graphs[phase].backend != Backend.DISABLED:
+        off = with_phase(graphs, phase, backend=Backend.DISABLED)
         declare_resolution(server_args, BACKEND, cuda_graph_config=off)
-        logger.info("Prefill CUDA graphs are off: a host tier does not support them yet")
+        if why is not None and resolved_view(server_args).device != "cpu":
+            logger.info("%s CUDA graphs are off: %s", phase.capitalize(), why)
 
 
 def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -241,9 +245,7 @@ def _model_facts(server_args: Any) -> ModelFacts:
             and getattr(model.hf_config, "sliding_window_pattern", None) is not None
         ),
         layers=model.num_hidden_layers,
-        shared_kv=bool(getattr(text, "num_kv_shared_layers", 0))
-        or bool(getattr(text, "use_cla", False))
-        and getattr(text, "cla_share_factor", 1) > 1,
+        shared_kv=shares_kv(text),
     )
 
 

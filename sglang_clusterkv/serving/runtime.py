@@ -156,6 +156,11 @@ def take_step() -> DecodeStep | None:
     return step
 
 
+def peek_step() -> DecodeStep | None:
+    """The same, for who decides how it runs, before it is taken."""
+    return _step
+
+
 def around_checkpoint(original: Callable[..., Any], cache: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """A request is inserted into the radix tree (AROUND checkpoint_into_tree); its row may be rewritten."""
     global _in_checkpoint, _inserted_until

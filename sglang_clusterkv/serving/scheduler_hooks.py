@@ -67,6 +67,10 @@ def install(platform: Any) -> None:
         name = f"{type(platform).__module__}.{type(platform).__qualname__}"
         targets.append((f"{name}.get_kv_pool_cls", _after_kv_pool_cls, HookType.AFTER))
         targets.append((f"{name}.get_paged_allocator_cls", _after_allocator_cls, HookType.AFTER))
+        variants = "layers.attention.graph_variants.create_attention_graph_variants"
+        can_run = "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph"
+        targets.append((_SRT + variants, _after_graph_variants, HookType.AFTER))
+        targets.append((_SRT + can_run, _after_can_run_graph, HookType.AFTER))
     add_hooks(targets)
     _installed = True
 
@@ -218,6 +222,22 @@ def _after_kv_pool_cls(result: type | None, platform: Any, *, kind: str) -> type
     from sglang_clusterkv.serving import pool
 
     return pool.kv_pool_cls(result, kind)
+
+
+def _after_graph_variants(result: Any, hf_config: Any) -> Any:
+    if active.active_config() is None:
+        return None
+    from sglang_clusterkv.serving import graphs
+
+    return graphs.variants()
+
+
+def _after_can_run_graph(result: bool, runner: Any, forward_batch: Any) -> bool | None:
+    if active.active_config() is None:
+        return None
+    from sglang_clusterkv.serving import graphs
+
+    return graphs.can_run(result)
 
 
 def _after_allocator_cls(result: type | None, platform: Any) -> type | None:

@@ -4,6 +4,7 @@
 """
 
 from sglang_clusterkv.serving.sglang_gpu_symbols import PREFILL
+from sglang_clusterkv.serving.sglang_graph_symbols import DECODE_GRAPHS
 from sglang_clusterkv.serving.sglang_request_symbols import REQUESTS
 from sglang_clusterkv.serving.sglang_tier_symbols import HICACHE, HOST_TIER
 from sglang_clusterkv.serving.symbol import Symbol
@@ -349,4 +350,5 @@ SYMBOLS = (
     + METRICS
     + BACKEND
     + PREFILL
+    + DECODE_GRAPHS
 )

@@ -287,6 +287,7 @@ def test_the_table_lists_every_series(rank: Rank) -> None:
     rank.decode()
     rank.engine.counters.dense_steps["dirty"] += 1
     rank.engine.counters.dense_layer_calls["sliding"] += 1
+    rank.engine.counters.steps_without_graph["base"] += 1
     rank.exporter.refresh(rank.pool)
     assert without_tier(documented()) == types_and_labels(rank.registry.collect())
     rank.engine.tier = small_tier()

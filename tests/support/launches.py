@@ -13,11 +13,12 @@ import json
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import triton
 
 from benchmarks.gpu.dry import NoGpu
-from sglang_clusterkv.clusters import build, warmup
+from sglang_clusterkv.clusters import build, decoding, warmup
 from sglang_clusterkv.clusters.build import write_in_place
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import tier as moves
@@ -103,6 +104,23 @@ def decode(
             moves.gather(scene.tier, 1, some, *workspace, PREFILL_HOST)
 
 
+def captured(config: ClusterKVConfig, batch: int) -> None:
+    """A layer of a captured step, and one that is made where it reads."""
+    pages = index_pages(1500 // PAGE + 3)
+    scene = Scene(
+        config, layers=2, kv_heads=HEADS, head_dim=HEAD_DIM, pages=pages, rows=2, context=CONTEXT, dtype=DTYPE
+    )  # fmt: skip
+    scene.prefill(1, 1500)
+    scene.engine.begin_decode(np.array([1]), np.array([1500]))
+    scene.engine.decoding._group = GROUP
+    scene.engine.decoding.reserve(batch, CONTEXT)
+    step = scene.decode([1], [1501])
+    assert step.sparse is not None and step.too_large is None
+    for lists in (scene.engine.decoding.captured(batch), step.sparse):
+        q = torch.zeros(lists.batch, HEADS * GROUP * 3, HEAD_DIM, dtype=DTYPE)[:, : HEADS * GROUP]
+        sparse_decode(q, scene.keys[1], scene.values[1], scene.index, 1, lists, 0.1)
+
+
 def cluster(config: ClusterKVConfig, lengths: list[int]) -> None:
     """Segments of these lengths, in one call."""
     pages = sum(lengths) // PAGE + 1
@@ -162,6 +180,9 @@ def main() -> None:
     for lengths in ([700], [701, 1500]):
         compiled.occasion = f"decode {lengths} with sinks"
         decode(ClusterKVConfig(), lengths, sinks=True)
+    for batch in (1, 5):
+        compiled.occasion = f"a captured step of {batch}"
+        captured(ClusterKVConfig(), batch)
     for waiting in (500, 1000, 1800):
         compiled.occasion = f"decode, {waiting} tokens wait"
         decode(ClusterKVConfig(), [7000], waiting)
@@ -177,6 +198,7 @@ if __name__ == "__main__":
         patch.object(build, "build_segment", build_segment),
         patch.object(moves, "_for", lambda tier: moving),
         patch.object(warmup, "_compiles_by_size", lambda device: True),
+        patch.object(decoding, "takes_mixtures", lambda device: True),
         patch.object(warmup, "sparse_decode", sparse_decode),
         patch.object(warmup, "dense_decode", dense_decode),
         patch.object(warmup, "extend", lambda *_, **__: None),

@@ -108,7 +108,6 @@ def attend_part(
         whole = tl.load(dense_count + b).to(tl.int32)
         sparse = tl.load(page_count + b) > 0
         is_dense = whole > 0
-        end = tl.where(sparse, end, 0)
         keyed = tl.where(sparse, tl.load(recalled_count + pair), whole)
         # One list of tokens of either kind: of slots, or of pages.
         unit = tl.where(is_dense, PAGE, 1)

@@ -11,7 +11,7 @@ from sglang_clusterkv.kernels.decode import reference
 if TYPE_CHECKING:
     from sglang_clusterkv.kernels.decode.last import LastRead
     from sglang_clusterkv.memory.index import ClusterIndex
-    from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.step import ListShape, SparseStep
     from sglang_clusterkv.memory.tier import TierLayer
 
 
@@ -37,6 +37,21 @@ def prepare(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseSte
         from sglang_clusterkv.kernels.decode import cpu
 
         cpu.prepare(index, group, dtype, step)
+
+
+def reserve(index: ClusterIndex, group: int, room: ListShape) -> int:
+    """Make the memory of captured steps on a GPU, which no later step moves; returns its bytes.
+
+    Args:
+        index: the cluster index.
+        group: query heads per kv head.
+        room: of the lists of these steps.
+
+    Raises torch.OutOfMemoryError.
+    """
+    from sglang_clusterkv.kernels.decode import triton
+
+    return triton.decoder_of(index, group).reserve(room)
 
 
 def sparse_decode(

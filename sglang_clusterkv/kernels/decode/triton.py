@@ -8,6 +8,7 @@ Grids depend on the shapes of the step's lists alone, so a captured graph may be
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, Allocate, Workspa
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
-    from sglang_clusterkv.memory.step import SparseStep
+    from sglang_clusterkv.memory.step import ListShape, SparseStep
     from sglang_clusterkv.memory.tier import TierLayer
 
 NO_PARTS = grids.EstimateParts(0, 0)
@@ -38,8 +39,8 @@ NO_PARTS = grids.EstimateParts(0, 0)
 class TritonDecoder:
     """The operations of a layer, callable one by one (benchmarks, tests) or as a chain, in the order of their definition.
 
-    `prepare` comes first, once per step. Captured graphs keep the workspace's addresses, so the largest step has to be
-    prepared before the first capture.
+    `prepare` comes first, once per step. There are two workspaces: captured graphs keep the addresses of what `reserve` makes,
+    which never moves, and steps that have no room there make another one grow.
 
     Args:
         index: the cluster index.
@@ -62,11 +63,34 @@ class TritonDecoder:
         self.sinks: torch.Tensor | None = None  # of the layer that was selected last
         self._dtype: torch.dtype | None = None
         self.engine: FlashInferAttend | None = None  # attends in our kernel's place
+        self._reserved: Workspace | None = None
+        self._growing: Workspace | None = None
 
     def use_engine(self, dtype: torch.dtype) -> None:
         """Let FlashInfer attend over pools of `dtype`, if the configuration asks for it and it can; before `prepare`."""
         if self._dtype is not dtype:
             self._dtype, self.engine = dtype, engine_of(self.index, self._least.group, dtype)
+
+    def reserve(self, room: ListShape) -> int:
+        """Make the workspace of captured steps; returns its bytes. What an earlier call made is given up.
+
+        Args:
+            room: of the lists of these steps.
+
+        Raises torch.OutOfMemoryError.
+        """
+        self._reserved = None
+        pairs = room.batch * self.heads
+        shape = self._least._replace(
+            batch=triton.next_power_of_2(room.batch),
+            clusters=room.clusters,
+            segments=room.segments,
+            base=room.base,
+            exact_parts=max(pairs, grids.ATTEND_PROGRAMS),
+            rest_parts=2 * max(pairs, grids.ESTIMATE_PROGRAMS) if self.config.estimate else 0,
+        ).rounded()
+        self._reserved = make_workspace(shape, self.index.device, self._allocate)
+        return self._reserved.bytes
 
     def prepare(self, step: SparseStep) -> None:
         """Take a step's lists and make the workspace fit."""
@@ -74,23 +98,31 @@ class TritonDecoder:
             return
         self._step = None
         base, pairs = step.base_slots.shape[1], step.batch * self.heads
-        self.splits = grids.split_count(pairs, base + self.config.budget_tokens)
+        self.splits = grids.split_count(pairs, max(base + self.config.budget_tokens, step.dense_tokens))
         clusters = estimate_triton.listed_clusters(self.index, step)
         room = triton.cdiv(clusters, SCORE_CLUSTERS) * SCORE_CLUSTERS
         estimated = self.config.estimate
         self.parts = grids.estimate_parts(pairs, clusters, self.config.estimate_clusters) if estimated else NO_PARTS
-        needed = self._shape._replace(
+        needed = self._least._replace(
             batch=triton.next_power_of_2(step.batch),
-            clusters=step.batch * room,
+            clusters=step.batch * room if step.offset is None else step.clusters,
             segments=step.segment_begin.shape[1],
             base=base,
             exact_parts=pairs * self.splits,
             rest_parts=pairs * sum(self.parts),
         ).rounded()
-        if not self._shape.holds(needed):
-            self._grow(needed)
-        begins = self.workspace.offset[: step.batch + 1]
-        torch.arange(0, len(begins) * room, room, dtype=begins.dtype, device=begins.device, out=begins)
+        workspace = self._reserved
+        if workspace is None or not workspace.shape.holds(needed):
+            if not self._shape.holds(needed):
+                self._grow(needed)
+            workspace = self._growing
+        assert workspace is not None
+        if step.offset is None:
+            begins = workspace.offset[: step.batch + 1]
+            torch.arange(0, len(begins) * room, room, dtype=begins.dtype, device=begins.device, out=begins)
+        else:
+            workspace = dataclasses.replace(workspace, offset=step.offset)
+        self.workspace = workspace
         if self.engine is not None:
             self.engine.prepare(step, self.config.budget_tokens, self.index.geometry.page_size)
         self._step = step
@@ -98,8 +130,7 @@ class TritonDecoder:
     def _grow(self, needed: WorkspaceShape) -> None:
         """Make room for a step, beside what earlier ones needed if memory allows."""
         grown = WorkspaceShape(*map(max, self._shape, needed))
-        if self._shape.batch:
-            del self.workspace  # not two at once
+        self.workspace = self._growing = None  # not two at once
         self._shape = self._least  # holds nothing, should memory run out now
         try:
             return self._make(grown)
@@ -110,7 +141,7 @@ class TritonDecoder:
         self._make(needed)
 
     def _make(self, shape: WorkspaceShape) -> None:
-        self.workspace: Workspace = make_workspace(shape, self.index.device, self._allocate)
+        self._growing = make_workspace(shape, self.index.device, self._allocate)
         self._shape = shape
 
     @property

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.memory.mass import mean_by_group
+from sglang_clusterkv.memory.step import ListShape
 from sglang_clusterkv.serving.tier_metrics import PREFIX, TierSeries
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ _GAUGES = {
 }
 # Shown as 0 before the first one, so that an alert sees that one rise.
 OPERATIONS = ("admit", "build", "copy", "cut", "free", "invalidate", "layer", "lists", "offload", "plan", "rewrite")
+SHOWN = {"faults": OPERATIONS, "steps_without_graph": ListShape._fields}
 
 
 class DeviceCounts:
@@ -174,8 +176,7 @@ class Exporter:
             self._raise(total, attribute, getattr(engine.counters, attribute))
         for attribute, total in self._totals_by.items():
             values = dict(getattr(engine.counters, attribute))
-            if attribute == "faults":
-                values = dict.fromkeys(OPERATIONS, 0) | values
+            values = dict.fromkeys(SHOWN.get(attribute, ()), 0) | values
             for value, count in values.items():
                 self._raise(total, attribute, count, **{_TOTALS_BY[attribute][2]: value})
         self._gauges["clusters"].labels(**self._labels).set(pages * engine.index.clusters_of_a_page)

@@ -114,7 +114,7 @@ def expected(info: dict[str, Any]) -> Samples:
     found["running_reqs", ""] = info.pop("running")
     for name in ("recalled_mass", "build_ms"):
         del info[name]
-    found |= {("faults_total", operation): 0 for operation in metrics.OPERATIONS}
+    found |= {(f"{name}_total", label): 0 for name, labels in metrics.SHOWN.items() for label in labels}
     for name, value in info.items():
         of = value if isinstance(value, dict) else {"": value}
         found |= {(f"{name}_total", label): count for label, count in of.items()}

@@ -322,9 +322,9 @@ def test_graphs_may_be_captured_again(served: Served, monkeypatch: pytest.Monkey
 
 
 def test_the_definition_has_what_captured_lists_have(served: Served) -> None:
-    """So that a list that is added to a step cannot be left out of captured ones."""
+    """So that a list that is added to a step cannot be left out of captured ones; what the host knows of one it cannot have."""
     borders = served.engine.decoding._borders(np.array([1]), np.array([LENGTHS[1]]), np.array([1]))
     lists = sparse_step(borders, served.scene.req_to_token, 16)._asdict()
     captured = served.engine.decoding.captured(1)._asdict()
     for name, value in lists.items():
-        assert value is None or type(value) is type(captured[name]), name
+        assert name == "lengths" or value is None or type(value) is type(captured[name]), name

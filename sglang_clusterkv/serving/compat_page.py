@@ -72,7 +72,7 @@ RELEASES: tuple[Release, ...] = (
         "retraction, in which nothing had to be retracted",
     ),
     Release(
-        "0.5.21", "25 of 157 symbols differ, those of KV slots' translation most of all", "no: the start is refused"
+        "0.5.21", "25 symbols differ, those of KV slots' translation most of all", "no: the start is refused"
     ),
 )
 

@@ -71,9 +71,7 @@ RELEASES: tuple[Release, ...] = (
         "yes: test_abuse.py, test_scheduler_server.py and test_server.py of tests/serving on the CPU, but for the test of "
         "retraction, in which nothing had to be retracted",
     ),
-    Release(
-        "0.5.21", "25 symbols differ, those of KV slots' translation most of all", "no: the start is refused"
-    ),
+    Release("0.5.21", "25 symbols differ, those of KV slots' translation most of all", "no: the start is refused"),
 )
 
 

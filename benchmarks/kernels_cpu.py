@@ -14,7 +14,6 @@ from sglang_clusterkv.kernels import kmeans
 from sglang_clusterkv.kernels.attend.cpu import dense_decode
 from sglang_clusterkv.kernels.cpu_math import bits
 from sglang_clusterkv.kernels.decode import cpu
-from sglang_clusterkv.memory.rotation import rotation_matrix
 
 
 def operations(scene: Scene) -> list[Operation]:
@@ -22,8 +21,7 @@ def operations(scene: Scene) -> list[Operation]:
     engine, step, shape = scene.engine, scene.step, scene.shape
     index = engine.index
     grouped = scene.queries().unflatten(1, (shape.kv_heads, -1)).contiguous()
-    rotation = rotation_matrix(shape.head_dim).T
-    q, rotated, scale = grouped.numpy(), (grouped @ rotation).numpy(), scene.scale
+    q, scale = grouped.numpy(), scene.scale
     decoder = cpu.decoder_of(index, shape.group, scene.dtype is torch.bfloat16)
     decoder.prepare(step, shape.kv_heads, shape.group, shape.head_dim)
     out = np.empty_like(q)
@@ -31,10 +29,10 @@ def operations(scene: Scene) -> list[Operation]:
 
     moved = step_bytes(scene)
     return [
-        Operation("rotate", lambda layer: grouped @ rotation, 0),
+        Operation("rotate", lambda layer: decoder.rotate(q), 0),
         Operation("score", lambda layer: decoder.score(q, keys[layer], layer, scale), moved["score"]),
         Operation("select", lambda layer: decoder.select(), moved["select"]),
-        Operation("refine", lambda layer: decoder.refine(rotated, layer, scale), moved["refine"]),
+        Operation("refine", lambda layer: decoder.refine(layer, scale), moved["refine"]),
         Operation("recall", lambda layer: decoder.recall(), 0),
         Operation("attend", lambda layer: decoder.attend(q, keys[layer], values[layer], scale, out), moved["attend"]),
         Operation("estimate", lambda layer: decoder.estimate(layer), moved["estimate"]),

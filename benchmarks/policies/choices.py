@@ -15,7 +15,6 @@ import torch
 from sglang_clusterkv.kernels.cpu_math import bits
 from sglang_clusterkv.kernels.decode.cpu import CpuDecoder, decoder_of
 from sglang_clusterkv.memory.index import ClusterIndex
-from sglang_clusterkv.memory.rotation import rotation_matrix
 from sglang_clusterkv.memory.step import SparseStep
 
 
@@ -52,7 +51,8 @@ class ChangedChoice(ABC):
         q_rows, key_rows, out = grouped.numpy(), bits(keys), output.numpy()
         decoder.score(q_rows, key_rows, layer, scale)
         decoder.select()
-        decoder.refine((grouped @ rotation_matrix(channels).T).numpy(), layer, scale)
+        decoder.rotate(q_rows)
+        decoder.refine(layer, scale)
         decoder.recall()
         self.change(grouped, layer, step, decoder)
         decoder.attend(q_rows, key_rows, bits(values), scale, out)
@@ -122,10 +122,10 @@ class SharedBudget(ChangedChoice):
 
     def change(self, q: torch.Tensor, layer: int, step: SparseStep, decoder: CpuDecoder) -> None:
         """Recall the candidates that are the best of all heads together."""
+        most = min(self._most, decoder.buffers.value.shape[2])
+        decoder.make_room(most)
         u = decoder.buffers
         batch, heads = u.candidates.shape
-        most = min(self._most, u.value.shape[2])
-        _make_room(decoder, most)
         for b in range(batch):
             best = [_best(decoder, b, h, most) for h in range(heads)]
             # Above every value: what a head gets in any case.
@@ -155,20 +155,12 @@ class LayerBudgets(ChangedChoice):
 
     def change(self, q: torch.Tensor, layer: int, step: SparseStep, decoder: CpuDecoder) -> None:
         """Recall this layer's number of the best candidates; where a budget covers all candidates, all of them."""
-        _make_room(decoder, int(self._budgets[layer]))
+        decoder.make_room(int(self._budgets[layer]))
         batch, heads = decoder.buffers.candidates.shape
         for b in range(batch):
             for h in range(heads):
                 if decoder.buffers.candidates[b, h] > self._budget:
                     _recall(decoder, b, h, _best(decoder, b, h, int(self._budgets[layer])))
-
-
-def _make_room(decoder: CpuDecoder, tokens: int) -> None:
-    """For so many recalled tokens of a head; the step's buffers hold a budget. What was recalled stays."""
-    u = decoder.buffers
-    more = tokens - u.recalled.shape[2]
-    if more > 0:
-        u.recalled = np.pad(u.recalled, ((0, 0), (0, 0), (0, more)))
 
 
 def _best(decoder: CpuDecoder, b: int, h: int, most: int) -> np.ndarray:
@@ -182,6 +174,6 @@ def _recall(decoder: CpuDecoder, b: int, h: int, candidates: np.ndarray) -> None
     u, page_size = decoder.buffers, decoder.index.geometry.page_size
     chosen = np.sort(candidates)
     place = u.place[b, h, chosen].astype(np.int64)
-    u.recalled[b, h, : len(chosen)] = decoder.pages[b, place // page_size] * page_size + place % page_size
+    u.recalled[b, h, : len(chosen)] = decoder.lists.pages[b, place // page_size] * page_size + place % page_size
     u.recalled_count[b, h] = len(chosen)
     u.taken[b, h] = np.bincount(u.of_cluster[b, h, chosen], minlength=u.taken.shape[2])

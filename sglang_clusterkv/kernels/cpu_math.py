@@ -18,9 +18,7 @@ njit = functools.partial(numba.njit, error_model="numpy")
 # The kernels reassociate sums so that loops vectorise, but keep infinities: -inf marks what must count nothing.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 NEGLIGIBLE = np.float32(-1.0e30)
-LANES = 8
 _WORD = ir.IntType(32)
-_LANES_OF_WORDS = ir.VectorType(_WORD, LANES)
 
 
 # numba widens every integer operation to 64 bits, which would halve the lanes of a vector: so these are built in LLVM.
@@ -81,117 +79,11 @@ def mantissa_of(typing_context: Any, value: Any) -> Any:
     return types.float32(types.float32), codegen
 
 
-@intrinsic
-def signed_nibble(typing_context: Any, word: Any, shift: Any) -> Any:
-    """Bits [28 - shift, 32 - shift) of an int32 as a signed number, float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        moved = builder.shl(args[0], builder.trunc(args[1], _WORD))
-        return builder.sitofp(builder.ashr(moved, _WORD(28)), context.get_value_type(types.float32))
-
-    return types.float32(types.int32, types.int64), codegen
-
-
-@intrinsic
-def code_level(typing_context: Any, word: Any, shift: Any, inner: Any, outer: Any) -> Any:
-    """Level of the code at `shift` of a word: two bits (magnitude, sign) of a uint16, one (sign) of a uint8; float32.
-
-    For one bit the levels are +1 and -1, whatever `inner` and `outer` are.
-    """
-    one_bit = word == types.uint8
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        real = context.get_value_type(types.float32)
-        moved = builder.lshr(builder.zext(args[0], _WORD), builder.trunc(args[1], _WORD))
-        if one_bit:
-            magnitude = ir.Constant(real, 1.0)
-            sign = builder.shl(moved, _WORD(31))
-        else:
-            is_outer = builder.icmp_unsigned("!=", builder.and_(moved, _WORD(1)), _WORD(0))
-            magnitude = builder.select(is_outer, args[3], args[2])
-            sign = builder.shl(builder.lshr(moved, _WORD(1)), _WORD(31))
-        return builder.bitcast(builder.xor(builder.bitcast(magnitude, _WORD), sign), real)
-
-    return types.float32(word, types.int64, types.float32, types.float32), codegen
-
-
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, at: list[Any]) -> Any:
+def element_pointer(context: Any, builder: Any, kind: Any, array: Any, at: list[Any]) -> Any:
     """Address of an array's element; missing indices are zero."""
     made = context.make_array(kind)(context, builder, array)
     full = at + [context.get_constant(types.intp, 0)] * (kind.ndim - len(at))
     return cgutils.get_item_pointer(context, builder, kind, made, full, wraparound=False)
-
-
-def _load_lanes(builder: Any, pointer: Any, lane: Any) -> Any:
-    """Eight integers of a packed row, widened to 32 bits."""
-    wide = builder.load(builder.bitcast(pointer, ir.VectorType(lane, LANES).as_pointer()), align=1)
-    return wide if lane.width == 32 else builder.zext(wide, _LANES_OF_WORDS)
-
-
-def _store_lanes(builder: Any, pointer: Any, lanes: Any) -> None:
-    builder.store(lanes, builder.bitcast(pointer, lanes.type.as_pointer()), align=4)
-
-
-def _splat(builder: Any, scalar: Any) -> Any:
-    """Eight times the same value."""
-    kind = ir.VectorType(scalar.type, LANES)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _WORD(0))
-    return builder.shuffle_vector(one, one, ir.Constant(_LANES_OF_WORDS, [0] * LANES))
-
-
-@intrinsic
-def unpack_nibbles(
-    typing_context: Any, words: Any, row: Any, head: Any, first: Any, shift: Any, scale: Any, out: Any, at: Any
-) -> Any:
-    """out[at + i] = scale * (bits [shift, shift + 4) of words[row, head, first + i], signed), for eight i."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        packed = _load_lanes(builder, _pointer(context, builder, words, args[0], [*args[1:4]]), _WORD)
-        left = _splat(builder, builder.sub(_WORD(28), builder.trunc(args[4], _WORD)))
-        signed = builder.ashr(builder.shl(packed, left), _splat(builder, _WORD(28)))
-        levels = builder.sitofp(signed, ir.VectorType(args[5].type, LANES))
-        _store_lanes(
-            builder,
-            _pointer(context, builder, out, args[6], [args[7]]),
-            builder.fmul(levels, _splat(builder, args[5])),
-        )
-        return context.get_dummy_value()
-
-    place = types.intp
-    return types.void(words, place, place, place, place, types.float32, out, place), codegen
-
-
-@intrinsic
-def unpack_codes(
-    typing_context: Any, codes: Any, row: Any, head: Any, first: Any, shift: Any, inner: Any, outer: Any, out: Any,
-    at: Any,
-) -> Any:  # fmt: skip
-    """out[at + i] = level of the code at bit `shift` of codes[row, head, first + i], for eight i.
-
-    A code has two bits in uint16 words (magnitude, sign), or one (sign) in uint8, where the levels are +1 and -1.
-    """
-    one_bit = codes.dtype == types.uint8
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        real = args[5].type
-        lane = ir.IntType(codes.dtype.bitwidth)
-        packed = _load_lanes(builder, _pointer(context, builder, codes, args[0], [*args[1:4]]), lane)
-        moved = builder.lshr(packed, _splat(builder, builder.trunc(args[4], _WORD)))
-        ones, top = _splat(builder, _WORD(1)), _splat(builder, _WORD(31))
-        if one_bit:
-            level = _splat(builder, ir.Constant(real, 1.0))
-            sign = builder.shl(moved, top)
-        else:
-            is_outer = builder.icmp_unsigned("!=", builder.and_(moved, ones), _splat(builder, _WORD(0)))
-            level = builder.select(is_outer, _splat(builder, args[6]), _splat(builder, args[5]))
-            sign = builder.shl(builder.lshr(moved, ones), top)
-        bits = builder.xor(builder.bitcast(level, _LANES_OF_WORDS), sign)
-        pointer = _pointer(context, builder, out, args[7], [args[8]])
-        _store_lanes(builder, pointer, builder.bitcast(bits, ir.VectorType(real, LANES)))
-        return context.get_dummy_value()
-
-    place, real = types.intp, types.float32
-    return types.void(codes, place, place, place, place, real, real, out, place), codegen
 
 
 @intrinsic
@@ -199,7 +91,7 @@ def prefetch_row(typing_context: Any, rows: Any, row: Any, head: Any, row_bytes:
     """Start loading rows[row, head] into the cache: gathered rows are far apart, which no hardware foresees."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, rows, args[0], [args[1], args[2]])
+        pointer = element_pointer(context, builder, rows, args[0], [args[1], args[2]])
         byte, flag = ir.IntType(8), ir.IntType(32)
         start = builder.bitcast(pointer, byte.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), flag, flag, flag])
@@ -309,17 +201,7 @@ def dot_group(q: Any, row: Any, group: int, channels: int, out: Any) -> None:
         done += 1
 
 
-ROWS_AT_ONCE = 4
 ROWS_AHEAD = 8  # rows that are being loaded while one is computed
-
-
-@njit(inline="always")
-def add_rows(weights: Any, first: int, rows: Any, group: int, channels: int, out: Any) -> None:
-    """out[g] += sum over the four rows of weights[g, first + k] * rows[k], for every query head of the group."""
-    for g in range(group):
-        w0, w1, w2, w3 = weights[g, first], weights[g, first + 1], weights[g, first + 2], weights[g, first + 3]
-        for d in range(channels):
-            out[g, d] += w0 * rows[0, d] + w1 * rows[1, d] + w2 * rows[2, d] + w3 * rows[3, d]
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:

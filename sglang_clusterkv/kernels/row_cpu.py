@@ -1,69 +1,18 @@
-"""Rows as the CPU kernels read them: the index's are unpacked (memory/codec.py is the definition), the pool's converted."""
+"""Rows of the pool as the CPU kernels find them: in its buffers, or with a host tier copied together from both tiers."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import torch
 
-from sglang_clusterkv.kernels.cpu_math import (
-    LANES,
-    bits,
-    float_of_bf16,
-    njit,
-    prefetch_row,
-    signed_nibble,
-    unpack_nibbles,
-)
-
-INT4, INT8, BF16 = 0, 1, 2
-ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}
-
-
-class RowViews(NamedTuple):
-    """The same packed rows [C, H, packed_bytes], as words, half words and bytes, and their scales."""
-
-    words: np.ndarray  # int32
-    halves: np.ndarray  # uint16
-    bytes: np.ndarray  # int8
-    scales: np.ndarray  # uint16 (bits of bf16) [C, H, scales]; empty for rows in bf16
-
-
-def row_views(packed: torch.Tensor, scales: torch.Tensor | None) -> RowViews:
-    """Views of rows: packed uint8 [C, H, packed_bytes], scales bf16 [C, H, scales] or None."""
-    memory = packed.numpy()
-    scale_bits = np.empty((0, 0, 0), np.uint16) if scales is None else bits(scales)
-    return RowViews(memory.view(np.int32), memory.view(np.uint16), memory.view(np.int8), scale_bits)
-
-
-@njit(inline="always")
-def decode_row(
-    words: Any, halves: Any, octets: Any, scales: Any, row: int, head: int, row_format: int, channels: int,
-    per_scale: int, out: Any,
-) -> None:  # fmt: skip
-    """Row `row` of kv head `head` as float32 into out [channels]; format and sizes are constants to the compiler."""
-    eighth = channels // 8
-    if row_format == INT4:
-        for j in range(8):
-            scale = float_of_bf16(scales[row, head, (j * eighth) // per_scale])
-            if eighth % LANES == 0:
-                for i in range(0, eighth, LANES):
-                    unpack_nibbles(words, row, head, i, 4 * j, scale, out, j * eighth + i)
-            else:
-                for i in range(eighth):
-                    out[j * eighth + i] = signed_nibble(words[row, head, i], 28 - 4 * j) * scale
-    elif row_format == INT8:
-        for group in range(channels // per_scale):
-            scale = float_of_bf16(scales[row, head, group])
-            for i in range(per_scale):
-                out[group * per_scale + i] = np.float32(octets[row, head, group * per_scale + i]) * scale
-    else:
-        for i in range(channels):
-            out[i] = float_of_bf16(halves[row, head, i])
-
+from sglang_clusterkv.kernels.cpu_math import FAST, float_of_bf16, njit, prefetch_row
+from sglang_clusterkv.kernels.vectors_cpu import BF16, FLOAT32, TOGETHER, add_rows, dot_rows
 
 KEYS, VALUES = 0, 1  # the parts of a host row
+COPIED = 64  # rows of both tiers that are copied together at a time
 
 
 @njit(inline="always")
@@ -124,17 +73,55 @@ def prefetch(buffer: Any, host: Any, slot: int, head: int, row_bytes: int) -> No
             prefetch_row(host.rows, page, head * host.page_size + offset, host.row_bytes)
 
 
-@njit(inline="always")
-def prefetch_heads(buffer: Any, host: Any, slot: int, heads: int, row_bytes: int) -> None:
-    """The same for all kv heads of a token, which lie together on the device."""
-    if host is None:
-        prefetch_row(buffer, slot, 0, heads * row_bytes)
-    else:
-        page = slot // host.page_size
-        offset = slot - page * host.page_size
-        device = host.device_page[page]
-        if device > 0:
-            prefetch_row(buffer, device * host.page_size + offset, 0, heads * row_bytes)
+@functools.cache
+def pool_kernels(channels: int, group: int, is_bf16: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Dot products with listed rows of the pool, and weighted sums of them, for one head_dim, group size and pool dtype.
+
+    Both take (buffer, host, part, slots int64 [n], begin, count, head, ...) and then (q [G, D], out [G, n]) or (weights [G, n],
+    out [G, D]), as `dot_rows` and `add_rows` do, and return how many rows were on the host. Rows of two tiers are copied
+    together first, and give the same bits.
+    """
+    row_format = BF16 if is_bf16 else FLOAT32
+
+    @njit(fastmath=FAST)
+    def copied(buffer: Any, host: Any, part: Any, slots: Any, begin: Any, count: Any, head: Any, tile: Any) -> Any:
+        away = 0
+        for i in range(count):
+            ahead = min(begin + i + TOGETHER, begin + count - 1)
+            prefetch(buffer, host, slots[ahead], head, channels * (2 if is_bf16 else 4))
+            away += load_row(buffer, host, part, slots[begin + i], head, is_bf16, channels, tile[i, 0])
+        return away
+
+    @njit(fastmath=FAST)
+    def dots(
+        buffer: Any, host: Any, part: Any, slots: Any, begin: Any, count: Any, head: Any, q: Any, out: Any
+    ) -> Any:  # fmt: skip
+        away = 0
+        if host is None:
+            dot_rows(row_format, channels, group, buffer, buffer, slots, begin, count, head, q, out)
         else:
-            for head in range(heads):
-                prefetch_row(host.rows, page, head * host.page_size + offset, host.row_bytes)
+            tile = np.zeros((COPIED + TOGETHER, 1, channels), np.float32)
+            order = np.arange(COPIED + TOGETHER)
+            for first in range(begin, begin + count, COPIED):
+                rows = min(COPIED, begin + count - first)
+                away += copied(buffer, host, part, slots, first, rows, head, tile)
+                dot_rows(FLOAT32, channels, group, tile, tile, order, 0, rows, 0, q, out[:, first:])
+        return away
+
+    @njit(fastmath=FAST)
+    def sums(
+        buffer: Any, host: Any, part: Any, slots: Any, begin: Any, count: Any, head: Any, weights: Any, out: Any
+    ) -> Any:  # fmt: skip
+        away = 0
+        if host is None:
+            add_rows(row_format, channels, group, buffer, buffer, slots, begin, count, head, weights, out)
+        else:
+            tile = np.empty((COPIED, 1, channels), np.float32)
+            order = np.arange(COPIED)
+            for first in range(begin, begin + count, COPIED):
+                rows = min(COPIED, begin + count - first)
+                away += copied(buffer, host, part, slots, first, rows, head, tile)
+                add_rows(FLOAT32, channels, group, tile, tile, order, 0, rows, 0, weights[:, first:], out)
+        return away
+
+    return dots, sums

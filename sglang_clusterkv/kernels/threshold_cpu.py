@@ -12,7 +12,7 @@ BINS = 2048  # three levels of 11, 11 and 10 bits
 
 
 @njit(cache=True)
-def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any) -> tuple[int, int]:
+def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any, near: Any) -> tuple[int, int]:
     """The key t such that the keys above t weigh less than `limit`, and those from t on `limit` or more.
 
     Args:
@@ -20,26 +20,37 @@ def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any) -> tup
         weights: int32 [count or more].
         count: keys that count.
         limit: at least 1.
-        bins: int64 [BINS], scratch.
+        bins: int32 [BINS], scratch.
+        near: int32 [count or more], scratch: the keys of the first level's bin, which later levels look at.
 
     Returns:
         (t, weight that keys equal to t may still take); (0, a large number) where all keys weigh less than `limit`.
     """
-    prefix, above = np.uint32(0), 0
-    for level in range(3):
-        shift = np.uint32((21, 10, 0)[level])
-        width = np.uint32((11, 11, 10)[level])
-        mask = np.uint32((1 << width) - 1)
-        bins[:] = 0
-        for i in range(count):
-            key = keys[i]
-            if level == 0 or (key >> (shift + width)) == prefix:
-                bins[(key >> shift) & mask] += weights[i]
-        bin_at = np.int64(mask)
+    above = 0
+    bins[:] = 0
+    for i in range(count):
+        bins[keys[i] >> np.uint32(21)] += weights[i]
+    bin_at = BINS - 1
+    while above + bins[bin_at] < limit:
+        above += bins[bin_at]
+        bin_at -= 1
+        if bin_at < 0:
+            return 0, 1 << 30
+    prefix, listed = bin_at, 0
+    for i in range(count):
+        near[listed] = i
+        listed += np.int64(np.int64(keys[i] >> np.uint32(21)) == prefix)
+    for level in range(2):
+        shift, width = (10, 11) if level == 0 else (0, 10)
+        mask = (1 << width) - 1
+        bins[: mask + 1] = 0
+        for i in range(listed):
+            key = np.int64(keys[near[i]])
+            if key >> (shift + width) == prefix:
+                bins[(key >> shift) & mask] += weights[near[i]]
+        bin_at = mask
         while above + bins[bin_at] < limit:
             above += bins[bin_at]
             bin_at -= 1
-            if bin_at < 0:
-                return 0, 1 << 30
-        prefix = (prefix << width) | np.uint32(bin_at)
-    return np.int64(prefix), limit - above
+        prefix = (prefix << width) | bin_at
+    return prefix, limit - above

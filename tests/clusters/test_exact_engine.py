@@ -416,7 +416,8 @@ def cpu_stages(placed: Placed, layer: int, q: torch.Tensor) -> list[list[Stages]
     u, output = decoder.buffers, np.empty_like(rows)
     taken = u.taken.copy()
     if placed.config.refine:
-        decoder.refine((q @ cpu.rotation_matrix(q.shape[-1]).T).numpy(), layer, placed.scale)
+        decoder.rotate(rows)
+        decoder.refine(layer, placed.scale)
         decoder.recall()
     else:
         decoder.recall_all(layer)

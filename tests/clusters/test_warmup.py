@@ -17,12 +17,11 @@ import torch
 
 from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels.attend.cpu import attend_kernel, dense_kernel
+from sglang_clusterkv.kernels.attend.cpu import dense_kernel
+from sglang_clusterkv.kernels.decode.chain_cpu import chain_kernel
 from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
-from sglang_clusterkv.kernels.refine.cpu import value_kernel
-from sglang_clusterkv.kernels.row_cpu import INT4
-from sglang_clusterkv.kernels.score.cpu import score_kernel
 from sglang_clusterkv.kernels.trace.cpu import shares_kernel
+from sglang_clusterkv.kernels.vectors_cpu import INT4
 
 
 @pytest.mark.parametrize(
@@ -34,7 +33,7 @@ def test_any_configuration_is_warmed_up(fields: dict[str, object]) -> None:
     compile_kernels(
         config, "cpu", page_size=16, kv_heads=2, group=3, head_dim=64, dtype=torch.float32, context_tokens=8192
     )
-    assert value_kernel(64, 3, 2).signatures or not config.refine
+    assert chain_kernel(64, 3, INT4, 2, False).signatures
 
 
 def test_what_a_trace_needs_is_compiled_where_traces_are_kept() -> None:
@@ -63,8 +62,7 @@ def test_what_reads_a_host_tier_is_compiled_for_it(host_dtype: str) -> None:
         host_dtype=host_dtype,
     )
     for kernel in (
-        score_kernel(64, 3, INT4, 32, False),
-        attend_kernel(64, 3, False),
+        chain_kernel(64, 3, INT4, 2, False),
         dense_kernel(64, 3, False),
         prefix_kernel(64, False),
     ):

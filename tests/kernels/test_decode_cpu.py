@@ -22,6 +22,7 @@ from sglang_clusterkv.kernels.refine.reference import candidate_scores
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.memory.masses import SPREAD_CAP
+from sglang_clusterkv.memory.rotation import rotation_matrix
 from tests.support.scenes import Scene
 
 SCALE = 0.2
@@ -187,8 +188,9 @@ def test_each_stage_equals_its_reference() -> None:
         own = int(step.page_count[b]) * 2
         np.testing.assert_array_equal(buffers.taken[b, h, :own], np.bincount(named, minlength=clusters)[:own])
 
-    rotated = grouped @ cpu.rotation_matrix(32).T
-    decoder.refine(rotated.numpy(), 0, SCALE)
+    decoder.rotate(grouped.numpy())
+    np.testing.assert_allclose(buffers.rotated, grouped @ rotation_matrix(32).T, atol=1e-5)
+    decoder.refine(0, SCALE)
     value = candidate_scores(grouped, expected, chosen, scene.index, 0, SCALE)
     for b, h in itertools.product(range(3), range(2)):
         count = int(chosen.count[b, h])

@@ -33,7 +33,7 @@ from tests.support.scenes import Scene
 CONFIG = ClusterKVConfig(budget_tokens=64, candidate_tokens=128, segment_tokens=256, estimate_clusters=16)
 LAYERS, KV_HEADS, GROUP, HEAD_DIM, SCALE = 3, 2, 2, 32, 0.2
 SPARSE, MIXED = [700, 400], [700, 50, 400]  # tokens of the requests
-OPERATIONS = ["score", "select", "refine", "recall", "attend", "estimate", "merge", "note_mass"]
+OPERATIONS = ["prepare", "run", "note_mass"]
 
 
 class Served:
@@ -88,15 +88,14 @@ class Served:
 
 @pytest.mark.parametrize("lengths", [SPARSE, MIXED], ids=["all sparse", "mixed"])
 @pytest.mark.parametrize("before", [True, False], ids=["before its work", "after its work"])
-@pytest.mark.parametrize("operation", [*OPERATIONS, "recall_all"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_nth_call_raises(
     operation: str, before: bool, lengths: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = ClusterKVConfig(**(_fields(CONFIG) | {"refine": operation != "recall_all"}))
-    clean = Served(lengths, config).decode()
+    clean = Served(lengths).decode()
     for n in range(1, LAYERS + 1):
         caplog.clear()
-        served = Served(lengths, config)
+        served = Served(lengths)
         nth = Nth(getattr(CpuDecoder, operation), n, before)
         with patch.object(CpuDecoder, operation, nth), caplog.at_level(logging.WARNING):
             outputs = served.decode()

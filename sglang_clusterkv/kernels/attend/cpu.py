@@ -1,37 +1,33 @@
-"""Attend on the CPU: rows of the pool are converted once per kv head and meet all query heads of the group."""
+"""Attend on the CPU: rows of the pool meet all query heads of their kv head."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from sglang_clusterkv.kernels.attend import reference
-from sglang_clusterkv.kernels.cpu_math import (
-    FAST,
-    NEGLIGIBLE,
-    ROWS_AHEAD,
-    ROWS_AT_ONCE,
-    add_rows,
-    bits,
-    dot_group,
-    fast_exp,
-    njit,
-)
-from sglang_clusterkv.kernels.merge.cpu import sinks_kernel
-from sglang_clusterkv.kernels.merge.reference import by_kv_head
-from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, load_row, prefetch, prefetch_heads
+from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, njit
+from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, pool_kernels, prefetch
+from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, run, take
+from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
 from sglang_clusterkv.memory.tier import DENSE_HOST, RECALLED_DEVICE, RECALLED_HOST, TierLayer
 
-TOKENS_AHEAD = 4  # tokens whose keys or values of all heads are being loaded while one is computed
+if TYPE_CHECKING:  # what `cached` gives the kernel
+
+    def block_of(*args: Any) -> int: ...
 
 
-@njit(inline="always")
-def softmax_in_place(logits: Any, begin: int, end: int) -> Any:
-    """Replace logits [begin, end) by their softmax; returns their log-sum-exp."""
+BLOCK = 512  # tokens of dense attention that a thread takes at a time
+_NEAR = 32  # tokens whose keys, or values, of all heads are read before the next tokens': heads of a token lie together
+
+
+@njit(fastmath=FAST)
+def exponentials_in_place(logits: Any, begin: int, end: int) -> Any:
+    """Replace logits [begin, end) by their exponentials relative to the largest; returns (largest, their sum)."""
     most = NEGLIGIBLE
     for t in range(begin, end):
         most = max(most, logits[t])
@@ -40,124 +36,141 @@ def softmax_in_place(logits: Any, begin: int, end: int) -> Any:
         weight = fast_exp(logits[t] - most)
         logits[t] = weight
         total += weight
-    inverse = np.float32(1.0) / total
-    for t in range(begin, end):
-        logits[t] *= inverse
-    return most + np.log(total)
+    return most, total
 
 
 @functools.cache
-def attend_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
-    """Compile attention over the always-attended and the recalled tokens for one head_dim, group size and pool dtype.
+def attend_pair(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
+    """Compile attention of one (request b, kv head h) over its always-attended and recalled tokens.
 
-    Outputs: output [B, H, G, D] and lse [B, H, G], as `merge.reference.Partial`.
+    For one head_dim, group size and pool dtype. Outputs: output [B, H, G, D] and lse [B, H, G], as `merge.reference.Partial`.
     """
-    row_bytes = channels * (2 if is_bf16 else 4)
+    dots, sums = pool_kernels(channels, group, is_bf16)
 
-    @njit(cache=True, fastmath=FAST, nogil=True)
-    def kernel(
-        q: Any, keys: Any, values: Any, host: Any, base_slots: Any, base_count: Any, base_logit: Any, recalled: Any,
-        recalled_count: Any, scale: Any, output: Any, lse: Any,
+    @njit(fastmath=FAST)
+    def attend(
+        b: Any, h: Any, t: Any, q: Any, keys: Any, values: Any, host: Any, lists: Any, n: Any, u: Any, scratch: Any,
+        output: Any,
     ) -> None:  # fmt: skip
-        row = np.empty(channels, np.float32)
-        rows = np.empty((ROWS_AT_ONCE, channels), np.float32)
-        dots = np.empty(group, np.float32)
-        slots = np.empty(base_slots.shape[1] + recalled.shape[2], np.int64)
-        logits = np.zeros((group, slots.shape[0] + ROWS_AT_ONCE), np.float32)
-        for b in range(q.shape[0]):
-            base = base_count[b]
-            for h in range(q.shape[1]):
-                count = base + recalled_count[b, h]
-                for t in range(base):
-                    slots[t] = base_slots[b, t]
-                for t in range(base, count):
-                    slots[t] = recalled[b, h, t - base]
-                for g in range(group):
-                    for t in range(base):
-                        logits[g, t] = base_logit[b, h, g, t]
-                away = 0
-                for t in range(base, count):
-                    prefetch(keys, host, slots[min(t + ROWS_AHEAD, count - 1)], h, row_bytes)
-                    away += load_row(keys, host, KEYS, slots[t], h, is_bf16, channels, row)
-                    dot_group(q[b, h], row, group, channels, dots)
-                    for g in range(group):
-                        logits[g, t] = dots[g] * scale
-                if host is not None:
-                    host.reads[RECALLED_HOST] += away
-                    host.reads[RECALLED_DEVICE] += count - base - away
-                for g in range(group):
-                    lse[b, h, g] = softmax_in_place(logits[g], 0, count)
-                    for t in range(count, count + ROWS_AT_ONCE):
-                        logits[g, t] = 0.0
-                    for d in range(channels):
-                        output[b, h, g, d] = 0.0
-                for t in range(0, count, ROWS_AT_ONCE):
-                    for k in range(ROWS_AT_ONCE):
-                        prefetch(values, host, slots[min(t + k + ROWS_AHEAD, count - 1)], h, row_bytes)
-                        load_row(values, host, VALUES, slots[min(t + k, count - 1)], h, is_bf16, channels, rows[k])
-                    add_rows(logits, t, rows, group, channels, output[b, h])
+        slots, logits, mine = scratch.slots[t], scratch.logits[t], output[b, h]
+        base, found = lists.base_count[b], u.recalled_count[b, h]
+        count = base + found
+        for i in range(base):
+            slots[i] = lists.base_slots[b, i]
+        for i in range(found):
+            slots[base + i] = u.recalled[b, h, i]
+        for i in range(TOGETHER):
+            slots[count + i] = slots[count - 1]
+        away = dots(keys, host, KEYS, slots, base, found, h, q[b, h], logits)
+        u.reads[b, h, RECALLED_HOST] = away
+        u.reads[b, h, RECALLED_DEVICE] = found - away
+        for g in range(group):
+            of_head = logits[g]
+            for i in range(base):
+                of_head[i] = u.base_logit[b, h, g, i]
+            for i in range(base, count):
+                of_head[i] *= n.scale
+            most, total = exponentials_in_place(of_head, 0, count)
+            u.lse[b, h, g] = most + np.log(total)
+            inverse = np.float32(1.0) / total
+            for i in range(count):
+                of_head[i] *= inverse
+            for d in range(channels):
+                mine[g, d] = 0.0
+        sums(values, host, VALUES, slots, 0, count, h, logits, mine)
 
-    return kernel
+    return attend
 
 
 @functools.cache
 def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
     """Compile attention over listed tokens for one head_dim, group size and pool dtype.
 
-    Outputs: out [B, H, G, D] and lse [B, H, G]. All kv heads of a token are read before the next token: they lie together.
+    q [B, H, G, D]; slots int64 [B, T]; begins and ends [B]. Blocks of tokens are handed to threads; a block leaves its sums
+    relative to its largest logit in part_output [B, blocks, H, G, D] and part_lse [B, blocks, H, G, 2], which are then merged
+    in order.
     """
     row_bytes = channels * (2 if is_bf16 else 4)
+    dots, sums = pool_kernels(channels, group, is_bf16)
 
-    @njit(cache=True, fastmath=FAST, nogil=True)
-    def kernel(
-        q: Any,
-        keys: Any,
-        values: Any,
-        host: Any,
-        slots: Any,
-        begins: Any,
-        ends: Any,
-        scale: Any,
-        cap: Any,
-        out: Any,
-        lse: Any,
-    ) -> None:
-        heads = q.shape[1]
-        row = np.empty(channels, np.float32)
-        rows = np.empty((ROWS_AT_ONCE, channels), np.float32)
-        dots = np.empty(group, np.float32)
-        logits = np.zeros((heads, group, slots.shape[1] + ROWS_AT_ONCE), np.float32)
-        for b in range(q.shape[0]):
-            begin, end = begins[b], ends[b]
-            away = 0
-            for t in range(begin, end):
-                prefetch_heads(keys, host, slots[b, min(t + TOKENS_AHEAD, end - 1)], heads, row_bytes)
-                for h in range(heads):
-                    away += load_row(keys, host, KEYS, slots[b, t], h, is_bf16, channels, row)
-                    dot_group(q[b, h], row, group, channels, dots)
-                    for g in range(group):
-                        logits[h, g, t] = dots[g] * scale
-            if host is not None:
-                host.reads[DENSE_HOST] += away
+    @njit(fastmath=FAST)
+    def attend_block(
+        b: Any, q: Any, keys: Any, values: Any, host: Any, slots: Any, begin: Any, end: Any, scale: Any,
+        cap: Any, logits: Any, listed: Any, output: Any, lse: Any,
+    ) -> Any:  # fmt: skip
+        heads, count, away = q.shape[1], end - begin, 0
+        for i in range(count + TOGETHER):
+            listed[i] = slots[b, begin + min(i, count - 1)]
+        for first in range(0, count, _NEAR):
+            rows = min(_NEAR, count - first)
             for h in range(heads):
-                for g in range(group):
-                    if cap > 0:
-                        for t in range(begin, end):
-                            logits[h, g, t] = cap * np.tanh(logits[h, g, t] / cap)
-                    lse[b, h, g] = softmax_in_place(logits[h, g], begin, end)
-                    for t in range(end, end + ROWS_AT_ONCE):
-                        logits[h, g, t] = 0.0
-                    for d in range(channels):
-                        out[b, h, g, d] = 0.0
-            for t in range(begin, end, ROWS_AT_ONCE):
-                for k in range(ROWS_AT_ONCE):
-                    prefetch_heads(values, host, slots[b, min(t + k + TOKENS_AHEAD, end - 1)], heads, row_bytes)
-                for h in range(heads):
-                    for k in range(ROWS_AT_ONCE):
-                        load_row(values, host, VALUES, slots[b, min(t + k, end - 1)], h, is_bf16, channels, rows[k])
-                    add_rows(logits[h], t, rows, group, channels, out[b, h])
+                for i in range(rows):
+                    prefetch(keys, host, listed[min(first + _NEAR + i, count - 1)], h, row_bytes)
+                away += dots(keys, host, KEYS, listed, first, rows, h, q[b, h], logits[h])
+        for h in range(heads):
+            for g in range(group):
+                of_head = logits[h, g]
+                for i in range(count):
+                    of_head[i] *= scale
+                if cap > 0:
+                    for i in range(count):
+                        of_head[i] = cap * np.tanh(of_head[i] / cap)
+                lse[h, g, 0], lse[h, g, 1] = exponentials_in_place(of_head, 0, count)
+                for d in range(channels):
+                    output[h, g, d] = 0.0
+        for first in range(0, count, _NEAR):
+            rows = min(_NEAR, count - first)
+            for h in range(heads):
+                for i in range(rows):
+                    prefetch(values, host, listed[min(first + _NEAR + i, count - 1)], h, row_bytes)
+                sums(values, host, VALUES, listed, first, rows, h, logits[h], output[h])
+        return away
 
-    return kernel
+    def dense(
+        number: Any, counter: Any, items: Any, q: Any, keys: Any, values: Any, host: Any, slots: Any, begins: Any,
+        ends: Any, scale: Any, cap: Any, reads: Any, part_output: Any, part_lse: Any,
+    ) -> None:  # fmt: skip
+        logits = np.zeros((q.shape[1], q.shape[2], BLOCK + TOGETHER), np.float32)
+        listed = np.zeros(BLOCK + TOGETHER, np.int64)
+        item = take(counter)
+        while item < items:
+            b = item // part_output.shape[1]
+            block = item - b * part_output.shape[1]
+            begin = begins[b] + block * BLOCK
+            end = min(begin + BLOCK, ends[b])
+            if begin < end:
+                reads[b, block] = block_of(
+                    b, q, keys, values, host, slots, begin, end, scale, cap, logits, listed, part_output[b, block],
+                    part_lse[b, block],
+                )  # fmt: skip
+            done(counter)
+            item = take(counter)
+        leave(number, counter, items)
+
+    return cached(dense, (channels, group, is_bf16), block_of=attend_block)
+
+
+@njit(cache=True, fastmath=FAST, nogil=True)
+def merge_blocks(count: Any, part_output: Any, part_lse: Any, output: Any, lse: Any) -> None:
+    """The first `count` [B] blocks of each item, in order, to output [B, H, G, D] and lse [B, H, G]."""
+    for b in range(output.shape[0]):
+        for h in range(output.shape[1]):
+            for g in range(output.shape[2]):
+                most = NEGLIGIBLE
+                for k in range(count[b]):
+                    most = max(most, part_lse[b, k, h, g, 0])
+                total = np.float32(0.0)
+                for d in range(output.shape[3]):
+                    output[b, h, g, d] = 0.0
+                for k in range(count[b]):
+                    share = fast_exp(part_lse[b, k, h, g, 0] - most)
+                    total += share * part_lse[b, k, h, g, 1]
+                    for d in range(output.shape[3]):
+                        output[b, h, g, d] += share * part_output[b, k, h, g, d]
+                lse[b, h, g] = most + np.log(total)
+                inverse = np.float32(1.0) / total
+                for d in range(output.shape[3]):
+                    output[b, h, g, d] *= inverse
 
 
 def dense_decode(
@@ -171,24 +184,29 @@ def dense_decode(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
-    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.dense_decode`."""
     if keys.dtype not in (torch.bfloat16, torch.float32):
         return reference.dense_decode(
-            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier,
-            sinks=sinks,
-        )  # fmt: skip
+            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
+        )
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
     begins = torch.zeros_like(seq_lens) if sliding_window < 0 else (seq_lens - 1 - sliding_window).clamp(min=0)
-    out, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3])
-    host = None if tier is None else tier.arrays
-    kernel = dense_kernel(channels, grouped.shape[2], keys.dtype is torch.bfloat16)
-    kernel(
-        grouped.numpy(), bits(keys), bits(values), host, slots.numpy(), begins.numpy(), seq_lens.numpy(),
-        np.float32(scale), np.float32(logit_cap), out.numpy(), lse.numpy(),
+    batch, _, group, _ = grouped.shape
+    blocks = -(-slots.shape[1] // BLOCK)
+    part_output = np.empty((batch, blocks, kv_heads, group, channels), np.float32)
+    part_lse = np.empty((batch, blocks, kv_heads, group, 2), np.float32)
+    reads = np.zeros((batch, blocks), np.int64)
+    kernel = dense_kernel(channels, group, keys.dtype is torch.bfloat16)
+    run(
+        kernel, batch * blocks, grouped.numpy(), bits(keys), bits(values), None if tier is None else tier.arrays,
+        slots.numpy(), begins.numpy(), seq_lens.numpy(), np.float32(scale), np.float32(logit_cap), reads, part_output,
+        part_lse,
     )  # fmt: skip
-    if sinks is not None:
-        sinks_kernel(out.numpy(), lse.numpy(), by_kv_head(sinks, kv_heads).numpy())
+    out = torch.empty_like(grouped)
+    count = ((seq_lens - begins + BLOCK - 1) // BLOCK).numpy()
+    merge_blocks(count, part_output, part_lse, out.numpy(), np.empty(out.shape[:3], np.float32))
+    if tier is not None:
+        tier.arrays.reads[DENSE_HOST] += reads.sum()
     return out.flatten(1, 2).to(q.dtype)

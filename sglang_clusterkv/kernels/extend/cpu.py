@@ -9,93 +9,81 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from sglang_clusterkv.kernels.cpu_math import (
-    FAST,
-    NEGLIGIBLE,
-    ROWS_AHEAD,
-    ROWS_AT_ONCE,
-    add_rows,
-    bits,
-    dot_group,
-    fast_exp,
-    njit,
-)
+from sglang_clusterkv.kernels.attend.cpu import exponentials_in_place, merge_blocks
+from sglang_clusterkv.kernels.cpu_math import FAST, bits, njit
 from sglang_clusterkv.kernels.extend import reference
-from sglang_clusterkv.kernels.merge.reference import Partial, add_sinks, by_kv_head
-from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, load_row, prefetch
+from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, pool_kernels
+from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, run, take
+from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
 from sglang_clusterkv.memory.tier import PREFILL_HOST, TierLayer
+
+if TYPE_CHECKING:  # what `cached` gives the kernel
+
+    def block_of(*args: Any) -> int: ...
+
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FEW_ROWS = 64  # query rows per kv head up to which the pool is read in place
-_BLOCK = 256  # prefix tokens whose logits are held at a time
+_BLOCK = 256  # prefix tokens that a thread takes at a time
+_TILE = 4  # query rows that a row of the pool meets at a time
 
 
 @functools.cache
 def prefix_kernel(channels: int, is_bf16: bool) -> Callable[..., None]:
     """Compile attention of many query rows per kv head over listed tokens, for one head_dim and pool dtype.
 
-    q [H, R, D] float32, slots [T]; outputs output [H, R, D] and lse [H, R]. Online softmax over blocks of tokens
-    (FlashAttention, arXiv 2205.14135), every row of the pool read once for all R.
+    q [H, R, D] float32, R a multiple of `_TILE`; slots [T]. Blocks of tokens are handed to threads, and each leaves its part of
+    a softmax, as `attend.cpu.dense_kernel` does: part_output [H, blocks, 1, R, D], part_lse [H, blocks, 1, R, 2].
     """
-    row_bytes = channels * (2 if is_bf16 else 4)
+    dots, sums = pool_kernels(channels, _TILE, is_bf16)
 
-    @njit(cache=True, fastmath=FAST, nogil=True)
-    def kernel(q: Any, keys: Any, values: Any, host: Any, slots: Any, scale: Any, output: Any, lse: Any) -> None:
-        heads, group = q.shape[0], q.shape[1]
-        row = np.empty(channels, np.float32)
-        rows = np.empty((ROWS_AT_ONCE, channels), np.float32)
-        dots = np.empty(group, np.float32)
-        logits = np.zeros((group, _BLOCK + ROWS_AT_ONCE), np.float32)
-        total = slots.shape[0]
+    @njit(fastmath=FAST)
+    def attend_block(
+        h: Any, q: Any, keys: Any, values: Any, host: Any, slots: Any, first: Any, count: Any, scale: Any, logits: Any,
+        listed: Any, output: Any, lse: Any,
+    ) -> Any:  # fmt: skip
         away = 0
-        for h in range(heads):
-            sums = np.zeros(group, np.float32)
-            output[h] = 0.0
-            lse[h] = NEGLIGIBLE  # the largest logit so far, until the end
-            for first in range(0, total, _BLOCK):
-                count = min(_BLOCK, total - first)
-                for t in range(count):
-                    prefetch(keys, host, slots[min(first + t + ROWS_AHEAD, total - 1)], h, row_bytes)
-                    away += load_row(keys, host, KEYS, slots[first + t], h, is_bf16, channels, row)
-                    dot_group(q[h], row, group, channels, dots)
-                    for g in range(group):
-                        logits[g, t] = dots[g] * scale
-                for g in range(group):
-                    most = lse[h, g]
-                    for t in range(count):
-                        most = max(most, logits[g, t])
-                    kept = fast_exp(lse[h, g] - most)
-                    part = np.float32(0.0)
-                    for t in range(count):
-                        weight = fast_exp(logits[g, t] - most)
-                        logits[g, t] = weight
-                        part += weight
-                    for t in range(count, count + ROWS_AT_ONCE):
-                        logits[g, t] = 0.0
-                    sums[g] = sums[g] * kept + part
-                    lse[h, g] = most
-                    for d in range(channels):
-                        output[h, g, d] *= kept
-                for t in range(0, count, ROWS_AT_ONCE):
-                    for k in range(ROWS_AT_ONCE):
-                        at = first + min(t + k, count - 1)
-                        prefetch(values, host, slots[min(at + ROWS_AHEAD, total - 1)], h, row_bytes)
-                        load_row(values, host, VALUES, slots[at], h, is_bf16, channels, rows[k])
-                    add_rows(logits, t, rows, group, channels, output[h])
-            for g in range(group):
-                lse[h, g] += np.log(sums[g])
-                inverse = np.float32(1.0) / sums[g]
-                for d in range(channels):
-                    output[h, g, d] *= inverse
-        if host is not None:
-            host.reads[PREFILL_HOST] += away
+        for i in range(count + TOGETHER):
+            listed[i] = slots[first + min(i, count - 1)]
+        for r in range(0, q.shape[1], _TILE):
+            away = dots(keys, host, KEYS, listed, 0, count, h, q[h, r : r + _TILE], logits[r : r + _TILE])
+        for r in range(q.shape[1]):
+            of_row = logits[r]
+            for i in range(count):
+                of_row[i] *= scale
+            lse[r, 0], lse[r, 1] = exponentials_in_place(of_row, 0, count)
+            for d in range(channels):
+                output[r, d] = 0.0
+        for r in range(0, q.shape[1], _TILE):
+            sums(values, host, VALUES, listed, 0, count, h, logits[r : r + _TILE], output[r : r + _TILE])
+        return away
 
-    return kernel
+    def prefix(
+        number: Any, counter: Any, items: Any, q: Any, keys: Any, values: Any, host: Any, slots: Any, scale: Any,
+        reads: Any, part_output: Any, part_lse: Any,
+    ) -> None:  # fmt: skip
+        blocks, total = part_output.shape[1], slots.shape[0]
+        logits = np.zeros((q.shape[1], _BLOCK + TOGETHER), np.float32)
+        listed = np.zeros(_BLOCK + TOGETHER, np.int64)
+        item = take(counter)
+        while item < items:
+            h = item // blocks
+            block = item - h * blocks
+            first = block * _BLOCK
+            reads[h, block] = block_of(
+                h, q, keys, values, host, slots, first, min(_BLOCK, total - first), scale, logits, listed,
+                part_output[h, block, 0], part_lse[h, block, 0],
+            )  # fmt: skip
+            done(counter)
+            item = take(counter)
+        leave(number, counter, items)
+
+    return cached(prefix, (channels, is_bf16), block_of=attend_block)
 
 
 def _gather(
@@ -120,12 +108,22 @@ def _attend_prefix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of query rows [H, R, D] over the prefix at `slots`: (output [H, R, D] float32, lse [H, R])."""
     if rows.shape[1] <= _FEW_ROWS and keys.dtype in (torch.bfloat16, torch.float32):
-        q = rows.float().contiguous()
-        output, lse = torch.empty_like(q), torch.empty(q.shape[:2])
-        kernel = prefix_kernel(q.shape[2], keys.dtype is torch.bfloat16)
-        host = None if tier is None else tier.arrays
-        kernel(q.numpy(), bits(keys), bits(values), host, slots.numpy(), np.float32(scale), output.numpy(), lse.numpy())
-        return output, lse
+        q = torch.nn.functional.pad(rows.float(), (0, 0, 0, -rows.shape[1] % _TILE)).contiguous()
+        heads, lines, channels = q.shape
+        blocks = -(-slots.numel() // _BLOCK)
+        part_output = np.empty((heads, blocks, 1, lines, channels), np.float32)
+        part_lse = np.empty((heads, blocks, 1, lines, 2), np.float32)
+        reads = np.zeros((heads, blocks), np.int64)
+        run(
+            prefix_kernel(channels, keys.dtype is torch.bfloat16), heads * blocks, q.numpy(), bits(keys), bits(values),
+            None if tier is None else tier.arrays, slots.numpy(), np.float32(scale), reads, part_output, part_lse,
+        )  # fmt: skip
+        output, lse = torch.empty((heads, 1, lines, channels)), torch.empty((heads, 1, lines))
+        count = np.full(heads, blocks, np.int64)
+        merge_blocks(count, part_output, part_lse, output.numpy(), lse.numpy())
+        if tier is not None:
+            tier.arrays.reads[PREFILL_HOST] += reads.sum()
+        return output[:, 0, : rows.shape[1]], lse[:, 0, : rows.shape[1]]
     k, v = _gather(keys, values, slots, rows.dtype, tier)
     output, lse = _flash(rows.unsqueeze(1), k, v, 0.0, False, scale=scale)
     return output.squeeze(1).float(), lse.squeeze(1)
@@ -141,12 +139,11 @@ def extend(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
-    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.extend`."""
     if sliding_window >= 0 or logit_cap > 0:
         return reference.extend(
-            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier, sinks=sinks
+            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
         )
     new, heads, channels = q.shape
     kv_heads = keys.shape[1]
@@ -159,11 +156,6 @@ def extend(
     if prefix:
         stacked = grouped.reshape(kv_heads, group * new, channels)
         earlier, earlier_lse = _attend_prefix(stacked, keys, values, slots[:prefix], scale, tier)
-        earlier_lse = earlier_lse.view_as(lse)
-        weight = torch.sigmoid(earlier_lse - lse).unsqueeze(-1)
-        output, lse = torch.lerp(output.float(), earlier.view(grouped.shape), weight), torch.logaddexp(lse, earlier_lse)
-    if sinks is not None:
-        by_head = by_kv_head(sinks, kv_heads).unsqueeze(-1)  # the same for all new tokens
-        output = add_sinks(Partial(output.float(), lse), by_head).output
-    output = output.to(q.dtype)
+        weight = torch.sigmoid(earlier_lse.view_as(lse) - lse).unsqueeze(-1)
+        output = torch.lerp(output.float(), earlier.view(grouped.shape), weight).to(q.dtype)
     return output.permute(2, 0, 1, 3).reshape(new, heads, channels)

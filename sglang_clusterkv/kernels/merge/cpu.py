@@ -9,18 +9,18 @@ import numpy as np
 from sglang_clusterkv.kernels.cpu_math import njit
 
 
-@njit(cache=True, nogil=True)
-def merge_kernel(output: Any, lse: Any, other: Any, other_lse: Any) -> None:
-    """Merge `other` [B, H, G, D] with `other_lse` [B, H, G] into `output` and `lse`; a part of -inf counts nothing."""
-    for b in range(lse.shape[0]):
-        for h in range(lse.shape[1]):
-            for g in range(lse.shape[2]):
-                most = max(lse[b, h, g], other_lse[b, h, g])
-                mine, others = np.exp(lse[b, h, g] - most), np.exp(other_lse[b, h, g] - most)
-                share = others / (mine + others)
-                lse[b, h, g] = most + np.log(mine + others)
-                for d in range(output.shape[3]):
-                    output[b, h, g, d] += share * (other[b, h, g, d] - output[b, h, g, d])
+@njit
+def merge_pair(b: Any, h: Any, output: Any, u: Any) -> None:
+    """Merge the estimate of one (request, kv head) into `output` [B, H, G, D] and `lse`; a part of -inf counts nothing."""
+    for g in range(output.shape[2]):
+        exact, estimated = u.lse[b, h, g], u.estimate_lse[b, h, g]
+        u.exact_lse[b, h, g] = exact
+        most = max(exact, estimated)
+        mine, others = np.exp(exact - most), np.exp(estimated - most)
+        share = others / (mine + others)
+        u.lse[b, h, g] = most + np.log(mine + others)
+        for d in range(output.shape[3]):
+            output[b, h, g, d] += share * (u.estimate[b, h, g, d] - output[b, h, g, d])
 
 
 @njit(cache=True, nogil=True)

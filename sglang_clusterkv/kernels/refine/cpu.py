@@ -8,147 +8,154 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import (
-    FAST,
-    LANES,
-    ROWS_AHEAD,
-    bits_of_float,
-    code_level,
-    dot_group,
-    fast_exp,
-    float_of_bf16,
-    njit,
-    prefetch_row,
-    unpack_codes,
-)
-from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
-from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL
+from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, fast_exp, float_of_bf16, njit
+from sglang_clusterkv.kernels.threshold_cpu import threshold
+from sglang_clusterkv.kernels.vectors_cpu import CODES_1, CODES_2, TOGETHER, dot_rows
 from sglang_clusterkv.memory.masses import NO_MASS
-
-_INNER, _OUTER = np.float32(INNER_LEVEL), np.float32(OUTER_LEVEL)
 
 
 @functools.cache
-def value_kernel(channels: int, group: int, code_bits: int) -> Callable[..., None]:
-    """Compile the candidates' scores for one head_dim, group size and code width.
+def rotate_pair(channels: int, group: int) -> Callable[..., None]:
+    """Compile the rotation of one (request, kv head)'s queries (memory/rotation.py): q [B, H, G, D] -> rotated, likewise."""
+    block = channels & -channels
 
-    Outputs, for the k-th candidate of (b, h), candidates in order of cluster: value [B, H, K] (mean over the group of
+    @njit(fastmath=FAST)
+    def rotate(b: Any, h: Any, q: Any, signs: Any, rotated: Any) -> None:
+        for g in range(group):
+            row = rotated[b, h, g]
+            for d in range(channels):
+                row[d] = q[b, h, g, d] * signs[d]  # with 1 / sqrt(block)
+            width = 1
+            while width < block:
+                for first in range(0, channels, 2 * width):
+                    for d in range(first, first + width):
+                        x, y = row[d], row[d + width]
+                        row[d] = x + y
+                        row[d + width] = x - y
+                width *= 2
+
+    return rotate
+
+
+@functools.cache
+def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]:
+    """Compile the candidates' scores of one (request b, kv head h) for one head_dim, group size and code width.
+
+    Outputs, for the k-th candidate, candidates in order of cluster: value [B, H, K] (mean over the group of
     exp(logit - total), 0 below `NO_MASS`), place [B, H, K] (position in the request's list of recallable tokens),
-    of_cluster [B, H, K]. `codes` is uint16 [S, H, D/8] for two bits, uint8 for one.
+    of_cluster [B, H, K].
     """
-    eighth = channels // 8
-    code_bytes = channels * code_bits // 8
+    row_format = CODES_2 if code_bits == 2 else CODES_1
     mean, least = np.float32(1.0 / group), np.float32(NO_MASS)
 
-    @njit(cache=True, fastmath=FAST, nogil=True)
-    def kernel(
-        rotated: Any, codes: Any, code_scales: Any, members: Any, pages: Any, page_count: Any, page_size: Any,
-        per_page: Any, segment_begin: Any, segment_count: Any, scale: Any, dot: Any, begin: Any, taken: Any, total: Any,
-        value: Any, place: Any, of_cluster: Any,
-    ) -> None:  # fmt: skip
-        row = np.empty(channels, np.float32)
-        dots = np.empty(group, np.float32)
-        slots = np.empty(value.shape[2], np.int64)
-        logits = np.empty((group, value.shape[2]), np.float32)
-        for b in range(rotated.shape[0]):
-            for h in range(rotated.shape[1]):
-                count = 0
-                for s in range(segment_count[b]):
-                    first = segment_begin[b, s]
-                    last = segment_begin[b, s + 1] if s + 1 < segment_count[b] else page_count[b]
-                    for c in range(first * per_page, last * per_page):
-                        for r in range(taken[b, h, c]):
-                            entry = begin[b, h, c] + r
-                            slots[count] = pages[b, entry // page_size] * page_size + entry % page_size
-                            of_cluster[b, h, count] = c
-                            place[b, h, count] = first * page_size
-                            count += 1
-                for k in range(count):
-                    slot, c = slots[k], of_cluster[b, h, k]
-                    ahead = slots[min(k + 2 * ROWS_AHEAD, count - 1)]
-                    prefetch_row(codes, ahead, h, code_bytes)
-                    prefetch_row(code_scales, ahead, h, 1)
-                    prefetch_row(members, ahead, h, 1)
-                    for j in range(8):
-                        if eighth % LANES == 0:
-                            for i in range(0, eighth, LANES):
-                                unpack_codes(codes, slot, h, i, j * code_bits, _INNER, _OUTER, row, j * eighth + i)
-                        else:
-                            for i in range(eighth):
-                                row[j * eighth + i] = code_level(codes[slot, h, i], j * code_bits, _INNER, _OUTER)
-                    dot_group(rotated[b, h], row, group, channels, dots)
-                    factor = scale * float_of_bf16(code_scales[slot, h])
-                    for g in range(group):
-                        logits[g, k] = dot[b, h, g, c] + factor * dots[g] - total[b, h, g]
-                    place[b, h, k] += members[slot, h]
-                for k in range(count):
-                    value[b, h, k] = 0.0
-                for g in range(group):
-                    for k in range(count):
-                        value[b, h, k] += mean * fast_exp(logits[g, k])
-                for k in range(count):
-                    value[b, h, k] = np.float32(0.0) if value[b, h, k] < least else value[b, h, k]
-
-    return kernel
-
-
-@njit(cache=True, nogil=True)
-def recall_kernel(
-    value: Any, place: Any, of_cluster: Any, candidates: Any, pages: Any, page_size: Any, budget: Any, taken: Any,
-    slots: Any, counts: Any,
-) -> None:  # fmt: skip
-    """Recall the `budget` best candidates (ties: the lower place).
-
-    taken [B, H, C] int32 is overwritten by the tokens recalled of each cluster; slots [B, H, budget] int64 and counts
-    [B, H] int32 list them.
-    """
-    bins = np.empty(BINS, np.int64)
-    keys = np.empty(value.shape[2], np.uint32)
-    tied = np.empty(value.shape[2], np.uint32)
-    ones = np.ones(value.shape[2], np.int32)
-    for b in range(value.shape[0]):
-        for h in range(value.shape[1]):
-            number = candidates[b, h]
-            for k in range(number):
-                keys[k] = bits_of_float(value[b, h, k])
-            border, room = threshold(keys, ones, number, budget, bins)
-            ties = 0
-            for k in range(number):
-                if np.int64(keys[k]) == border:
-                    tied[ties] = np.uint32(0xFFFFFFFF) - np.uint32(place[b, h, k])
-                    ties += 1
-            lowest = 0
-            if ties > room:
-                lowest, _ = threshold(tied, ones, ties, room, bins)
-            taken[b, h, :] = 0
-            count = 0
-            for k in range(number):
-                key = np.int64(keys[k])
-                if key > border or (key == border and 0xFFFFFFFF - place[b, h, k] >= lowest):
-                    at = np.int64(place[b, h, k])
-                    slots[b, h, count] = pages[b, at // page_size] * page_size + at % page_size
-                    taken[b, h, of_cluster[b, h, k]] += 1
-                    count += 1
-            counts[b, h] = count
-
-
-@njit(cache=True, nogil=True)
-def recall_all_kernel(
-    members: Any, pages: Any, page_count: Any, page_size: Any, per_page: Any, segment_begin: Any, segment_count: Any,
-    begin: Any, taken: Any, slots: Any, counts: Any,
-) -> None:  # fmt: skip
-    """Recall every candidate: whole clusters, the last one trimmed; outputs as `recall_kernel`."""
-    for b in range(taken.shape[0]):
-        for h in range(taken.shape[1]):
-            count = 0
-            for s in range(segment_count[b]):
-                first = segment_begin[b, s]
-                last = segment_begin[b, s + 1] if s + 1 < segment_count[b] else page_count[b]
-                for c in range(first * per_page, last * per_page):
-                    for r in range(taken[b, h, c]):
-                        entry = begin[b, h, c] + r
-                        listed = pages[b, entry // page_size] * page_size + entry % page_size
-                        at = first * page_size + np.int64(members[listed, h])
-                        slots[b, h, count] = pages[b, at // page_size] * page_size + at % page_size
+    @njit(fastmath=FAST)
+    def listed(b: Any, h: Any, lists: Any, n: Any, u: Any, slots: Any) -> Any:
+        """Slots of the candidates' codes; place is where their segment begins, for now."""
+        size, begin, taken, place, of_cluster = (
+            u.size[b, h],
+            u.begin[b, h],
+            u.taken[b, h],
+            u.place[b, h],
+            u.of_cluster[b, h],
+        )
+        pages, page_size, per_page = lists.pages[b], n.page_size, n.per_page
+        count = 0
+        for s in range(lists.segment_count[b]):
+            first = lists.segment_begin[b, s]
+            more = s + 1 < lists.segment_count[b]
+            last = lists.segment_begin[b, s + 1] if more else lists.page_count[b]
+            for c in range(first * per_page, last * per_page):
+                if taken[c] > 0 and size[c] > 0:
+                    entry = np.int64(begin[c])
+                    page = entry // page_size
+                    offset = entry - page * page_size
+                    for _ in range(taken[c]):
+                        slots[count] = pages[page] * page_size + offset
+                        of_cluster[count] = c
+                        place[count] = first * page_size
                         count += 1
-            counts[b, h] = count
+                        offset += 1
+                        if offset == page_size:
+                            page += 1
+                            offset = 0
+        return count
+
+    @njit(fastmath=FAST)
+    def value_of(
+        b: Any, h: Any, t: Any, rotated: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any
+    ) -> None:  # fmt: skip
+        slots, logits, factors = scratch.slots[t], scratch.logits[t], scratch.factors[t]
+        count = listed(b, h, lists, n, u, slots)
+        for i in range(TOGETHER):
+            slots[count + i] = slots[max(count - 1, 0)]
+        dot_rows(
+            row_format, channels, group, index.codes, index.code_scales, slots, 0, count, h, rotated[b, h], logits
+        )  # fmt: skip
+        value, place, of_cluster = u.value[b, h], u.place[b, h], u.of_cluster[b, h]
+        for k in range(count):
+            factors[k] = n.scale * float_of_bf16(index.code_scales[slots[k], h])
+            place[k] += index.members[slots[k], h]
+            value[k] = 0.0
+        for g in range(group):
+            of_head, dot, total = logits[g], u.dot[b, h, g], u.total[b, h, g]
+            for k in range(count):
+                of_head[k] = dot[of_cluster[k]] + factors[k] * of_head[k] - total
+            for k in range(count):
+                value[k] += mean * fast_exp(of_head[k])
+        for k in range(count):
+            value[k] = np.float32(0.0) if value[k] < least else value[k]
+
+    return value_of
+
+
+@njit
+def recall_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
+    """Recall the best candidates of one (request, kv head), `budget` of them (ties: the lower place).
+
+    taken [B, H, C] is overwritten by the tokens recalled of each cluster; recalled [B, H, R] and recalled_count [B, H] list
+    them.
+    """
+    keys, tied, ones, value, place = scratch.keys[t], scratch.tied[t], scratch.ones, u.value[b, h], u.place[b, h]
+    taken, of_cluster, recalled, pages = u.taken[b, h], u.of_cluster[b, h], u.recalled[b, h], lists.pages[b]
+    number = u.candidates[b, h]
+    for k in range(number):
+        keys[k] = bits_of_float(value[k])
+    border, room = threshold(keys, ones, number, n.budget, scratch.bins[t], scratch.near[t])
+    ties = 0
+    for k in range(number):
+        if np.int64(keys[k]) == border:
+            tied[ties] = np.uint32(0xFFFFFFFF) - np.uint32(place[k])
+            ties += 1
+    lowest = 0
+    if ties > room:
+        lowest, _ = threshold(tied, ones, ties, room, scratch.bins[t], scratch.near[t])
+    taken[:] = 0
+    count = 0
+    for k in range(number):
+        key = np.int64(keys[k])
+        if key > border or (key == border and 0xFFFFFFFF - place[k] >= lowest):
+            at = np.int64(place[k])
+            page = at // n.page_size
+            recalled[count] = pages[page] * n.page_size + at - page * n.page_size
+            taken[of_cluster[k]] += 1
+            count += 1
+    u.recalled_count[b, h] = count
+
+
+@njit
+def recall_all_pair(b: Any, h: Any, index: Any, lists: Any, n: Any, u: Any) -> None:
+    """Recall every candidate: whole clusters, the last one trimmed; outputs as `recall_pair`."""
+    taken, pages, page_size = u.taken[b, h], lists.pages[b], n.page_size
+    count = 0
+    for s in range(lists.segment_count[b]):
+        first = lists.segment_begin[b, s]
+        more = s + 1 < lists.segment_count[b]
+        last = lists.segment_begin[b, s + 1] if more else lists.page_count[b]
+        for c in range(first * n.per_page, last * n.per_page):
+            for r in range(taken[c]):
+                entry = u.begin[b, h, c] + r
+                listed = pages[entry // page_size] * page_size + entry % page_size
+                at = first * page_size + np.int64(index.members[listed, h])
+                u.recalled[b, h, count] = pages[at // page_size] * page_size + at % page_size
+                count += 1
+    u.recalled_count[b, h] = count

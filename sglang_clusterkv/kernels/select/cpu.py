@@ -7,37 +7,33 @@ from typing import Any
 import numpy as np
 
 from sglang_clusterkv.kernels.cpu_math import bits_of_float, njit
-from sglang_clusterkv.kernels.threshold_cpu import BINS, threshold
+from sglang_clusterkv.kernels.threshold_cpu import threshold
 
 _INFINITY = np.uint32(0x7F800000)  # its bits
 
 
-@njit(cache=True, nogil=True)
-def select_kernel(
-    log_mass: Any, size: Any, page_count: Any, per_page: Any, limit: Any, taken: Any, candidates: Any
-) -> None:
-    """Members taken of each cluster, `taken` [B, H, C] int32, and their number, `candidates` [B, H] int32.
+@njit
+def select_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
+    """Members taken of each cluster of one (request, kv head), `taken` [B, H, C], and their number, `candidates` [B, H].
 
-    log_mass [B, H, C] float32, of the mass per token, at most 0 but for rounding, size [B, H, C] int32, page_count [B].
+    By log_mass [B, H, C], of the mass per token, at most 0 but for rounding, and size [B, H, C].
     """
-    bins = np.empty(BINS, np.int64)
-    keys = np.empty(log_mass.shape[2], np.uint32)
-    for b in range(log_mass.shape[0]):
-        clusters = page_count[b] * per_page
-        for h in range(log_mass.shape[1]):
-            for c in range(clusters):
-                # Bits of a number's size order as it does; here the smaller one is the larger mass. NaN is above all.
-                below = -log_mass[b, h, c] if log_mass[b, h, c] < 0 else np.float32(0.0)
-                keys[c] = _INFINITY - bits_of_float(below)
-            border, room = threshold(keys, size[b, h], clusters, limit, bins)
-            total = 0
-            for c in range(clusters):
-                count = np.int64(size[b, h, c])
-                if np.int64(keys[c]) < border:
-                    count = 0
-                elif np.int64(keys[c]) == border:
-                    count = min(count, room)
-                    room -= count
-                taken[b, h, c] = count
-                total += count
-            candidates[b, h] = total
+    log_mass, size, taken, keys = u.log_mass[b, h], u.size[b, h], u.taken[b, h], scratch.keys[t]
+    clusters = lists.page_count[b] * n.per_page
+    for c in range(clusters):
+        # Bits of a number's size order as it does; here the smaller one is the larger mass. NaN is above all.
+        below = -log_mass[c] if log_mass[c] < 0 else np.float32(0.0)
+        keys[c] = _INFINITY - bits_of_float(below)
+    border, room = threshold(keys, size, clusters, n.limit, scratch.bins[t], scratch.near[t])
+    total = 0
+    for c in range(clusters):
+        count = np.int64(size[c])
+        key = np.int64(keys[c])
+        if key < border:
+            count = 0
+        elif key == border:
+            count = min(count, room)
+            room -= count
+        taken[c] = count
+        total += count
+    u.candidates[b, h] = total

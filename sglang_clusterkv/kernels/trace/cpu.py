@@ -9,37 +9,42 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sglang_clusterkv.kernels.cpu_math import FAST, ROWS_AHEAD, bits, dot_group, fast_exp, njit
-from sglang_clusterkv.kernels.row_cpu import KEYS, load_row, prefetch
+from sglang_clusterkv.kernels.cpu_math import bits, fast_exp, njit
+from sglang_clusterkv.kernels.row_cpu import KEYS, pool_kernels
+from sglang_clusterkv.kernels.threads_cpu import cached
 from sglang_clusterkv.kernels.trace.reference import LEVELS_PER_OCTAVE, NOWHERE, Shares
+from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
 
 if TYPE_CHECKING:
     from sglang_clusterkv.kernels.decode.last import LastRead
     from sglang_clusterkv.memory.tier import TierLayer
 
+    def dots(*args: Any) -> int: ...  # what `cached` gives the kernel
+
 
 @functools.cache
 def shares_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
     """Compile `reference.shares` for one head_dim, group size and pool dtype; outputs: slots, share and mass."""
-    row_bytes = channels * (2 if is_bf16 else 4)
+    pool_dots, _ = pool_kernels(channels, group, is_bf16)
 
-    @njit(cache=True, fastmath=FAST, nogil=True)
-    def kernel(
+    def shares_of(
         q: Any, keys: Any, host: Any, recalled: Any, count: Any, base_logit: Any, exact_lse: Any, whole_lse: Any,
         scale: Any, slots: Any, share: Any, mass: Any,
     ) -> None:  # fmt: skip
-        row = np.empty(channels, np.float32)
-        dots = np.empty(group, np.float32)
         one, each = np.float32(1.0), np.float32(1.0 / group)
+        listed = np.zeros(recalled.shape[1] + TOGETHER, np.int64)
+        logits = np.empty((group, recalled.shape[1] + TOGETHER), np.float32)
         for h in range(q.shape[0]):
             for t in range(count[h]):
                 slots[h, t] = recalled[h, t]
-                prefetch(keys, host, recalled[h, min(t + ROWS_AHEAD, count[h] - 1)], h, row_bytes)
-                load_row(keys, host, KEYS, recalled[h, t], h, is_bf16, channels, row)
-                dot_group(q[h], row, group, channels, dots)
+                listed[t] = recalled[h, t]
+            for t in range(TOGETHER):
+                listed[count[h] + t] = recalled[h, 0]
+            dots(keys, host, KEYS, listed, 0, count[h], h, q[h], logits)
+            for t in range(count[h]):
                 total = np.float32(0.0)
                 for g in range(group):
-                    total += min(one, fast_exp(dots[g] * scale - whole_lse[h, g]))
+                    total += min(one, fast_exp(logits[g, t] * scale - whole_lse[h, g]))
                 share[h, t] = total * each
             for g in range(group):
                 exact = min(one, np.exp(exact_lse[h, g] - whole_lse[h, g]))
@@ -52,7 +57,7 @@ def shares_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
                     mass[h, 1] += (exact - base) * each
                     mass[h, 2] += (one - exact) * each
 
-    return kernel
+    return cached(shares_of, (channels, group, is_bf16), dots=pool_dots)
 
 
 def shares(read: LastRead, q: torch.Tensor, keys: torch.Tensor, scale: float, tier: TierLayer | None = None) -> Shares:

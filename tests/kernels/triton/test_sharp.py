@@ -17,7 +17,6 @@ from sglang_clusterkv.kernels.refine.reference import candidate_scores, recall
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.memory.masses import NO_MASS
-from sglang_clusterkv.memory.rotation import rotation_matrix
 from tests.support.filled import index_on, of_request, step_on
 from tests.support.sharp import GROUP, HEAD_DIM, KV_HEADS, SCALE, SharpScene
 
@@ -62,7 +61,8 @@ def test_what_is_far_below_the_peak_is_ranked_alike(deviation: int, device: str)
     u = decoder.buffers
     np.testing.assert_array_equal(u.taken[..., :clusters], taken)
     np.testing.assert_allclose(u.log_mass[..., :clusters], scores.log_mass, atol=APART / 2)
-    decoder.refine((grouped @ rotation_matrix(HEAD_DIM).T).numpy(), 0, SCALE)
+    decoder.rotate(grouped.contiguous().numpy())
+    decoder.refine(0, SCALE)
     decoder.recall()
     assert sets(u.recalled, u.recalled_count) == sets(recalled.slots, recalled.count)
 

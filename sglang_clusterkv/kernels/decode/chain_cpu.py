@@ -1,0 +1,210 @@
+"""The operations of a layer on the CPU as one pass over its pairs (request, kv head).
+
+A thread takes a pair through all operations before the next pair, so that what one of them leaves the next finds in a
+cache. The operations are functions of their own (`score/cpu.py` and so on); a kernel is compiled once, with all of them in
+it, and told which to do: all, in a server, or one, for whoever looks at what each leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from sglang_clusterkv.kernels.attend.cpu import attend_pair
+from sglang_clusterkv.kernels.estimate.cpu import estimate_pair
+from sglang_clusterkv.kernels.merge.cpu import merge_pair
+from sglang_clusterkv.kernels.refine.cpu import recall_all_pair, recall_pair, rotate_pair, value_pair
+from sglang_clusterkv.kernels.score.cpu import score_pair
+from sglang_clusterkv.kernels.select.cpu import select_pair
+from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, take
+from sglang_clusterkv.kernels.threshold_cpu import BINS
+from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
+from sglang_clusterkv.memory.tier import Reads
+
+if TYPE_CHECKING:  # what `cached` gives the kernel
+
+    def given(*args: Any) -> None: ...
+
+    score = select = rotate = refine = recall = recall_all = attend = estimate = merge = given
+
+SCORE, SELECT, ROTATE, REFINE, RECALL, RECALL_ALL, ATTEND, ESTIMATE, MERGE = (1 << i for i in range(9))
+
+
+class Numbers(NamedTuple):
+    """What the kernel knows as numbers."""
+
+    scale: np.float32
+    choice_spread: np.float32
+    estimate_spread: np.float32
+    page_size: int
+    per_page: int  # clusters
+    limit: int  # candidates
+    budget: int  # recalled tokens
+    own: int  # clusters that are estimated by their own mean value
+
+
+class Lists(NamedTuple):
+    """`memory.step.SparseStep`, as arrays."""
+
+    pages: np.ndarray
+    page_count: np.ndarray
+    segment_begin: np.ndarray
+    segment_count: np.ndarray
+    base_slots: np.ndarray
+    base_count: np.ndarray
+
+
+class Buffers(NamedTuple):
+    """What the operations of one layer hand to each other; B, H, G, D as in the references. C clusters, W tokens that are
+    always attended, K candidates and R recalled tokens: what the step has, rounded up, whatever the configuration allows."""
+
+    size: np.ndarray  # int32 [B, H, C]
+    begin: np.ndarray  # int32 [B, H, C]
+    taken: np.ndarray  # int32 [B, H, C]: members that are candidates, then tokens recalled
+    log_mass: np.ndarray  # float32 [B, H, C]
+    dot: np.ndarray  # float32 [B, H, G, C]
+    weight: np.ndarray  # float32 [B, H, G, C]
+    base_logit: np.ndarray  # float32 [B, H, G, W]
+    peak: np.ndarray  # float32 [B, H, G]
+    total: np.ndarray  # float32 [B, H, G]
+    candidates: np.ndarray  # int32 [B, H]
+    rotated: np.ndarray  # float32 [B, H, G, D]
+    value: np.ndarray  # float32 [B, H, K]
+    place: np.ndarray  # int32 [B, H, K]
+    of_cluster: np.ndarray  # int32 [B, H, K]
+    recalled: np.ndarray  # int64 [B, H, R]
+    recalled_count: np.ndarray  # int32 [B, H]
+    lse: np.ndarray  # float32 [B, H, G]: of what was read, then of all tokens
+    exact_lse: np.ndarray  # float32 [B, H, G]: of what was read
+    estimate: np.ndarray  # float32 [B, H, G, D]
+    estimate_lse: np.ndarray  # float32 [B, H, G]
+    reads: np.ndarray  # int64 [B, H, len(Reads)]: rows read, with a host tier
+
+
+def make_buffers(
+    batch: int, heads: int, group: int, channels: int, clusters: int, base: int, candidates: int, recalled: int
+) -> Buffers:
+    """Allocate the buffers of a step."""
+    by_head, by_query = (batch, heads), (batch, heads, group)
+
+    def floats(*shape: int) -> np.ndarray:
+        return np.empty(shape, np.float32)
+
+    def ints(*shape: int) -> np.ndarray:
+        return np.empty(shape, np.int32)
+
+    return Buffers(
+        size=ints(*by_head, clusters),
+        begin=ints(*by_head, clusters),
+        taken=ints(*by_head, clusters),
+        log_mass=floats(*by_head, clusters),
+        dot=floats(*by_query, clusters + TOGETHER),
+        weight=floats(*by_query, clusters),
+        base_logit=floats(*by_query, base + TOGETHER),
+        peak=floats(*by_query),
+        total=floats(*by_query),
+        candidates=ints(*by_head),
+        rotated=floats(*by_query, channels),
+        value=floats(*by_head, candidates),
+        place=ints(*by_head, candidates),
+        of_cluster=ints(*by_head, candidates),
+        recalled=np.empty((*by_head, recalled), np.int64),
+        recalled_count=ints(*by_head),
+        lse=floats(*by_query),
+        exact_lse=floats(*by_query),
+        estimate=floats(*by_query, channels),
+        estimate_lse=floats(*by_query),
+        reads=np.zeros((*by_head, len(Reads._fields)), np.int64),
+    )
+
+
+class Scratch(NamedTuple):
+    """What an operation needs while it runs, for each of T threads; N slots, L keys."""
+
+    bonus: np.ndarray  # float32 [T, G, C]
+    chance: np.ndarray  # float32 [T, G, C]
+    own: np.ndarray  # float32 [T, G, C]
+    rows: np.ndarray  # int64 [T, C + TOGETHER]
+    slots: np.ndarray  # int64 [T, N]
+    logits: np.ndarray  # float32 [T, G, N]
+    factors: np.ndarray  # float32 [T, N]
+    keys: np.ndarray  # uint32 [T, L]
+    tied: np.ndarray  # uint32 [T, L]
+    near: np.ndarray  # int32 [T, L]
+    bins: np.ndarray  # int32 [T, BINS]
+    ones: np.ndarray  # int32 [L]
+
+
+def make_scratch(threads: int, group: int, clusters: int, base: int, candidates: int, recalled: int) -> Scratch:
+    """Allocate it."""
+    listed, keys = max(base + recalled, candidates) + TOGETHER, max(clusters, candidates)
+    by_cluster, by_key = (threads, group, clusters), (threads, keys)
+    return Scratch(
+        bonus=np.empty(by_cluster, np.float32),
+        chance=np.empty(by_cluster, np.float32),
+        own=np.empty(by_cluster, np.float32),
+        rows=np.empty((threads, clusters + TOGETHER), np.int64),
+        slots=np.empty((threads, listed), np.int64),
+        logits=np.empty((threads, group, listed), np.float32),
+        factors=np.empty((threads, listed), np.float32),
+        keys=np.empty(by_key, np.uint32),
+        tied=np.empty(by_key, np.uint32),
+        near=np.empty(by_key, np.int32),
+        bins=np.empty((threads, BINS), np.int32),
+        ones=np.ones(keys, np.int32),
+    )
+
+
+@functools.cache
+def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, is_bf16: bool) -> Callable[..., None]:
+    """Compile the operations of a layer for one head_dim, group size, row format, code width and pool dtype.
+
+    `operations` is a sum of those above, which are done in this order for each pair.
+    """
+
+    def chain(
+        t: Any, counter: Any, pairs: Any, operations: Any, q: Any, signs: Any, keys: Any, values: Any, host: Any,
+        index: Any, lists: Any, n: Any, u: Any, scratch: Any, output: Any,
+    ) -> None:  # fmt: skip
+        pair = take(counter)
+        while pair < pairs:
+            b = pair // q.shape[1]
+            h = pair - b * q.shape[1]
+            if operations & SCORE:
+                score(b, h, t, q, keys, host, index, lists, n, u, scratch)
+            if operations & SELECT:
+                select(b, h, t, lists, n, u, scratch)
+            if operations & ROTATE:
+                rotate(b, h, q, signs, u.rotated)
+            if operations & REFINE:
+                refine(b, h, t, u.rotated, index, lists, n, u, scratch)
+            if operations & RECALL:
+                recall(b, h, t, lists, n, u, scratch)
+            if operations & RECALL_ALL:
+                recall_all(b, h, index, lists, n, u)
+            if operations & ATTEND:
+                attend(b, h, t, q, keys, values, host, lists, n, u, scratch, output)
+            if operations & ESTIMATE:
+                estimate(b, h, t, index, lists, n, u, scratch)
+            if operations & MERGE:
+                merge(b, h, output, u)
+            done(counter)
+            pair = take(counter)
+        leave(t, counter, pairs)
+
+    return cached(
+        chain,
+        (channels, group, row_format, code_bits, is_bf16),
+        score=score_pair(channels, group, row_format, is_bf16),
+        select=select_pair,
+        rotate=rotate_pair(channels, group),
+        refine=value_pair(channels, group, code_bits),
+        recall=recall_pair,
+        recall_all=recall_all_pair,
+        attend=attend_pair(channels, group, is_bf16),
+        estimate=estimate_pair(channels, group, row_format),
+        merge=merge_pair,
+    )

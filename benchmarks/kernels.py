@@ -299,7 +299,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--candidates", type=int)
     parser.add_argument("--layers", type=int, help="layers measured; times are scaled to the model's")
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and of the kernels, on a CPU")
     parser.add_argument("--trust", action="store_true", help="leave the operations' tests out")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

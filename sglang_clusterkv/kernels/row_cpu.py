@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import FAST, float_of_bf16, njit, prefetch_row
+from sglang_clusterkv.kernels.cpu_math import FAST, float_of_bf16, njit, part, prefetch_row
 from sglang_clusterkv.kernels.vectors_cpu import BF16, FLOAT32, TOGETHER, add_rows, dot_rows
 
 KEYS, VALUES = 0, 1  # the parts of a host row
@@ -83,7 +83,7 @@ def pool_kernels(channels: int, group: int, is_bf16: bool) -> tuple[Callable[...
     """
     row_format = BF16 if is_bf16 else FLOAT32
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def copied(buffer: Any, host: Any, part: Any, slots: Any, begin: Any, count: Any, head: Any, tile: Any) -> Any:
         away = 0
         for i in range(count):
@@ -92,7 +92,7 @@ def pool_kernels(channels: int, group: int, is_bf16: bool) -> tuple[Callable[...
             away += load_row(buffer, host, part, slots[begin + i], head, is_bf16, channels, tile[i, 0])
         return away
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def dots(
         buffer: Any, host: Any, part: Any, slots: Any, begin: Any, count: Any, head: Any, q: Any, out: Any
     ) -> Any:  # fmt: skip
@@ -108,7 +108,7 @@ def pool_kernels(channels: int, group: int, is_bf16: bool) -> tuple[Callable[...
                 dot_rows(FLOAT32, channels, group, tile, tile, order, 0, rows, 0, q, out[:, first:])
         return away
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def sums(
         buffer: Any, host: Any, part: Any, slots: Any, begin: Any, count: Any, head: Any, weights: Any, out: Any
     ) -> Any:  # fmt: skip

@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sglang_clusterkv.kernels.cpu_math import element_pointer, njit
+from sglang_clusterkv.kernels.cpu_math import element_pointer, njit, part
 
 _COUNT = ir.IntType(64)
 _TAKEN, _DONE = 0, 1  # of a kernel's counter
@@ -111,19 +111,19 @@ def _read(typing_context: Any, counter: Any, which: Any) -> Any:
     return types.int64(counter, types.intp), codegen
 
 
-@njit
+@part
 def take(counter: Any) -> int:
     """The next item that nobody has taken; there may be no such item."""
     return _add(counter, _TAKEN)
 
 
-@njit
+@part
 def done(counter: Any) -> None:
     """An item that was taken is done."""
     _add(counter, _DONE)
 
 
-@njit
+@part
 def leave(number: int, counter: Any, items: int) -> None:
     """The caller's own thread, number 0, leaves a kernel when all items are done."""
     if number == 0:

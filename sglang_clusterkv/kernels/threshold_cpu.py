@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import njit
+from sglang_clusterkv.kernels.cpu_math import part
 
 BINS = 2048  # three levels of 11, 11 and 10 bits
 
 
-@njit(cache=True)
+@part
 def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any, near: Any) -> tuple[int, int]:
     """The key t such that the keys above t weigh less than `limit`, and those from t on `limit` or more.
 

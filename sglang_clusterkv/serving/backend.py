@@ -20,6 +20,7 @@ from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
+from sglang_clusterkv.kernels.threads_cpu import set_threads
 from sglang_clusterkv.memory.step import DenseStep, dense_step
 from sglang_clusterkv.serving import graphs, layers, prefill_backend, runtime, tier_prefill, trace
 from sglang_clusterkv.serving.active import active_config
@@ -95,6 +96,8 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         arguments = runner.server_args
         ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
         self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks, self._threads)
+        if self.prefill is None:
+            set_threads(self._prefill_threads)  # of our own kernels, in every step
         if self.engine is not None:
             _warm_up(runner, self.engine)
             dense = map(self._dense_layer, layers.attention_layers(runner.model))

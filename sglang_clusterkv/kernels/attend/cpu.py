@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.kernels.attend import reference
-from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, njit
+from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, njit, part
+from sglang_clusterkv.kernels.merge.cpu import sinks_kernel
+from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, pool_kernels, prefetch
 from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, run, take
 from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
@@ -25,7 +27,7 @@ BLOCK = 512  # tokens of dense attention that a thread takes at a time
 _NEAR = 32  # tokens whose keys, or values, of all heads are read before the next tokens': heads of a token lie together
 
 
-@njit(fastmath=FAST)
+@part(fastmath=FAST)
 def exponentials_in_place(logits: Any, begin: int, end: int) -> Any:
     """Replace logits [begin, end) by their exponentials relative to the largest; returns (largest, their sum)."""
     most = NEGLIGIBLE
@@ -41,16 +43,16 @@ def exponentials_in_place(logits: Any, begin: int, end: int) -> Any:
 
 @functools.cache
 def attend_pair(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
-    """Compile attention of one (request b, kv head h) over its always-attended and recalled tokens.
+    """Compile attention of one (request b, kv head h) over its always-attended and recalled tokens, and learned sinks.
 
     For one head_dim, group size and pool dtype. Outputs: output [B, H, G, D] and lse [B, H, G], as `merge.reference.Partial`.
     """
     dots, sums = pool_kernels(channels, group, is_bf16)
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def attend(
-        b: Any, h: Any, t: Any, q: Any, keys: Any, values: Any, host: Any, lists: Any, n: Any, u: Any, scratch: Any,
-        output: Any,
+        b: Any, h: Any, t: Any, q: Any, sinks: Any, keys: Any, values: Any, host: Any, lists: Any, n: Any, u: Any,
+        scratch: Any, output: Any,
     ) -> None:  # fmt: skip
         slots, logits, mine = scratch.slots[t], scratch.logits[t], output[b, h]
         base, found = lists.base_count[b], u.recalled_count[b, h]
@@ -71,8 +73,12 @@ def attend_pair(channels: int, group: int, is_bf16: bool) -> Callable[..., None]
             for i in range(base, count):
                 of_head[i] *= n.scale
             most, total = exponentials_in_place(of_head, 0, count)
-            u.lse[b, h, g] = most + np.log(total)
-            inverse = np.float32(1.0) / total
+            tokens = most + np.log(total)
+            most = max(tokens, sinks[h, g])
+            share = np.exp(tokens - most)
+            whole = share + np.exp(sinks[h, g] - most)
+            u.lse[b, h, g] = most + np.log(whole)
+            inverse = share / (whole * total)
             for i in range(count):
                 of_head[i] *= inverse
             for d in range(channels):
@@ -93,7 +99,7 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
     row_bytes = channels * (2 if is_bf16 else 4)
     dots, sums = pool_kernels(channels, group, is_bf16)
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def attend_block(
         b: Any, q: Any, keys: Any, values: Any, host: Any, slots: Any, begin: Any, end: Any, scale: Any,
         cap: Any, logits: Any, listed: Any, output: Any, lse: Any,
@@ -184,12 +190,14 @@ def dense_decode(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.dense_decode`."""
     if keys.dtype not in (torch.bfloat16, torch.float32):
         return reference.dense_decode(
-            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
-        )
+            q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier,
+            sinks=sinks,
+        )  # fmt: skip
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
     begins = torch.zeros_like(seq_lens) if sliding_window < 0 else (seq_lens - 1 - sliding_window).clamp(min=0)
@@ -204,9 +212,11 @@ def dense_decode(
         slots.numpy(), begins.numpy(), seq_lens.numpy(), np.float32(scale), np.float32(logit_cap), reads, part_output,
         part_lse,
     )  # fmt: skip
-    out = torch.empty_like(grouped)
+    out, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3])
     count = ((seq_lens - begins + BLOCK - 1) // BLOCK).numpy()
-    merge_blocks(count, part_output, part_lse, out.numpy(), np.empty(out.shape[:3], np.float32))
+    merge_blocks(count, part_output, part_lse, out.numpy(), lse.numpy())
+    if sinks is not None:
+        sinks_kernel(out.numpy(), lse.numpy(), by_kv_head(sinks, kv_heads).numpy())
     if tier is not None:
         tier.arrays.reads[DENSE_HOST] += reads.sum()
     return out.flatten(1, 2).to(q.dtype)

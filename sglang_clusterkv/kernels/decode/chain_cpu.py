@@ -166,7 +166,7 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, is_
     """
 
     def chain(
-        t: Any, counter: Any, pairs: Any, operations: Any, q: Any, signs: Any, keys: Any, values: Any, host: Any,
+        t: Any, counter: Any, pairs: Any, operations: Any, q: Any, sinks: Any, signs: Any, keys: Any, values: Any, host: Any,
         index: Any, lists: Any, n: Any, u: Any, scratch: Any, output: Any,
     ) -> None:  # fmt: skip
         pair = take(counter)
@@ -174,7 +174,7 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, is_
             b = pair // q.shape[1]
             h = pair - b * q.shape[1]
             if operations & SCORE:
-                score(b, h, t, q, keys, host, index, lists, n, u, scratch)
+                score(b, h, t, q, sinks, keys, host, index, lists, n, u, scratch)
             if operations & SELECT:
                 select(b, h, t, lists, n, u, scratch)
             if operations & ROTATE:
@@ -186,7 +186,7 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, is_
             if operations & RECALL_ALL:
                 recall_all(b, h, index, lists, n, u)
             if operations & ATTEND:
-                attend(b, h, t, q, keys, values, host, lists, n, u, scratch, output)
+                attend(b, h, t, q, sinks, keys, values, host, lists, n, u, scratch, output)
             if operations & ESTIMATE:
                 estimate(b, h, t, index, lists, n, u, scratch)
             if operations & MERGE:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from sglang_clusterkv.kernels.cpu_math import bits
+from sglang_clusterkv.kernels.bundle_cpu import bundle_of
+from sglang_clusterkv.kernels.cpu_math import NEGLIGIBLE, bits
 from sglang_clusterkv.kernels.decode import chain_cpu, reference
 from sglang_clusterkv.kernels.decode.chain_cpu import Buffers, Lists, Numbers, Scratch, make_buffers, make_scratch
 from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.merge.cpu import mass_kernel
+from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.threads_cpu import run, threads
 from sglang_clusterkv.kernels.vectors_cpu import ROW_FORMATS
 from sglang_clusterkv.memory.rotation import rotation_signs
@@ -83,6 +85,7 @@ class CpuDecoder:
         self.layers = {layer: layer_arrays(index, layer) for layer in index.row_of}
         self.masses = {layer: index.mass_cells[layer, 0].numpy() for layer in index.row_of}
         self._any_layer = next(iter(self.layers))
+        self._layers = {layer: bundle_of(arrays) for layer, arrays in self.layers.items()}
         self.limit = config.candidate_tokens if config.refine else config.budget_tokens
         # With the rotation's factor.
         self.signs = (rotation_signs(channels) / (channels & -channels) ** 0.5).numpy()
@@ -96,6 +99,8 @@ class CpuDecoder:
             | chain_cpu.ATTEND
             | (chain_cpu.ESTIMATE | chain_cpu.MERGE if config.estimate else 0)
         )
+        self.sinks: np.ndarray | None = None  # of the layer that was scored last
+        self._no_sinks = np.full((geometry.kv_heads, group), NEGLIGIBLE)
         self._step: SparseStep | None = None
         self._shape: tuple[int, ...] = ()
 
@@ -112,12 +117,17 @@ class CpuDecoder:
             self._shape = ()
             self.buffers = make_buffers(*shape[:-1])
             self.scratch = make_scratch(threads(), group, clusters, base, candidates, recalled)
+            self._bundle()
             self._shape = shape
         self.lists = Lists(
             step.pages.numpy(), step.page_count.numpy(), step.segment_begin.numpy(), step.segment_count.numpy(),
             step.base_slots.numpy(), step.base_count.numpy(),
         )  # fmt: skip
+        self._lists = bundle_of(self.lists)
         self._step = step
+
+    def _bundle(self) -> None:
+        self._buffers, self._scratch = bundle_of(self.buffers), bundle_of(self.scratch)
 
     def make_room(self, tokens: int) -> None:
         """For so many recalled tokens of a head, where someone else chooses them; what was recalled stays."""
@@ -129,6 +139,7 @@ class CpuDecoder:
             self.scratch = make_scratch(
                 len(self.scratch.bins), u.dot.shape[2], clusters, base, u.value.shape[2], tokens
             )  # fmt: skip
+            self._bundle()
 
     def _do(
         self,
@@ -148,8 +159,9 @@ class CpuDecoder:
             config.estimate_clusters,
         )  # fmt: skip
         run(
-            self._kernel, self.buffers.candidates.size, operations, q, self.signs, keys, values, host,
-            self.layers[layer], self.lists, numbers, self.buffers, self.scratch, output, most=len(self.scratch.bins),
+            self._kernel, self.buffers.candidates.size, operations, q,
+            self._no_sinks if self.sinks is None else self.sinks, self.signs, keys, values, host,
+            self._layers[layer], self._lists, numbers, self._buffers, self._scratch, output, most=len(self.scratch.bins),
         )  # fmt: skip
 
     def run(
@@ -161,6 +173,7 @@ class CpuDecoder:
         scale: float,
         output: np.ndarray,
         host: TierArrays | None = None,
+        sinks: np.ndarray | None = None,
     ) -> None:
         """All operations of a layer.
 
@@ -172,15 +185,18 @@ class CpuDecoder:
             scale: of the logits.
             output: float32 [B, H, G, D], written.
             host: where some slots' keys and values are on the host.
+            sinks: float32 [H, G], learned ones; None: there are none.
         """
+        self.sinks = sinks
         self._do(self._operations, layer, scale, q, keys, values, output, host)
         if host is not None:
             host.reads[:] += self.buffers.reads.sum((0, 1))
 
     # -- one operation each, for whoever looks at what it leaves ------------------------------------------------------
 
-    def score(self, q: np.ndarray, keys: np.ndarray, layer: int, scale: float) -> None:
-        """Clusters' masses and totals, always-attended tokens' logits."""
+    def score(self, q: np.ndarray, keys: np.ndarray, layer: int, scale: float, sinks: np.ndarray | None = None) -> None:
+        """Clusters' masses and totals, always-attended tokens' logits; sinks [H, G] as `attend` adds them."""
+        self.sinks = sinks
         self._do(chain_cpu.SCORE, layer, scale, q, keys, keys, q)
 
     def select(self) -> None:
@@ -254,17 +270,19 @@ def sparse_decode(
     step: SparseStep,
     scale: float,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
     if keys.dtype not in KERNEL_DTYPES:
-        return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier)
+        return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier, sinks)
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
     decoder = decoder_of(index, grouped.shape[2], keys.dtype is torch.bfloat16)
     decoder.prepare(step, kv_heads, grouped.shape[2], channels)
     output = torch.empty_like(grouped)
     host = None if tier is None else tier.arrays
-    decoder.run(grouped.numpy(), bits(keys), bits(values), layer, scale, output.numpy(), host)
+    by_head = None if sinks is None else by_kv_head(sinks, kv_heads).numpy()
+    decoder.run(grouped.numpy(), bits(keys), bits(values), layer, scale, output.numpy(), host, by_head)
     result = output.flatten(1, 2).to(q.dtype)
     decoder.note_mass(layer)
     return result
@@ -274,6 +292,8 @@ def last_read(decoder: CpuDecoder, place: int) -> LastRead:
     """See `kernels.decode.last_read`."""
     u = decoder.buffers
     base = torch.from_numpy(u.base_logit[place, :, :, : decoder.lists.base_count[place]])
+    if decoder.sinks is not None:  # they count with the base
+        base = torch.cat((base, torch.from_numpy(decoder.sinks).unsqueeze(-1)), -1)
     if decoder.config.estimate:
         exact, whole = torch.from_numpy(u.exact_lse[place]), torch.from_numpy(u.lse[place])
     else:

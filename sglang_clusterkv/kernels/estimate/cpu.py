@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, float_of_bf16, njit
+from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, float_of_bf16, part
 from sglang_clusterkv.kernels.threshold_cpu import threshold
 from sglang_clusterkv.kernels.vectors_cpu import add_rows
 from sglang_clusterkv.memory.masses import NO_MASS
@@ -24,7 +24,7 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
     quarter = channels // 4
     least = np.float32(NO_MASS)
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def remaining(size: Any, taken: Any, weight: Any, clusters: Any, share: Any, left: Any, mass: Any) -> Any:
         """What is left of a query head's clusters; its share of their masses is added to `mass`. Returns the sum."""
         total = np.float32(0.0)
@@ -36,7 +36,7 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
             total += value
         return total
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def estimate(b: Any, h: Any, t: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
         clusters = lists.page_count[b] * n.per_page
         size, taken, keys, mass = u.size[b, h], u.taken[b, h], scratch.keys[t], scratch.chance[t, 0]
@@ -77,11 +77,11 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
                     else:
                         for g in range(group):
                             rest[g] += left[g, c]
-            for part in range(4):
-                page = pages[first + part]
+            for k in range(4):
+                page = pages[first + k]
                 for g in range(group):
                     for d in range(quarter):
-                        output[g, part * quarter + d] += rest[g] * float_of_bf16(index.vectors[page, h, 1, d])
+                        output[g, k * quarter + d] += rest[g] * float_of_bf16(index.vectors[page, h, 1, d])
         add_rows(
             row_format, channels, group, index.value_rows, index.value_scales, rows, 0, listed, h, own, output
         )  # fmt: skip

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.kernels.attend.cpu import exponentials_in_place, merge_blocks
-from sglang_clusterkv.kernels.cpu_math import FAST, bits, njit
+from sglang_clusterkv.kernels.cpu_math import FAST, bits, part
 from sglang_clusterkv.kernels.extend import reference
+from sglang_clusterkv.kernels.merge.reference import Partial, add_sinks, by_kv_head
 from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, pool_kernels
 from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, run, take
 from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
@@ -42,7 +43,7 @@ def prefix_kernel(channels: int, is_bf16: bool) -> Callable[..., None]:
     """
     dots, sums = pool_kernels(channels, _TILE, is_bf16)
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def attend_block(
         h: Any, q: Any, keys: Any, values: Any, host: Any, slots: Any, first: Any, count: Any, scale: Any, logits: Any,
         listed: Any, output: Any, lse: Any,
@@ -139,11 +140,12 @@ def extend(
     sliding_window: int = -1,
     logit_cap: float = 0.0,
     tier: TierLayer | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.extend`."""
     if sliding_window >= 0 or logit_cap > 0:
         return reference.extend(
-            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier
+            q, keys, values, slots, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier, sinks=sinks
         )
     new, heads, channels = q.shape
     kv_heads = keys.shape[1]
@@ -156,6 +158,11 @@ def extend(
     if prefix:
         stacked = grouped.reshape(kv_heads, group * new, channels)
         earlier, earlier_lse = _attend_prefix(stacked, keys, values, slots[:prefix], scale, tier)
-        weight = torch.sigmoid(earlier_lse.view_as(lse) - lse).unsqueeze(-1)
-        output = torch.lerp(output.float(), earlier.view(grouped.shape), weight).to(q.dtype)
+        earlier, earlier_lse = earlier.reshape(grouped.shape), earlier_lse.reshape(lse.shape)
+        weight = torch.sigmoid(earlier_lse - lse).unsqueeze(-1)
+        output, lse = torch.lerp(output.float(), earlier, weight), torch.logaddexp(lse, earlier_lse)
+    if sinks is not None:
+        by_head = by_kv_head(sinks, kv_heads).unsqueeze(-1)  # the same for all new tokens
+        output = add_sinks(Partial(output.float(), lse), by_head).output
+    output = output.to(q.dtype)
     return output.permute(2, 0, 1, 3).reshape(new, heads, channels)

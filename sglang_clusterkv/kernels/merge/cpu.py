@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import njit
+from sglang_clusterkv.kernels.cpu_math import njit, part
 
 
-@njit
+@part
 def merge_pair(b: Any, h: Any, output: Any, u: Any) -> None:
     """Merge the estimate of one (request, kv head) into `output` [B, H, G, D] and `lse`; a part of -inf counts nothing."""
     for g in range(output.shape[2]):

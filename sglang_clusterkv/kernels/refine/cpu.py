@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, fast_exp, float_of_bf16, njit
+from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, fast_exp, float_of_bf16, part
 from sglang_clusterkv.kernels.threshold_cpu import threshold
 from sglang_clusterkv.kernels.vectors_cpu import CODES_1, CODES_2, TOGETHER, dot_rows
 from sglang_clusterkv.memory.masses import NO_MASS
@@ -19,7 +19,7 @@ def rotate_pair(channels: int, group: int) -> Callable[..., None]:
     """Compile the rotation of one (request, kv head)'s queries (memory/rotation.py): q [B, H, G, D] -> rotated, likewise."""
     block = channels & -channels
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def rotate(b: Any, h: Any, q: Any, signs: Any, rotated: Any) -> None:
         for g in range(group):
             row = rotated[b, h, g]
@@ -48,7 +48,7 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
     row_format = CODES_2 if code_bits == 2 else CODES_1
     mean, least = np.float32(1.0 / group), np.float32(NO_MASS)
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def listed(b: Any, h: Any, lists: Any, n: Any, u: Any, slots: Any) -> Any:
         """Slots of the candidates' codes; place is where their segment begins, for now."""
         size, begin, taken, place, of_cluster = (
@@ -80,7 +80,7 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
                             offset = 0
         return count
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def value_of(
         b: Any, h: Any, t: Any, rotated: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any
     ) -> None:  # fmt: skip
@@ -108,7 +108,7 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
     return value_of
 
 
-@njit
+@part
 def recall_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
     """Recall the best candidates of one (request, kv head), `budget` of them (ties: the lower place).
 
@@ -142,7 +142,7 @@ def recall_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any
     u.recalled_count[b, h] = count
 
 
-@njit
+@part
 def recall_all_pair(b: Any, h: Any, index: Any, lists: Any, n: Any, u: Any) -> None:
     """Recall every candidate: whole clusters, the last one trimmed; outputs as `recall_pair`."""
     taken, pages, page_size = u.taken[b, h], lists.pages[b], n.page_size

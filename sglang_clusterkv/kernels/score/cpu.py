@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, fast_exp, fast_log, float_of_bf16, njit
+from sglang_clusterkv.kernels.cpu_math import FAST, fast_exp, fast_log, float_of_bf16, part
 from sglang_clusterkv.kernels.row_cpu import KEYS, pool_kernels
 from sglang_clusterkv.kernels.vectors_cpu import TOGETHER, dot_rows
 from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
@@ -27,30 +27,31 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
     Its outputs, for query head g and cluster c: size [B, H, C], begin [B, H, C] (in the request's list of recallable
     tokens), dot [B, H, G, C] (scale q.centroid), weight [B, H, G, C] (size times exp(estimate logit less size - peak)),
     log_mass [B, H, C], base_logit [B, H, G, W], peak and total [B, H, G].
+    sinks: [H, G], `NEGLIGIBLE` where there are none.
     """
     quarter = channels // 4
     cap, least = np.float32(SPREAD_CAP), np.float32(NO_MASS)
     dots, _ = pool_kernels(channels, group, is_bf16)
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def of_segment(q: Any, vectors: Any, pages: Any, first: Any, h: Any, mean: Any, wide: Any) -> None:
         """q . mean key and q squared . variance of the segment that begins at a page of the list, for each query head."""
         for g in range(group):
             mean[g] = 0.0
             wide[g] = 0.0
-        for part in range(4):
-            page = pages[first + part]
+        for k in range(4):
+            page = pages[first + k]
             for g in range(group):
                 dot = np.float32(0.0)
                 square = np.float32(0.0)
                 for d in range(quarter):
-                    x = q[g, part * quarter + d]
+                    x = q[g, k * quarter + d]
                     dot += x * float_of_bf16(vectors[page, h, 0, d])
                     square += x * x * float_of_bf16(vectors[page, h, 2, d])
                 mean[g] += dot
                 wide[g] += square
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def of_clusters(b: Any, h: Any, q: Any, index: Any, lists: Any, n: Any, u: Any, rows: Any, bonus: Any) -> None:
         """Sizes and begins of all clusters, their dots and bonuses."""
         mean, wide = np.empty(group, np.float32), np.empty(group, np.float32)
@@ -84,16 +85,16 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
                     dot[g, c] = n.scale * (dot[g, c] + mean[g])
                     bonus[g, c] = bonus[0, c] * variance
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def exponentials(
-        size: Any, dot: Any, bonus: Any, base_logit: Any, clusters: Any, tokens: Any, n: Any, weight: Any, chance: Any
+        size: Any, dot: Any, bonus: Any, base_logit: Any, sink: Any, clusters: Any, tokens: Any, n: Any, weight: Any, chance: Any
     ) -> Any:  # fmt: skip
         """Of one query head: (peak of the estimate, its sum, peak of the choice, its sum).
 
         Two peaks: where clusters are wide, the choice's is so much higher that the estimate would vanish. Neither knows of the
         other's weight, for either may be the larger.
         """
-        base_peak = NEGLIGIBLE
+        base_peak = sink
         for t in range(tokens):
             base_peak = max(base_peak, base_logit[t])
         highest = base_peak
@@ -101,7 +102,7 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
         for c in range(clusters):
             choice_peak = max(choice_peak, dot[c] + bonus[c] * n.choice_spread)
             highest = max(highest, dot[c] + min(bonus[c], cap) * n.estimate_spread)
-        base = np.float32(0.0)
+        base = fast_exp(sink - base_peak)
         for t in range(tokens):
             base += fast_exp(base_logit[t] - base_peak)
         estimated = base * fast_exp(base_peak - highest)
@@ -116,9 +117,20 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
             chosen += count * value
         return highest, estimated, choice_peak, chosen
 
-    @njit(fastmath=FAST)
+    @part(fastmath=FAST)
     def score(
-        b: Any, h: Any, t: Any, q: Any, keys: Any, host: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any
+        b: Any,
+        h: Any,
+        t: Any,
+        q: Any,
+        sinks: Any,
+        keys: Any,
+        host: Any,
+        index: Any,
+        lists: Any,
+        n: Any,
+        u: Any,
+        scratch: Any,
     ) -> None:
         bonus, chance = scratch.bonus[t], scratch.chance[t]
         clusters, tokens = lists.page_count[b] * n.per_page, lists.base_count[b]
@@ -132,7 +144,7 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
             for i in range(tokens):
                 base_logit[g, i] *= n.scale
             highest, estimated, choice_peak, chosen = exponentials(
-                u.size[b, h], u.dot[b, h, g], bonus[g], base_logit[g], clusters, tokens, n, u.weight[b, h, g], chance[g]
+                u.size[b, h], u.dot[b, h, g], bonus[g], base_logit[g], sinks[h, g], clusters, tokens, n, u.weight[b, h, g], chance[g]
             )  # fmt: skip
             u.peak[b, h, g] = highest
             u.total[b, h, g] = highest + np.log(estimated)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import bits_of_float, njit
+from sglang_clusterkv.kernels.cpu_math import bits_of_float, part
 from sglang_clusterkv.kernels.threshold_cpu import threshold
 
 _INFINITY = np.uint32(0x7F800000)  # its bits
 
 
-@njit
+@part
 def select_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
     """Members taken of each cluster of one (request, kv head), `taken` [B, H, C], and their number, `candidates` [B, H].
 

@@ -87,7 +87,8 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
 
     @part(fastmath=FAST)
     def exponentials(
-        size: Any, dot: Any, bonus: Any, base_logit: Any, sink: Any, clusters: Any, tokens: Any, n: Any, weight: Any, chance: Any
+        size: Any, dot: Any, bonus: Any, base_logit: Any, sink: Any, clusters: Any, tokens: Any, n: Any, weight: Any,
+        chance: Any,
     ) -> Any:  # fmt: skip
         """Of one query head: (peak of the estimate, its sum, peak of the choice, its sum).
 
@@ -144,7 +145,8 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
             for i in range(tokens):
                 base_logit[g, i] *= n.scale
             highest, estimated, choice_peak, chosen = exponentials(
-                u.size[b, h], u.dot[b, h, g], bonus[g], base_logit[g], sinks[h, g], clusters, tokens, n, u.weight[b, h, g], chance[g]
+                u.size[b, h], u.dot[b, h, g], bonus[g], base_logit[g], sinks[h, g], clusters, tokens, n,
+                u.weight[b, h, g], chance[g],
             )  # fmt: skip
             u.peak[b, h, g] = highest
             u.total[b, h, g] = highest + np.log(estimated)

@@ -6,6 +6,7 @@ Import sglang before this module: while sglang is being imported it may ask for 
 import os
 from typing import Any
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
@@ -27,6 +28,13 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """What a profile (POST /start_profile) records; SGLang asks every platform from outside, and ends without an answer."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Bind each rank's threads unless the user did; the ranks, started later, inherit it by the environment.

@@ -53,6 +53,13 @@ def test_the_device_is_a_string():
     assert ClusterKVCpuPlatform().is_out_of_tree()
 
 
+def test_a_profile_of_a_server_records_the_cpu_as_torch_names_it():
+    """POST /start_profile ended the server's scheduler where a platform from outside had no answer."""
+    platform = ClusterKVCpuPlatform()
+    activity = platform.get_torch_profiler_activity()
+    assert getattr(torch.profiler.ProfilerActivity, platform.get_torch_profiler_activity_str()) is activity
+
+
 def test_sglang_takes_it_while_it_is_being_imported():
     # Whichever module comes first, SGLang must not meet a half-imported platform and fall back to another one.
     assert isinstance(sglang.srt.platforms.current_platform, ClusterKVCpuPlatform) or accelerator_found()

@@ -136,7 +136,8 @@ def _sources() -> str:
     """A digest of what the CPU kernels are made of."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("kernels/**/*cpu*.py"), *folder.glob("memory/*.py")]):
+    constants = [folder / "memory" / name for name in ("codec.py", "masses.py", "tier.py")]
+    for path in sorted([*folder.glob("kernels/**/*cpu*.py"), *constants]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

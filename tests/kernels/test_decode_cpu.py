@@ -64,7 +64,8 @@ def test_a_learned_sink_is_an_attended_token_without_a_value(chain: object, fiel
     """So it takes its share of the mass, from what is ranked, too; with one query head per kv head there is such a key."""
     scene, step = scene_and_step(config_of(**fields), head_dim=64)
     keys, values, index = scene.keys[0], scene.values[0], scene.index
-    step = step._replace(batch=1, **{name: getattr(step, name)[:1] for name in step._fields[1:-1]})
+    lists = {name: value[:1] for name, value in step._asdict().items() if isinstance(value, torch.Tensor)}
+    step = step._replace(batch=1, **lists)
     q, sinks = scene.queries(1, 2), torch.tensor([12.0, 9.0])
     plain = chain.sparse_decode(q, keys, values, index, 0, step, SCALE)
     index.mass.zero_()

@@ -68,7 +68,7 @@ def test_a_learned_sink_is_an_attended_token_without_a_value(chain: object, fiel
     step = step._replace(batch=1, **lists)
     q, sinks = scene.queries(1, 2), torch.tensor([12.0, 9.0])
     plain = chain.sparse_decode(q, keys, values, index, 0, step, SCALE)
-    index.mass.zero_()
+    index.mass_cells.zero_()
     with_sinks = chain.sparse_decode(q, keys, values, index, 0, step, SCALE, None, sinks)
     mass = index.mass[0].clone()
     if chain is cpu:
@@ -79,7 +79,7 @@ def test_a_learned_sink_is_an_attended_token_without_a_value(chain: object, fiel
     values[0] = 0
     slots = step.base_slots[:, : int(step.base_count[0])]
     longer = step._replace(base_slots=torch.nn.functional.pad(slots, (0, 1)), base_count=step.base_count + 1)
-    index.mass.zero_()
+    index.mass_cells.zero_()
     expected = chain.sparse_decode(q, keys, values, index, 0, longer, SCALE)
     torch.testing.assert_close(with_sinks, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mass, index.mass[0], atol=1e-5, rtol=1e-5)

@@ -56,11 +56,12 @@ def attend_pair(channels: int, group: int, is_bf16: bool) -> Callable[..., None]
     ) -> None:  # fmt: skip
         slots, logits, mine = scratch.slots[t], scratch.logits[t], output[b, h]
         base, found = lists.base_count[b], u.recalled_count[b, h]
+        base_slots, recalled, base_logit = lists.base_slots[b], u.recalled[b, h], u.base_logit[b, h]
         count = base + found
         for i in range(base):
-            slots[i] = lists.base_slots[b, i]
+            slots[i] = base_slots[i]
         for i in range(found):
-            slots[base + i] = u.recalled[b, h, i]
+            slots[base + i] = recalled[i]
         for i in range(TOGETHER):
             slots[count + i] = slots[count - 1]
         away = dots(keys, host, KEYS, slots, base, found, h, q[b, h], logits)
@@ -69,7 +70,7 @@ def attend_pair(channels: int, group: int, is_bf16: bool) -> Callable[..., None]
         for g in range(group):
             of_head = logits[g]
             for i in range(base):
-                of_head[i] = u.base_logit[b, h, g, i]
+                of_head[i] = base_logit[g, i]
             for i in range(base, count):
                 of_head[i] *= n.scale
             most, total = exponentials_in_place(of_head, 0, count)

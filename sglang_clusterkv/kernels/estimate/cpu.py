@@ -48,6 +48,8 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
             sums[g] = remaining(size, taken, u.weight[b, h, g], clusters, share, left[g], mass)
             for d in range(channels):
                 output[g, d] = 0.0
+        vectors, per_page = index.vectors, n.per_page
+        segment_begin, segments, page_count = lists.segment_begin[b], lists.segment_count[b], lists.page_count[b]
         border, room = np.int64(0), np.int64(1 << 30)
         if clusters > n.own:
             for c in range(clusters):
@@ -56,21 +58,20 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
         else:
             keys[:clusters] = 1
         listed = 0
-        for s in range(lists.segment_count[b]):
-            first = lists.segment_begin[b, s]
-            more = s + 1 < lists.segment_count[b]
-            last = lists.segment_begin[b, s + 1] if more else lists.page_count[b]
+        for s in range(segments):
+            first = segment_begin[s]
+            last = segment_begin[s + 1] if s + 1 < segments else page_count
             for g in range(group):
                 rest[g] = 0.0
             for p in range(first, last):
-                for j in range(n.per_page):
-                    c = p * n.per_page + j
+                for j in range(per_page):
+                    c = p * per_page + j
                     key = np.int64(keys[c])
                     if key > border or (key == border and room > 0):
                         if key == border:
                             room -= 1
                         if size[c] > taken[c]:
-                            rows[listed] = pages[p] * n.per_page + j
+                            rows[listed] = pages[p] * per_page + j
                             for g in range(group):
                                 own[g, listed] = left[g, c]
                             listed += 1
@@ -81,7 +82,7 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
                 page = pages[first + k]
                 for g in range(group):
                     for d in range(quarter):
-                        output[g, k * quarter + d] += rest[g] * float_of_bf16(index.vectors[page, h, 1, d])
+                        output[g, k * quarter + d] += rest[g] * float_of_bf16(vectors[page, h, 1, d])
         add_rows(
             row_format, channels, group, index.value_rows, index.value_scales, rows, 0, listed, h, own, output
         )  # fmt: skip

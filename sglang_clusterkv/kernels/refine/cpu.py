@@ -59,11 +59,11 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
             u.of_cluster[b, h],
         )
         pages, page_size, per_page = lists.pages[b], n.page_size, n.per_page
+        segment_begin, segments, page_count = lists.segment_begin[b], lists.segment_count[b], lists.page_count[b]
         count = 0
-        for s in range(lists.segment_count[b]):
-            first = lists.segment_begin[b, s]
-            more = s + 1 < lists.segment_count[b]
-            last = lists.segment_begin[b, s + 1] if more else lists.page_count[b]
+        for s in range(segments):
+            first = segment_begin[s]
+            last = segment_begin[s + 1] if s + 1 < segments else page_count
             for c in range(first * per_page, last * per_page):
                 if taken[c] > 0 and size[c] > 0:
                     entry = np.int64(begin[c])
@@ -92,9 +92,10 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
             row_format, channels, group, index.codes, index.code_scales, slots, 0, count, h, rotated[b, h], logits
         )  # fmt: skip
         value, place, of_cluster = u.value[b, h], u.place[b, h], u.of_cluster[b, h]
+        code_scales, members = index.code_scales, index.members
         for k in range(count):
-            factors[k] = n.scale * float_of_bf16(index.code_scales[slots[k], h])
-            place[k] += index.members[slots[k], h]
+            factors[k] = n.scale * float_of_bf16(code_scales[slots[k], h])
+            place[k] += members[slots[k], h]
             value[k] = 0.0
         for g in range(group):
             of_head, dot, total = logits[g], u.dot[b, h, g], u.total[b, h, g]
@@ -146,16 +147,17 @@ def recall_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any
 def recall_all_pair(b: Any, h: Any, index: Any, lists: Any, n: Any, u: Any) -> None:
     """Recall every candidate: whole clusters, the last one trimmed; outputs as `recall_pair`."""
     taken, pages, page_size = u.taken[b, h], lists.pages[b], n.page_size
+    begin, recalled, members = u.begin[b, h], u.recalled[b, h], index.members
+    segment_begin, segments, page_count = lists.segment_begin[b], lists.segment_count[b], lists.page_count[b]
     count = 0
-    for s in range(lists.segment_count[b]):
-        first = lists.segment_begin[b, s]
-        more = s + 1 < lists.segment_count[b]
-        last = lists.segment_begin[b, s + 1] if more else lists.page_count[b]
+    for s in range(segments):
+        first = segment_begin[s]
+        last = segment_begin[s + 1] if s + 1 < segments else page_count
         for c in range(first * n.per_page, last * n.per_page):
             for r in range(taken[c]):
-                entry = u.begin[b, h, c] + r
+                entry = begin[c] + r
                 listed = pages[entry // page_size] * page_size + entry % page_size
-                at = first * page_size + np.int64(index.members[listed, h])
-                u.recalled[b, h, count] = pages[at // page_size] * page_size + at % page_size
+                at = first * page_size + np.int64(members[listed, h])
+                recalled[count] = pages[at // page_size] * page_size + at % page_size
                 count += 1
     u.recalled_count[b, h] = count

@@ -56,29 +56,30 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
         """Sizes and begins of all clusters, their dots and bonuses."""
         mean, wide = np.empty(group, np.float32), np.empty(group, np.float32)
         pages, per_page = lists.pages[b], n.per_page
+        cluster_end, spread, vectors = index.cluster_end, index.spread, index.vectors
+        segment_begin, segments, page_count = lists.segment_begin[b], lists.segment_count[b], lists.page_count[b]
         size, begin, dot = u.size[b, h], u.begin[b, h], u.dot[b, h]
-        clusters = lists.page_count[b] * per_page
-        for p in range(lists.page_count[b]):
+        clusters = page_count * per_page
+        for p in range(page_count):
             for j in range(per_page):
                 rows[p * per_page + j] = pages[p] * per_page + j
         for i in range(TOGETHER):
             rows[clusters + i] = rows[clusters - 1]
-        for s in range(lists.segment_count[b]):
-            first = lists.segment_begin[b, s]
-            more = s + 1 < lists.segment_count[b]
-            last = lists.segment_begin[b, s + 1] if more else lists.page_count[b]
-            of_segment(q[b, h], index.vectors, pages, first, h, mean, wide)
+        for s in range(segments):
+            first = segment_begin[s]
+            last = segment_begin[s + 1] if s + 1 < segments else page_count
+            of_segment(q[b, h], vectors, pages, first, h, mean, wide)
             one, end = first * per_page, last * per_page
             dot_rows(
                 row_format, channels, group, index.key_rows, index.key_scales, rows, one, end - one, h, q[b, h], dot
             )  # fmt: skip
             previous = 0
             for c in range(one, end):
-                until = np.int64(index.cluster_end[rows[c], h])
+                until = np.int64(cluster_end[rows[c], h])
                 size[c] = until - previous
                 begin[c] = first * n.page_size + previous
                 previous = until
-                bonus[0, c] = float_of_bf16(index.spread[rows[c], h])
+                bonus[0, c] = float_of_bf16(spread[rows[c], h])
             for g in range(group - 1, -1, -1):
                 variance = np.float32(0.5) * n.scale * n.scale * wide[g]
                 for c in range(one, end):
@@ -136,9 +137,9 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
         bonus, chance = scratch.bonus[t], scratch.chance[t]
         clusters, tokens = lists.page_count[b] * n.per_page, lists.base_count[b]
         of_clusters(b, h, q, index, lists, n, u, scratch.rows[t], bonus)
-        slots, base_logit = scratch.slots[t], u.base_logit[b, h]
+        slots, base_logit, base_slots = scratch.slots[t], u.base_logit[b, h], lists.base_slots[b]
         for i in range(tokens + TOGETHER):
-            slots[i] = lists.base_slots[b, min(i, tokens - 1)]
+            slots[i] = base_slots[min(i, tokens - 1)]
         u.reads[b, h, BASE_HOST] = dots(keys, host, KEYS, slots, 0, tokens, h, q[b, h], base_logit)
         normaliser, share = np.empty(group, np.float32), np.empty(group, np.float32)
         for g in range(group):

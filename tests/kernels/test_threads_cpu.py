@@ -44,6 +44,16 @@ def squares(number, counter, items, out, by):  # type: ignore[no-untyped-def]
     leave(number, counter, items)
 
 
+@njit
+def take_one(counter):  # type: ignore[no-untyped-def]
+    take(counter)
+
+
+@njit
+def finish_one(counter):  # type: ignore[no-untyped-def]
+    done(counter)
+
+
 def test_every_item_is_done_once() -> None:
     set_threads(4)
     for items in (1, 3, 500):
@@ -73,10 +83,10 @@ def test_a_call_returns_when_the_items_that_others_took_are_done(monkeypatch: py
         counter = args[1]
 
         def work() -> None:
-            take(counter)
+            take_one(counter)
             taken.set()
             release.wait()
-            done(counter)
+            finish_one(counter)
 
         threading.Thread(target=work, daemon=True).start()
         taken.wait()

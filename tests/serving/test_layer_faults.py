@@ -33,7 +33,7 @@ from tests.support.scenes import Scene
 CONFIG = ClusterKVConfig(budget_tokens=64, candidate_tokens=128, segment_tokens=256, estimate_clusters=16)
 LAYERS, KV_HEADS, GROUP, HEAD_DIM, SCALE = 3, 2, 2, 32, 0.2
 SPARSE, MIXED = [700, 400], [700, 50, 400]  # tokens of the requests
-OPERATIONS = ["prepare", "run", "note_mass"]
+OPERATIONS = ["run", "note_mass"]
 
 
 class Served:

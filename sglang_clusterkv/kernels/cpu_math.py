@@ -15,7 +15,8 @@ from numba.extending import intrinsic
 
 # All kernels are made by it: a division by zero gives an infinity or NaN, as in the references, and raises nothing.
 njit = functools.partial(numba.njit, error_model="numpy")
-# What only other compiled functions call: taking Python's arguments would be more than half of what is compiled.
+# What only other compiled functions call: it takes no arguments from Python, which would be more than half of what is compiled.
+# Called from Python it crashes the process.
 part = functools.partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 # The kernels reassociate sums so that loops vectorise, but keep infinities: -inf marks what must count nothing.
 FAST = {"reassoc", "contract", "nsz", "arcp"}

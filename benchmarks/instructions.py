@@ -202,7 +202,7 @@ _LOOPS = {
     "lses": "for range(0, tiles, AT_ONCE)",
     "masses": "for range(0, clusters, BLOCK) @ _masses(",
     "firsts": "for range(0, clusters, BLOCK) @ count = _list_firsts(",
-    "halvings": "while (high - low > 1) & (from_low - above & 4294967295 > 1) @ low, high, room = bracket(",
+    "halvings": "while (high - low > 1) & (from_low - above > 1) @ low, high, room = bracket(",
     "own_list": "for range(0, clusters, BLOCK) @ list_own(",
     "base_rows": "for range(begin_tile, ",
     "recalled_rows": "for range(tl.maximum(begin_tile, base_tiles), ",

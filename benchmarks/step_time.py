@@ -1,7 +1,8 @@
 """Predicted times of decode steps of Llama-3.1-8B on an H200, as docs/gpu.md has them.
 
-    python -m benchmarks.step_time            # the table
-    python -m benchmarks.step_time --launches # and each launch
+    python -m benchmarks.step_time                            # the table
+    python -m benchmarks.step_time --launches                 # and each launch
+    python -m benchmarks.step_time --set candidate_tokens 1024 # with another configuration
 
 prints, per layer, a dense step's attention and a sparse one's by bytes alone (`step_model.py`), by the instructions' floor and
 as is likely (`step_time.py`), and how many times faster the whole step is by each.
@@ -10,6 +11,8 @@ as is likely (`step_time.py`), and how many times faster the whole step is by ea
 from __future__ import annotations
 
 import argparse
+
+import msgspec
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.step_model import StepShape, sparse_launches
@@ -47,7 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launches", action="store_true", help="with each launch")
-    print(table(ClusterKVConfig(), launches=parser.parse_args(arguments).launches))
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("OPTION", "N"), help="of the configuration"
+    )
+    options = parser.parse_args(arguments)
+    changed = {name: int(value) for name, value in options.set}
+    print(table(msgspec.structs.replace(ClusterKVConfig(), **changed), launches=options.launches))
 
 
 if __name__ == "__main__":

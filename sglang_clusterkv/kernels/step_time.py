@@ -91,7 +91,7 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
     parts = grids.estimate_parts(pairs, lists.clusters, config.estimate_clusters)
     own = min(config.estimate_clusters, lists.clusters)
     own_tiles = parts.own * math.ceil(math.ceil(own / parts.own) / 32)
-    rest_tiles = max(parts.rest, -(-lists.clusters // 128))
+    rest_tiles = max(parts.rest, -(-lists.clusters // 256))
     estimate = (
         PIECES["estimate, a program of own values"] * parts.own
         + PIECES["estimate, a tile of own values"] * own_tiles

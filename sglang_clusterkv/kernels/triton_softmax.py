@@ -31,7 +31,7 @@ def exp2(x):
 def raise_peak(peak, logits):
     """(new peak [G], factor of what was summed before [G], weights [G, N]) of logits [G, N], -inf where there is nothing."""
     higher = tl.maximum(peak, tl.max(logits, 1))
-    return higher, tl.exp2(peak - higher), tl.exp2(logits - higher[:, None])
+    return higher, exp2(peak - higher), exp2(logits - higher[:, None])
 
 
 @triton.jit

@@ -69,28 +69,33 @@ def bracket(keys, weights, limit):
 
     Args:
         keys: int32 [n], below 2^31 - 1; negative ones never count.
-        weights: int32 [n], not negative; their sum below 2^31.
+        weights: int32 [n], not negative, their sum below 2^31; None: each weighs 1.
         limit: int32, at least 1.
     """
-    total = tl.sum(counted_from(keys, weights, 0), 0)
+    # Besides the weights elements are counted: the search ends as soon as one is left, which is usual.
+    from_low = tl.sum((keys >= 0).to(tl.int32), 0)
+    weight = from_low if weights is None else tl.sum(tl.where(keys >= 0, weights, 0), 0)
     low = tl.min(tl.where(keys >= 0, keys, 0x7FFFFFFF), 0)
     high = tl.max(keys, 0) + 1
-    above = total * 0  # of the keys from `high` on
-    from_low = total  # of the keys from `low` on
-    if (total >> 32) <= limit:
+    above = from_low * 0  # elements from `high` on
+    taken = weight * 0  # their weight
+    if weight <= limit:
         low = 0
         high = 0
-        above = total
-    while (high - low > 1) & (((from_low - above) & 0xFFFFFFFF) > 1):
+        above = from_low
+        taken = weight
+    while (high - low > 1) & (from_low - above > 1):
         middle = low + (high - low) // 2  # above 0, so that negative keys need no other test
-        upper = tl.sum(counted_from(keys, weights, middle), 0)
-        if (upper >> 32) >= limit:
+        upper = tl.sum((keys >= middle).to(tl.int32), 0)
+        weight = upper if weights is None else tl.sum(tl.where(keys >= middle, weights, 0), 0)
+        if weight >= limit:
             low = middle
             from_low = upper
         else:
             high = middle
             above = upper
-    return low, high, tl.maximum(limit - (above >> 32).to(tl.int32), 0)
+            taken = weight
+    return low, high, tl.maximum(limit - taken, 0)
 
 
 @triton.jit

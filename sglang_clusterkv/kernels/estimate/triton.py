@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
 
-REST_CLUSTERS, REST_SEGMENTS = 128, 16  # per tile of the others
+REST_CLUSTERS, REST_SEGMENTS = 256, 16  # per tile of the others
 STAGES = 2  # a third one spills registers
 
 
@@ -234,7 +234,7 @@ def estimate_constants(
     return {
         "HEADS": heads,
         "GROUP": group,
-        "GROUP_PAD": padded_group(group),
+        "GROUP_PAD": padded_group(group, 8),
         "EIGHTH_PAD": triton.next_power_of_2(channels // 8),
         "QUARTER_PAD": triton.next_power_of_2(channels // 4),
         "PER_PAGE": per_page,

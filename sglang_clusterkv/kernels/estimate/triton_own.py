@@ -50,12 +50,11 @@ def _held_edge(mass, left, clusters, limit, HELD: tl.constexpr):
     `last`. Of HELD clusters at most."""
     c = tl.arange(0, HELD)
     bits = masses_of(mass, left, c, c < clusters)
-    one = (bits >= 0).to(tl.int32)
-    low, high, room = bracket(bits, one, limit)
+    low, high, room = bracket(bits, None, limit)
     tied = (bits >= low) & (bits < high)
     last = _LAST
     if tl.sum(tied.to(tl.int32), 0) > room:
-        lowest, _, _ = bracket(tl.where(tied, _LAST - c, -1), one, room)
+        lowest, _, _ = bracket(tl.where(tied, _LAST - c, -1), None, room)
         last = _LAST - lowest
     return low, high, last
 

@@ -120,12 +120,11 @@ def recall_kernel(
     at = tl.load(position + pair * candidates_stride + k, mask=live, other=0)
     best = tl.load(value + pair * candidates_stride + k, mask=live, other=0.0)
     keys = tl.where(live, order_of(best), -1)
-    one = live.to(tl.int32)
-    low, high, room = bracket(keys, one, budget)
+    low, high, room = bracket(keys, None, budget)
     chosen = live & (keys >= high)
     tied = live & (keys >= low) & (keys < high)
     if tl.sum(tied.to(tl.int32), 0) > room:
-        low, high, room = bracket(tl.where(tied, 0x7FFFFFFE - at, -1), one, room)
+        low, high, room = bracket(tl.where(tied, 0x7FFFFFFE - at, -1), None, room)
         tied = tied & (0x7FFFFFFE - at >= low)
     chosen = chosen | tied
     rank = tl.cumsum(chosen.to(tl.int32), 0) - 1

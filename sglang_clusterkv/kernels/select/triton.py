@@ -14,6 +14,7 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.score.triton import CAP, log_sum_exp
+from sglang_clusterkv.kernels.triton_softmax import LN_2, LOG2_E, exp2
 from sglang_clusterkv.kernels.triton_threshold import bracket, bracket_in_memory, order_of_log
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
 
@@ -53,7 +54,7 @@ def _masses(
 ):  # fmt: skip
     """Write both masses of one (request, kv head), whose pointers are given. normaliser, whole: [GROUP_PAD].
 
-    The choice's is a log: exp(peak) times a sum that is relative to the largest query head.
+    The choice's is a log, of a sum that is relative to the largest query head.
     """
     g = tl.arange(0, GROUP_PAD)[:, None]
     for first in range(0, clusters, BLOCK):
@@ -65,13 +66,18 @@ def _masses(
         real = (g < GROUP) & live[None, :]
         bonus = tl.load(segment_bonus + g * segments_stride + segment[None, :], mask=real, other=0.0) * wide[None, :]
         logit = tl.load(dot + g * clusters_stride + c[None, :], mask=real, other=0.0)
-        chance = logit + choice_spread * bonus - normaliser[:, None]
-        peak = tl.max(tl.where(g < GROUP, chance, float("-inf")), 0)
-        share = tl.sum(tl.where(g < GROUP, tl.exp(chance - peak[None, :]), 0.0), 0)
-        bonus = estimate_spread * tl.minimum(bonus, CAP)
-        estimated = tl.sum(tl.where(g < GROUP, tl.exp(logit + bonus - whole[:, None]), 0.0), 0)
-        tl.store(log_mass + c, tl.where(size > 0, peak + tl.log(share * (1.0 / GROUP)), float("-inf")), mask=live)
-        tl.store(estimate_mass + c, tl.where(size > 0, estimated * (1.0 / GROUP), 0.0), mask=live)
+        chance = (logit + choice_spread * bonus - normaliser[:, None]) * LOG2_E
+        mass = exp2((logit + estimate_spread * tl.minimum(bonus, CAP) - whole[:, None]) * LOG2_E)
+        if GROUP != GROUP_PAD:
+            chance = tl.where(g < GROUP, chance, float("-inf"))
+            mass = tl.where(g < GROUP, mass, 0.0)
+        peak = tl.max(chance, 0)
+        share = exp2(chance - peak[None, :])
+        if GROUP != GROUP_PAD:
+            share = tl.where(g < GROUP, share, 0.0)
+        found = (peak + tl.log2(tl.sum(share, 0) * (1.0 / GROUP))) * LN_2
+        tl.store(log_mass + c, tl.where(size > 0, found, float("-inf")), mask=live)
+        tl.store(estimate_mass + c, tl.where(size > 0, tl.sum(mass, 0) * (1.0 / GROUP), 0.0), mask=live)
 
 
 @triton.jit

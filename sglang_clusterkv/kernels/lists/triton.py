@@ -81,7 +81,7 @@ def lists_kernel(
         if b == tl.num_programs(0) - 1:
             tl.store(offset + b + 1, clusters)
     if real:
-        row = req_to_token + row * rows_stride
+        slots = req_to_token + row * rows_stride
         j = tile * BLOCK + tl.arange(0, BLOCK)
 
         listed = j * PAGE < tl.maximum(covered, dense)
@@ -89,7 +89,7 @@ def lists_kernel(
         clustered = listed & (segments > 0)
         begin = tl.load(borders + 2 * of, mask=clustered, other=0)
         before = tl.load(borders + 2 * of + 1, mask=clustered, other=0)
-        slot = tl.load(row + begin + (j * PAGE - before), mask=listed, other=0)
+        slot = tl.load(slots + begin + (j * PAGE - before), mask=listed, other=0)
         tl.store(pages + b * pages_stride + j, (slot // PAGE).to(tl.int64), mask=j < pages_width)
         tl.store(segment_of_page + b * pages_stride + j, tl.where(clustered, of, 0).to(tl.int64), mask=j < pages_width)
 
@@ -98,7 +98,7 @@ def lists_kernel(
         passed = segments_until(borders, segments, halvings, j, True)
         inside = passed < segments
         skipped = tl.where(inside, tl.load(borders + 2 * passed + 1, mask=inside & attended, other=0), covered)
-        slot = tl.load(row + j + skipped, mask=attended, other=0)
+        slot = tl.load(slots + j + skipped, mask=attended, other=0)
         tl.store(base_slots + b * base_stride + j, slot.to(tl.int64), mask=j < base_width)
 
         before = tl.load(borders + 2 * j + 1, mask=j < segments, other=_NEVER)

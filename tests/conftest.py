@@ -33,6 +33,7 @@ LONGEST_FIRST = (
     "demo",
     "tiny",
     "tests/serving/test_host_tier_server.py",
+    "tests/serving/matrix/test_matrix.py",
     "tests/clusters/test_faults.py",
     "tests/clusters/test_machine.py",
     "tests/clusters/test_merging.py",

@@ -125,7 +125,8 @@ differs: so the cost of a release is known the day it comes.
 
 - Decoder-only models with multi-head or grouped-query attention over one KV pool (Llama, Qwen 2 and 3, Mistral, SmolLM, Phi,
   ...), key and value heads of one size that is a multiple of 16, KV in bf16, fp16 or fp32. Run here: SmolLM2-135M,
-  Qwen2.5-Coder-1.5B and a random Llama, on the CPU.
+  Qwen2.5-Coder-1.5B and a random Llama, on the CPU, and tiny models of the architectures in [models.md](models.md). With
+  learned attention sinks, too (gpt-oss; on a CPU it takes `--moe-runner-backend triton`).
 - The radix cache, chunked prefill, overlap scheduling, retraction, aborts, streaming, grammars (regex, JSON), `n` > 1,
   tensor parallelism, data parallelism by whole replicas, `sgl.Engine`, SGLang frontend programs, `--enable-metrics`.
 - Not beam search: SGLang answers it with 400 at any page size but 1.

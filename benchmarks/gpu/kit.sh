@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a GPU machine without a network lacks for benchmarks.gpu, as one archive: SGLang and FlashInfer, trimmed, the packages that
-# they import, pytest, this project. The machine has Python 3.12, torch 2.11 for CUDA 13, Triton 3.6, transformers and nvcc.
+# they import, pytest, this project. The machine has Python 3.12, torch 2.11 for CUDA 13 with torchvision, Triton 3.6, transformers.
 #
 #     benchmarks/gpu/kit.sh OUT [AOT]     writes OUT/gpu-site.tar.xz, about 30 MB; PY names a python3.12 with pip
 #
@@ -23,7 +23,7 @@ out=$(cd "$out" && pwd)
     sglang==0.5.23 sglang-kernel==0.4.10 flashinfer_python==0.7.2 apache-tvm-ffi==0.1.11 orjson pybase64 starlette msgspec pydantic \
     pydantic-core pyzmq ipython traitlets typing-inspection uvicorn uvloop fastapi annotated-types opentelemetry-api dill \
     compressed-tensors==0.18.0 loguru gguf openai==2.8.0 sniffio distro partial-json-parser setproctitle jsonschema referencing \
-    rpds-py jsonschema-specifications xgrammar==0.2.7 soundfile==0.13.1 cffi pycparser python-multipart prometheus-client \
+    rpds-py jsonschema-specifications xgrammar==0.2.7 soundfile==0.13.1 cffi pycparser python-multipart prometheus-client sentencepiece tiktoken \
     pytest pluggy iniconfig pytest-xdist execnet hypothesis sortedcontainers psutil requests
 "$py" -m pip install -q --no-index --no-deps --no-compile --target "$site" \
     $(find "$wheels" -name '*.whl' | grep -v -e sglang -e flashinfer_python)

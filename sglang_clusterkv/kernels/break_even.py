@@ -29,6 +29,6 @@ class BreakEven(NamedTuple):
         return covered_bytes >= max(self.least_bytes, self.bytes_per_pair * pairs)
 
 
-# By a model from instruction counts and an H200's bandwidth, none of it measured: 120,000 tokens of Llama-3.1-8B's kv heads in
-# bf16, or 7,000 for each request.
-MODELLED = BreakEven(bytes_per_pair=7_000 * 2 * 128 * 2, least_bytes=120_000 * 8 * 2 * 128 * 2)
+# By the model of a step's time on an H200 (`step_time.py`, `python -m benchmarks.break_even`), none of it measured: 115,000
+# tokens of Llama-3.1-8B's kv heads in bf16, or 5,500 for each request.
+MODELLED = BreakEven(bytes_per_pair=2.8e6, least_bytes=470e6)

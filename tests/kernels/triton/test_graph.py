@@ -148,7 +148,7 @@ def test_a_step_that_finds_no_room_runs_beside_the_graph(monkeypatch: pytest.Mon
     assert step.too_large == "batch"
     q = served.scene.queries(5, GROUP)
     assert_close(served.layer(step, q), served.expected(step, q), torch.float32)
-    assert served.decoder.workspace is not served.decoder._reserved
+    assert served.decoder._reserved is not None and served.decoder.workspace.dot is not served.decoder._reserved.dot
     served.assert_replays(graph, 2, 3)
     served.assert_nothing_moved(graph)
 
@@ -170,7 +170,7 @@ def test_steps_that_fit_use_the_same_memory_without_a_graph(monkeypatch: pytest.
     served.poison()
     q = served.q[:2]
     assert_close(served.layer(step, q), served.expected(step, q), torch.float32)
-    assert served.decoder._growing is None
+    assert served.decoder._reserved is not None and served.decoder.workspace.dot is served.decoder._reserved.dot
 
 
 def test_options_stay_as_they_were_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ from tests.support.traffic import (
     wait_until,
 )
 
+# Ranks keep no traces.
+UNTRACED = {name: value for name, value in CONFIG.items() if not name.startswith("trace")}
 GROUP = 2
 SCALE = 0.2
 SMALL = ClusterKVConfig(budget_tokens=96, candidate_tokens=256, segment_tokens=256, recluster_every=64)
@@ -128,7 +130,7 @@ def two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     environment = logging_of_requests(folder) | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     arguments = ["--tp-size", "2", "--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL)]
     arguments += ["--max-running-requests", "8", "--sleep-on-idle"]
-    with serve(tiny, folder / "server.log", *arguments, config=CONFIG, environment=environment) as running:
+    with serve(tiny, folder / "server.log", *arguments, config=UNTRACED, environment=environment) as running:
         yield running
 
 
@@ -185,10 +187,10 @@ def test_two_ranks_with_a_host_tier_answer_as_two_without_and_wait_together(tiny
     environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
     arguments = ["--tp-size", "2", "--chunked-prefill-size", "256", "--max-total-tokens", "8192", "--sleep-on-idle"]
     arguments += ["--max-running-requests", "4", "--random-seed", "1"]
-    with serve(tiny, tmp_path / "device.log", *arguments, config=CONFIG, environment=environment) as server:
+    with serve(tiny, tmp_path / "device.log", *arguments, config=UNTRACED, environment=environment) as server:
         expected = ask(server)
     environment |= plugins.install(tmp_path, failing_refills)
-    config = CONFIG | {"host_ratio": 4}
+    config = UNTRACED | {"host_ratio": 4}
     with serve(tiny, tmp_path / "server.log", *arguments, config=config, environment=environment) as server:
         assert ask(server) == expected
         info = server.counts()["host_tier"]

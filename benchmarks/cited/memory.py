@@ -85,7 +85,7 @@ def _(found: Any) -> Rows:
     return rows
 
 
-@figures("host-tier-kl", MEMORY, "host-tier-kl-20261129-142828")
+@figures("host-tier-kl", MEMORY, "host-tier-kl-20261129-203820")
 def _(found: Any) -> Rows:
     return [
         [*reversed(pair.split(", ")), f"{of_pair['kl']:.1e}", f"{of_pair['most']:.1e}", percent(of_pair["same"], 1)]

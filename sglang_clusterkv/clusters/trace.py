@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sglang_clusterkv.kernels.trace.quest import PageBounds
+
 FORMAT = "clusterkv-trace"
 VERSION = 1
 
@@ -24,6 +26,7 @@ class StepRead(NamedTuple):
     count: torch.Tensor  # int32 [L, H]
     weights: torch.Tensor  # uint8 [L, H, R], levels (kernels/trace/reference.py)
     mass: torch.Tensor  # float16 [L, H, 3]: shares of base, recalled, rest
+    quest: torch.Tensor | None = None  # int32 [L, H, P], ascending: numbers of the pages that Quest would read
 
 
 class Step:
@@ -68,10 +71,12 @@ class Trace:
 
     Args:
         most_steps: how many are kept.
+        quest: whether it tells what Quest would have read.
     """
 
-    def __init__(self, most_steps: int) -> None:
+    def __init__(self, most_steps: int, quest: bool = False) -> None:
         self.steps: deque[Step] = deque(maxlen=most_steps)
+        self.bounds: dict[int, PageBounds] | None = {} if quest else None  # by layer
         self.segments: dict[int, SegmentClusters] = {}  # by id
         self.seen: tuple[int, ...] = ()  # ids of those that the last sparse step could recall from
         self.refused: str | None = None  # why nothing was kept, in a sentence
@@ -120,6 +125,16 @@ def weight_bytes(reads: list[StepRead], layer: int) -> bytes:
 def mass_bytes(reads: list[StepRead], layer: int) -> bytes:
     """float16 [sparse steps, H, 3]."""
     return b"".join(read.mass[layer].numpy().astype("<f2").tobytes() for read in reads)
+
+
+def quest_bytes(reads: list[StepRead], layer: int, dtype: str) -> bytes:
+    """For each step and kv head: how many pages Quest would read, then their numbers; arguments are `recalled_bytes`'."""
+    listed = []
+    for read in reads:
+        assert read.quest is not None
+        numbers = read.quest[layer].numpy()
+        listed.append(np.pad(numbers, ((0, 0), (1, 0)), constant_values=numbers.shape[1]).astype(dtype))
+    return b"".join(part.tobytes() for part in listed)
 
 
 def clusters_of(segments: list[SegmentClusters], layer: int, tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -179,6 +194,8 @@ def document(
     places = range(len(layers))
     segments = [trace.segments[id_] for id_ in trace.seen if id_ in trace.segments]
     clusters = [clusters_of(segments, row_of[layer], len(prompt)) for layer in layers]
+    dtype = f"<u{position_bytes}"
+    quest = {} if trace.bounds is None else {"quest": [encode(quest_bytes(reads, place, dtype)) for place in places]}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -187,11 +204,12 @@ def document(
         "position_bytes": position_bytes,
         "token_ids": [*prompt, *answer],
         "steps": [_step_entry(step, *step_bytes(step, len(layers))) for step in steps],
-        "recalled": [encode(recalled_bytes(reads, place, f"<u{position_bytes}")) for place in places],
+        "recalled": [encode(recalled_bytes(reads, place, dtype)) for place in places],
         "mass": [encode(mass_bytes(reads, place)) for place in places],
         "weights": [encode(weight_bytes(reads, place)) for place in places],
         "clusters": [encode(numbers.astype("<i4").tobytes()) for numbers, _ in clusters],
         "cluster_spread": [[encode(spread.astype("<f2").tobytes()) for spread in spreads] for _, spreads in clusters],
+        **quest,
     }
 
 

@@ -19,6 +19,7 @@ from sglang_clusterkv.clusters.rows import DenseReason, RowTables, Segment
 from sglang_clusterkv.clusters.trace import SegmentClusters, Step, StepRead, Trace
 from sglang_clusterkv.kernels.decode import last_read
 from sglang_clusterkv.kernels.trace import placed, shares
+from sglang_clusterkv.kernels.trace.quest import PageBounds
 from sglang_clusterkv.memory.step import to_device
 
 if TYPE_CHECKING:
@@ -75,15 +76,30 @@ class _Watched:
         place: in the step's sparse lists.
         pages: int64 [N], those of recallable segments, ascending.
         positions: int64 [N], of their first tokens.
+        numbers: int64 [N], on the host: the pages in the request's order, by number in it.
+        in_order: int64 [N], the pages in that order.
         layers: what they left.
+        quest: and what Quest would have read there, where the trace asks.
     """
 
-    def __init__(self, trace: Trace, step: Step, place: int, pages: torch.Tensor, positions: torch.Tensor) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        step: Step,
+        place: int,
+        pages: torch.Tensor,
+        positions: torch.Tensor,
+        numbers: np.ndarray,
+        in_order: torch.Tensor,
+    ) -> None:
         self.trace = trace
         self.step = step
         self.place = place
         self.pages = pages
         self.positions = positions
+        self.numbers = numbers
+        self.in_order = in_order
+        self.quest: list[torch.Tensor] = []
         self.layers: list[tuple[int, Shares]] = []
 
 
@@ -193,11 +209,12 @@ class RequestTracing(Tracing):
         of_all = decode.sparse.batch == len(decode.rows)  # on a GPU, dense requests included
         place = at if of_all else int((decode.reasons[:at] == 0).sum())
         first = np.concatenate([np.arange(b, e, page_size) for b, e in zip(begins, ends, strict=True)])
-        pages, order = decode.sparse.pages[place, : len(first)].sort()
+        in_order = decode.sparse.pages[place, : len(first)]
+        pages, order = in_order.sort()
         positions = to_device(first, pages.device.type)[order]
         self._see(trace, row, self._records.rows[row].segments[:segments])
         trace.add(step)
-        self._watched.append(_Watched(trace, step, place, pages, positions))
+        self._watched.append(_Watched(trace, step, place, pages, positions, first // page_size, in_order))
 
     def _see(self, trace: Trace, row: int, segments: list[Segment]) -> None:
         """Copy the clusters of segments that are new to a trace, and let go of those that it sees no more."""
@@ -238,6 +255,12 @@ class RequestTracing(Tracing):
         read = last_read(self._index, group, keys.dtype, step, request.place)
         queries = q[request.place].unflatten(0, (heads, group))
         request.layers.append((layer, shares(read, queries, keys, scale, tier)))
+        if request.trace.bounds is not None:
+            page_size = self._index.geometry.page_size
+            bounds = request.trace.bounds.setdefault(layer, PageBounds(page_size))
+            bounds.see(request.numbers, request.in_order, keys, tier)
+            count = min(self._index.config.budget_tokens // page_size, len(request.numbers))
+            request.quest.append(bounds.chosen(queries, request.numbers, count))
 
     def failed(self) -> None:
         """See `Tracing`."""
@@ -276,7 +299,8 @@ class RequestTracing(Tracing):
         slots, counts, share, mass = (torch.stack(part) for part in zip(*found, strict=True))
         page_size = self._index.geometry.page_size
         position, weights = placed(slots, counts, share, request.pages, request.positions, page_size)
-        request.step.read = StepRead(layers, *_to_host(position, counts, weights, mass.to(torch.float16)))
+        quest = (torch.stack(request.quest),) if request.quest else ()
+        request.step.read = StepRead(layers, *_to_host(position, counts, weights, mass.to(torch.float16), *quest))
 
     def _give_up(self, error: Exception) -> None:
         """Count a fault of ours; what is traced now is kept no further."""

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY = "clusterkv_trace"  # in custom_params, and in meta_info
-_NOT_TRUE = f"{KEY} in custom_params is neither true nor false: set it to true, or leave it out."
+QUEST = "quest"  # asks for what Quest would have read, in an object instead of true
+_NOT_TRUE = (
+    f'{KEY} in custom_params is neither true nor false, nor {{"{QUEST}": true}}: set it to one of these, '
+    "or leave it out."
+)
 _OFF = (
     f"This server keeps no traces: start it with 'trace' set to true in --clusterkv-config, or leave {KEY} out of "
     "custom_params."
@@ -51,7 +55,8 @@ def is_on() -> bool:
 def problem_of(sampling: Any, is_on: bool) -> str | None:
     """What is wrong with how a request asks for a trace, in a sentence; None where nothing is."""
     asked = _asked(sampling)
-    if not isinstance(asked, bool):
+    wanted = asked.get(QUEST) if isinstance(asked, dict) and len(asked) == 1 else asked
+    if not isinstance(wanted, bool):
         return _NOT_TRUE
     return _OFF if asked and not is_on else None
 
@@ -68,8 +73,10 @@ def start(engine: ClusterEngine, reqs: list[Any]) -> None:
         return
     _engine = engine
     for req in reqs:
-        if _asked(req.sampling_params) is True and not req.finished_output:
-            trace = _traces.setdefault(req, Trace(engine.config.trace_tokens))
+        asked = _asked(req.sampling_params)
+        if asked and not req.finished_output:
+            quest = isinstance(asked, dict) and asked[QUEST]
+            trace = _traces.setdefault(req, Trace(engine.config.trace_tokens, quest))
             if trace.refused is None and not engine.tracing.start(req.kv.req_pool_idx, trace):
                 trace.refused = _TOO_MANY
 

@@ -164,6 +164,9 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument(
         "--compare", metavar="URL", help="of a second server of the same model, which is asked as well"
     )
+    explain.add_argument(
+        "--quest", action="store_true", help="also which pages Quest would have read of the same budget"
+    )
     explain.add_argument("--api-key", metavar="KEY", default="EMPTY", help="only if the servers ask for one")
     explain.add_argument("--timeout", type=_positive, metavar="SECONDS", default=600, help="per request, default 600")
     explain.add_argument(
@@ -285,7 +288,7 @@ def _explain(args: argparse.Namespace) -> int:
         messages = client.messages_of(args.document, args.question, args.chat)
         server = client.Server(args.base_url, args.api_key, args.timeout)
         compare = client.Server(args.compare, args.api_key, args.timeout) if args.compare else None
-        trace = client.ask(server, messages, args.max_tokens, compare)
+        trace = client.ask(server, messages, args.max_tokens, compare, quest=args.quest)
         out = args.out or Path("clusterkv-explain.json" if args.json else "clusterkv-explain.html")
         if args.json:
             out.write_text(json.dumps(trace), encoding="utf-8")

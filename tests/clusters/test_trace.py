@@ -37,7 +37,7 @@ from sglang_clusterkv.memory.step_bytes import kv_bytes, sparse_bytes
 from tests.support import machine
 from tests.support.machine import COUNTS, SchedulerMachine
 from tests.support.scenes import PAGE, Scene, Tiers
-from tests.support.traces import SCALE, Seen, TracedWorld, cluster_numbers, read_trace
+from tests.support.traces import SCALE, Seen, TracedWorld, cluster_numbers, quest_pages, read_trace
 from tests.support.world import SMALL, Request, served, stream
 
 CONFIG = msgspec.structs.replace(SMALL, merge_segments=True, recluster_every=64)
@@ -74,6 +74,7 @@ class ReferenceWorld(TracedWorld):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.expected: dict[tuple[Request, int, int], Expected] = {}
+        self.quest_pages: dict[tuple[Request, int, int], list[list[int]]] = {}
 
     def look(self, step: DecodeStep, layer: int, q: torch.Tensor) -> None:
         super().look(step, layer, q)
@@ -98,6 +99,9 @@ class ReferenceWorld(TracedWorld):
         rows = step.rows if step.sparse_at is None else step.rows[step.sparse_at.numpy()]
         for place, row in enumerate(rows.tolist()):
             request = next(request for request in self.running if request.row == row)
+            if self.quest:
+                found = self._quest(request, layer, grouped[place])
+                self.quest_pages[request, request.length - 1, layer] = found
             self.expected[request, request.length - 1, layer] = self._expected(
                 request,
                 layer,
@@ -107,6 +111,21 @@ class ReferenceWorld(TracedWorld):
                 exact[place],
                 whole[place],
             )
+
+    def _quest(self, request: Request, layer: int, q: torch.Tensor) -> list[list[int]]:
+        """By kv head, the recallable pages with the largest bounds, from what the tokens' keys are."""
+        step = self.traces[request].steps[-1]
+        base = {position for begin, end in step.base for position in range(begin, end)}
+        pages = sorted({position // PAGE for position in range(step.token + 1) if position not in base})
+        content = self.contents.of(request.path[: request.length])[0][layer].float()
+        bounds = []
+        for page in pages:
+            keys = content[page * PAGE : (page + 1) * PAGE]
+            sides = torch.maximum(q * keys.amin(0).unsqueeze(1), q * keys.amax(0).unsqueeze(1))
+            bounds.append(sides.sum(-1).mean(1))  # [H]
+        count = min(self.config.budget_tokens // PAGE, len(pages))
+        best = torch.stack(bounds, 1).topk(count).indices
+        return [sorted(pages[at] for at in head) for head in best.tolist()]
 
     def _expected(
         self, request: Request, layer: int, q: torch.Tensor, slots: torch.Tensor, counts: torch.Tensor,
@@ -179,6 +198,22 @@ def test_a_trace_is_what_the_references_recall(options: dict[str, Any], tiers: T
         counters = world.engine.counters
         assert counters.splits and counters.merges, "the scene cuts and merges nothing"
         assert any(step["dense"] == "dirty" for step in trace["steps"]), "no row was rewritten"
+
+
+@pytest.mark.parametrize("tiers", [None, Tiers.of(400, 2, 900, 6)], ids=str)
+def test_quest_would_have_read_the_pages_with_the_largest_bounds(
+    monkeypatch: pytest.MonkeyPatch, tiers: Tiers | None
+) -> None:
+    monkeypatch.setattr(ReferenceWorld, "quest", True)
+    world = ReferenceWorld(CONFIG, tiers=tiers, **SIZES)
+    request, prompt_tokens = everything(world)
+    trace = document_of(world, request, prompt_tokens)
+    sparse = [step["token"] for step in trace["steps"] if step["dense"] is None]
+    for layer in (0, 1):
+        told = quest_pages(trace, layer)
+        assert told == [world.quest_pages[request, token, layer] for token in sparse]
+    assert len(sparse) > 100
+    assert any(pages[0] != told[0][0] for pages in told), "one choice for all steps"
 
 
 def test_the_base_of_each_step_is_what_is_always_attended() -> None:

@@ -1,11 +1,13 @@
 """What a layer read of one request: the CPU kernels do what the references define.
 
 Red when: a share is not a recalled token's own, the shares of the mass do not add up to all of it, a type of pool or a host
-tier reads another key, positions are not in order, a page's position is another page's, or what is beyond the count shows.
+tier reads another key, positions are not in order, a page's position is another page's, or what is beyond the count shows; or
+a page that Quest would read is not among those with the largest bounds.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import trace
 from sglang_clusterkv.kernels.decode import cpu, last_read
 from sglang_clusterkv.kernels.trace import reference
+from sglang_clusterkv.kernels.trace.quest import PageBounds
 from sglang_clusterkv.kernels.trace.reference import NOWHERE, levels
 from sglang_clusterkv.memory.tier import Tier
 from tests.support.scenes import PAGE, Scene
@@ -94,3 +97,42 @@ def test_positions_are_in_order_and_their_levels_with_them() -> None:
 def test_levels_are_eighths_of_an_octave() -> None:
     shares = torch.tensor([1.0, 0.5, 2.0**-31, 2.0**-40, 0.0, torch.nan, torch.inf])
     assert levels(shares).tolist() == [255, 247, 7, 0, 0, 0, 255]
+
+
+def test_quest_reads_the_pages_with_the_largest_bounds_whenever_they_were_seen() -> None:
+    heads, group, dim, pages = 2, 3, 8, 40
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.randn((pages * PAGE, heads, dim), generator=generator)
+    places = torch.randperm(pages, generator=generator)  # where the pool has a request's pages
+    bounds = PageBounds(PAGE)
+    for last, numbers in ((7, np.arange(1, 7)), (30, np.r_[1:7, 9:30]), (30, np.arange(1, 30))):
+        bounds.see(numbers, places[numbers], keys)
+        q = torch.randn((heads, group, dim), generator=generator)
+        count = min(5, len(numbers))
+        found = bounds.chosen(q, numbers, count)
+        for head in range(heads):
+            score = {}
+            for number in numbers.tolist():
+                slot = int(places[number]) * PAGE
+                page = keys[slot : slot + PAGE, head].double().numpy()
+                sides = np.maximum(q[head].double().numpy() * page.min(0), q[head].double().numpy() * page.max(0))
+                score[number] = sides.sum(1).mean()
+            best = sorted(score, key=lambda number: -score[number])[:count]
+            assert found[head].tolist() == sorted(best) and max(best) < last
+    keys.zero_()  # what was seen is not read again
+    assert torch.equal(bounds.chosen(q, numbers, count), found)
+    assert bounds.chosen(torch.zeros((heads, group, dim)), numbers, 3).tolist() == [[1, 2, 3]] * heads
+
+
+def test_quests_bounds_are_of_the_keys_of_both_tiers() -> None:
+    keys, numbers = torch.randn((6 * PAGE, 2, 32)), np.array([0, 1, 2, 3])
+    pages = torch.tensor([4, 1, 5, 2])
+    buffers = [[torch.zeros(2 * PAGE, 2, 32)] for _ in range(2)]
+    tier = Tier(*buffers, page_size=PAGE, pages=6, ring_pages=1)
+    tier.host.store(0, torch.arange(6), *(keys.unflatten(0, (6, PAGE)) for _ in range(2)))
+    found = []
+    for pool, options in ((keys, {}), (buffers[0][0], {"tier": tier.layer(0)})):
+        bounds = PageBounds(PAGE)
+        bounds.see(numbers, pages, pool, **options)
+        found.append(bounds.chosen(keys[:3].transpose(0, 1), numbers, 2))
+    assert torch.equal(*found)

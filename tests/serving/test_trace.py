@@ -118,9 +118,17 @@ def test_only_a_yes_or_no_is_an_ask() -> None:
 
     for params in (None, {}, {"other": 1}, {KEY: False}):
         assert problem(params, False) is problem(params, True) is None
-    assert problem({KEY: True}, True) is None
-    off = problem({KEY: True}, False)
-    assert off is not None and "keeps no traces" in off and "--clusterkv-config" in off
-    for params in ({KEY: 1}, {KEY: "true"}, {KEY: None}):
+    for ask in (True, {"quest": True}, {"quest": False}):
+        assert problem({KEY: ask}, True) is None
+        off = problem({KEY: ask}, False)
+        assert off is not None and "keeps no traces" in off and "--clusterkv-config" in off
+    for params in (
+        {KEY: 1},
+        {KEY: "true"},
+        {KEY: None},
+        {KEY: {}},
+        {KEY: {"quest": 1}},
+        {KEY: {"quest": True, "x": 1}},
+    ):
         assert "neither true nor false" in str(problem(params, True))
         assert "neither true nor false" in str(problem(params, False))

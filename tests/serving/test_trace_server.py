@@ -16,7 +16,7 @@ import requests
 from benchmarks.servers import Server
 from sglang_clusterkv.clusters.tracing import MOST_AT_ONCE
 from tests.support.tiny_model import SHAPE
-from tests.support.traces import read_trace
+from tests.support.traces import quest_pages, read_trace
 from tests.support.traffic import CONFIG, Request, alone, assert_well, prompt
 
 pytestmark = pytest.mark.server
@@ -83,8 +83,13 @@ def test_one_of_several_is_traced_and_the_others_see_nothing(server: Server) -> 
     trace = assert_its_own(answers[1], shared, TOKENS)
     assert len(read_trace(trace)) > TOKENS - 6, trace["steps"]
     assert trace["request"]["cached_tokens"] == 0
-    again = server.generate(shared, TOKENS, sampling_params=sampling(TOKENS))
-    assert assert_its_own(again, shared, TOKENS)["request"]["cached_tokens"] > 900
+    assert "quest" not in trace
+    quest = sampling(TOKENS) | {"custom_params": {KEY: {"quest": True}}}
+    again = assert_its_own(server.generate(shared, TOKENS, sampling_params=quest), shared, TOKENS)
+    assert again["request"]["cached_tokens"] > 900
+    pages = [pages for step in quest_pages(again, 0) for pages in step]
+    assert {len(set(of_step)) for of_step in pages} == {CONFIG["budget_tokens"] // again["server"]["page_size"]}
+    assert max(max(of_step) for of_step in pages) < len(shared) // again["server"]["page_size"]
 
 
 def sampling(tokens: int) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def made_trace(
     *,
     overlap: float = 0.65,
     compare: bool = False,
+    quest: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """A trace of docs/explain.md's format; the first layer does not recall, and the first two decode steps are dense."""
@@ -158,6 +159,10 @@ def made_trace(
         "clusters": [encoded(clusters, "<i4") for clusters in numbered],
         "cluster_spread": spread,
     }
+    if quest:
+        trace["quest"] = [
+            encoded(drawn_pages(generator, sparse, heads, budget // 16, needle), "<u2") for _ in recalling
+        ]
     if compare:
         parts_at = answer_tokens // 2
         trace["compare"] = {
@@ -205,6 +210,19 @@ def drawn_layer(
             positions += [[len(chosen)], chosen]
             last[head] = chosen
     return np.concatenate(positions), np.concatenate(weights), parts
+
+
+def drawn_pages(generator: np.random.Generator, sparse: list[int], heads: int, count: int, needle: range) -> np.ndarray:
+    """Pages for each step and head, as the format has them: none of them has the needle, but for the first head."""
+    sets = []
+    for token in sparse:
+        for head in range(heads):
+            pages = set(range(1, (token - 48) // 16))
+            missing = set() if head == 0 else {at // 16 for at in needle}
+            kept = {at // 16 for at in needle} if head == 0 else set()
+            drawn = generator.permutation(sorted(pages - missing - kept))[: count - len(kept)]
+            sets.append(np.r_[count, np.sort(np.r_[drawn, sorted(kept)])])
+    return np.concatenate(sets)
 
 
 def drawn_clusters(generator: np.random.Generator, tokens: int, sinks: int, segment: int = 1024) -> np.ndarray:

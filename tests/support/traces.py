@@ -51,6 +51,21 @@ def read_trace(trace: dict[str, Any]) -> list[ReadStep]:
     return steps
 
 
+def quest_pages(trace: dict[str, Any], layer: int) -> list[list[list[int]]]:
+    """Numbers of the pages that Quest would have read, by sparse step and kv head."""
+    listed = np.frombuffer(base64.b64decode(trace["quest"][layer]), f"<u{trace['position_bytes']}").tolist()
+    steps: list[list[list[int]]] = []
+    for step in trace["steps"]:
+        if step["dense"] is None:
+            steps.append([])
+            for _ in range(trace["server"]["kv_heads"]):
+                count = listed[0]
+                steps[-1].append(listed[1 : 1 + count])
+                del listed[: 1 + count]
+    assert not listed, "bytes that no step needs"
+    return steps
+
+
 def cluster_numbers(trace: dict[str, Any], layer: int) -> np.ndarray:
     """int32 [kv heads, prompt tokens]."""
     numbers = np.frombuffer(base64.b64decode(trace["clusters"][layer]), "<i4")
@@ -68,6 +83,8 @@ class Seen(NamedTuple):
 class TracedWorld(World):
     """A world whose decode layers run, and whose requests are traced from their first extend on, as many as may be."""
 
+    quest = False  # whether the traces tell what Quest would have read
+
     def __init__(self, config: ClusterKVConfig, **options: Any) -> None:
         super().__init__(msgspec.structs.replace(config, trace=True), **options)
         self.traces: dict[Request, Trace] = {}
@@ -77,7 +94,7 @@ class TracedWorld(World):
 
     def _begin(self, begin: Any) -> DecodeStep | None:
         for request in self.running:
-            trace = self.traces.setdefault(request, Trace(self.config.trace_tokens))
+            trace = self.traces.setdefault(request, Trace(self.config.trace_tokens, self.quest))
             if trace.refused is None and not self.engine.tracing.start(request.row, trace):
                 trace.refused = "too many"
         return super()._begin(begin)

@@ -70,18 +70,21 @@ class Server(JsonServer):
         before = ["" if len(window) == 1 else texts[2 * at] for at, window in enumerate(windows)]
         return pieces_of(before, texts[1::2])
 
-    def answer(self, prompt: list[int], max_tokens: int, *, trace: bool = False, logprobs: bool = False) -> Answer:
+    def answer(
+        self, prompt: list[int], max_tokens: int, *, trace: bool = False, quest: bool = False, logprobs: bool = False
+    ) -> Answer:
         """A greedy answer.
 
         Args:
             prompt: token ids.
             max_tokens: of the answer.
             trace: whether a trace is asked for.
+            quest: whether it is to tell what Quest would have read.
             logprobs: whether log-probabilities are.
         """
         sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": max_tokens}
         if trace:
-            sampling["custom_params"] = {KEY: True}
+            sampling["custom_params"] = {KEY: {"quest": True} if quest else True}
         body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling}
         if logprobs:
             body |= {"return_logprob": True, "top_logprobs_num": _TOP}
@@ -173,14 +176,22 @@ def messages_of(document: Path | None, question: str | None, chat: Path | None) 
 
 
 def ask(
-    server: Server, messages: list[dict[str, Any]], max_tokens: int, compare: Server | None = None
+    server: Server,
+    messages: list[dict[str, Any]],
+    max_tokens: int,
+    compare: Server | None = None,
+    *,
+    quest: bool = False,
 ) -> dict[str, Any]:
-    """The trace of a server's answer, with the texts of its tokens; with `compare` also what another server answers."""
+    """The trace of a server's answer, with the texts of its tokens.
+
+    With `compare` also what another server answers, with `quest` which pages Quest would have read.
+    """
     prompt = server.tokenize(messages)
     other = None
     if compare is not None and compare.tokenize(messages) != prompt:
         raise ExplainError(f"{compare.url} reads this prompt as other tokens: --compare must serve the same model")
-    answer = server.answer(prompt, max_tokens, trace=True, logprobs=compare is not None)
+    answer = server.answer(prompt, max_tokens, trace=True, quest=quest, logprobs=compare is not None)
     assert answer.trace is not None
     trace = answer.trace | {"pieces": server.pieces(answer.trace["token_ids"])}
     if compare is not None:

@@ -58,16 +58,7 @@ class Trace:
 
     def layer(self, index: int) -> Layer:
         """What `layers[index]` recalled."""
-        dtype = "<u2" if self._trace.get("position_bytes", 2) == 2 else "<u4"
-        stream = np.frombuffer(base64.b64decode(self._trace["recalled"][index]), dtype).astype(np.int64)
-        sets, begins, at = self.sparse_steps * self.heads, [], 0
-        for _ in range(sets):
-            if at >= len(stream):
-                break
-            begins.append(at)
-            at += 1 + int(stream[at])
-        if len(begins) != sets or at != len(stream):
-            raise ValueError(f"layer {self.layers[index]}: its recalled positions are not those of {sets} sets")
+        stream, begins = self._sets("recalled", index)
         counts = stream[begins]
         positions = np.delete(stream, begins)
         if len(positions) and positions.max() >= self.tokens:
@@ -78,6 +69,30 @@ class Trace:
         if len(weights) != len(positions):
             raise ValueError(f"layer {self.layers[index]}: {len(weights)} weights for {len(positions)} positions")
         return Layer(counts.reshape(self.sparse_steps, self.heads), positions, weights)
+
+    @property
+    def has_quest(self) -> bool:
+        """Whether it tells which pages Quest would have read."""
+        return "quest" in self._trace
+
+    def quest(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of `layers[index]`: int64 [steps * heads], how many pages Quest would have read, and these, ascending in each."""
+        stream, begins = self._sets("quest", index)
+        return stream[begins], np.delete(stream, begins)
+
+    def _sets(self, name: str, index: int) -> tuple[np.ndarray, list[int]]:
+        """A list of sets, each as its size and its members, and where they begin."""
+        dtype = "<u2" if self._trace.get("position_bytes", 2) == 2 else "<u4"
+        stream = np.frombuffer(base64.b64decode(self._trace[name][index]), dtype).astype(np.int64)
+        sets, begins, at = self.sparse_steps * self.heads, [], 0
+        for _ in range(sets):
+            if at >= len(stream):
+                break
+            begins.append(at)
+            at += 1 + int(stream[at])
+        if len(begins) != sets or at != len(stream):
+            raise ValueError(f"layer {self.layers[index]}: its {name} positions are not those of {sets} sets")
+        return stream, begins
 
     def masses(self, index: int) -> np.ndarray:
         """float32 [sparse steps, heads, 3]: shares of the base, the recalled and the estimated tokens."""
@@ -175,6 +190,15 @@ def _levels(layer: Layer) -> bytes:
     means = weight_of_share(total / np.maximum(1, np.bincount(bins, minlength=size)))
     padded = np.pad(levels, (0, -len(levels) % 4)).reshape(-1, 4)
     return means.tobytes() + (padded << np.arange(0, 8, 2)).sum(1).astype(np.uint8).tobytes()
+
+
+def pack_quest(counts: np.ndarray, pages: np.ndarray) -> str:
+    """Sets of pages (`Trace.quest`) as varints: of each how many, then the distances between them."""
+    ends = np.cumsum(counts)
+    parts = [np.zeros(0, np.int64)]
+    for end, count in zip(ends, counts, strict=True):
+        parts += [np.array([count]), np.diff(pages[end - count : end], prepend=-1) - 1]
+    return text_of(varints(np.concatenate(parts)))
 
 
 class Sums(NamedTuple):

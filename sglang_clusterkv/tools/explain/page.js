@@ -53,12 +53,15 @@ async function draw() {
   const values = !weighed ? await recalledOf(view) : !chosen ? mean
     : above ? mass.map((value, at) => Math.max(0, value - mean[at])) : mass;
   const shares = sparse.length ? await sharesOf(view, sparse) : null;
+  const all = chosen ? sparse : [...Array(sparseSteps).keys()];
+  const quest = facts.quest && byId("quest").checked && all.length ? await questOf(view, all) : null;
   if (mine !== drawing) return; // another choice was made meanwhile
   const largest = shade(values, weighed);
   const traced = facts.steps.filter((one) => one.dense === null);
   const always = (steps.length ? steps : traced).map((one) => inRanges(one.base));
   setClass((token) => always.length > 0 && always.every((has) => has(token)), "base");
   drawWindow(steps.length ? recalling : traced);
+  drawQuest(quest);
   drawLegend(looked, weighed, above, largest);
   drawChosen(looked, steps, recalling, shares, mass);
   drawPassages(values, weighed, chosen && !sparse.length);
@@ -70,6 +73,15 @@ function drawWindow(steps) {
   const border = byId("window").checked && steps.length ? Math.min(...steps.map(windowBegin)) : 0;
   const sinks = inRanges(steps.flatMap((one) => one.base));
   setClass((token) => token < border && !sinks(token), "beyond");
+}
+
+function drawQuest(quest) {
+  setClass((token) => quest !== null && quest.beside[token] > quest.inside[token], "unread");
+  const total = (values) => values.reduce((sum, value) => sum + value, 0);
+  const missed = quest && total(quest.beside), all = quest && missed + total(quest.inside);
+  byId("quest-summary").textContent = quest === null ? ""
+    : `Quest, with pages of ${facts.server.page_size} tokens and the same budget, would have missed ` +
+      `${percent(missed / Math.max(1e-12, all))} of the mass that was recalled here. Struck: tokens of which it misses more than half.`;
 }
 
 function drawLegend(looked, weighed, above, largest) {
@@ -292,7 +304,8 @@ function fillControls() {
   };
   for (const id of ["layers", "heads"]) byId(id).addEventListener("change", follow);
   for (const id of ["cluster-layer", "cluster-head"]) byId(id).addEventListener("change", drawCluster);
-  for (const id of ["window", "counted", "above", "word"]) byId(id).addEventListener("change", draw);
+  byId("quest").parentElement.hidden = !facts.quest;
+  for (const id of ["window", "counted", "above", "word", "quest"]) byId(id).addEventListener("change", draw);
 }
 
 function writeAbout() {

@@ -21,6 +21,7 @@ from sglang_clusterkv.tools.explain.packed import (
     MAP_PER_OCTAVE,
     Trace,
     pack_layer,
+    pack_quest,
     planes,
     sums,
     text_of,
@@ -86,6 +87,7 @@ def facts_of(trace: dict[str, Any]) -> dict[str, Any]:
         "groups": [group for group in groups if group["members"]],
         "steps": trace["steps"],
         "sparse_steps": checked.sparse_steps,
+        "quest": checked.has_quest and bool(layers),
         "compare": compare and compare | {"model": model_name(compare["model"])},
     }
 
@@ -137,6 +139,7 @@ def blobs_of(trace: dict[str, Any]) -> dict[str, str]:
       each step down a factor of 2^(1/4), 0 is nothing.
     - mass: 2 bytes [recalling layers, sparse steps, heads, 3], in units of 1 / 65535.
     - recalled-I: the three texts of `packed.pack_layer` for the I-th recalling layer, one a line.
+    - quest-I, where the trace has it: `packed.pack_quest` for the I-th recalling layer.
     - clusters-I: two texts: 4 bytes [heads, prompt tokens], the cluster's number and 1, 0 for none; then 2 bytes, for each
       head the float16 of each cluster's spread, after two 2-byte halves (low, high) of how many there are.
     """
@@ -150,6 +153,8 @@ def blobs_of(trace: dict[str, Any]) -> dict[str, str]:
         blobs["map"] = text_of(weight_of_share(total.mass, MAP_PER_OCTAVE).tobytes())
     for index, layer in enumerate(layers):
         blobs[f"recalled-{index}"] = "\n".join(pack_layer(layer, checked.tokens))
+        if checked.has_quest:
+            blobs[f"quest-{index}"] = pack_quest(*checked.quest(index))
         spreads = checked.spreads(index)
         numbers = [[len(head) & 65535, len(head) >> 16, *head.view(np.uint16).tolist()] for head in spreads]
         flat = np.array(sum(numbers, []), np.int64)

@@ -40,15 +40,30 @@ function half(bits) {
 const sharesByCode = (perOctave) => Float64Array.from({length: 256}, (_, code) => (code ? 2 ** ((code - 255) / perOctave) : 0));
 const levelShares = sharesByCode(8), mapShares = sharesByCode(4);
 
+/** A reader of whole numbers of seven bits a byte, the lowest first. */
+function varints(bytes) {
+  let at = 0;
+  return () => {
+    let value = 0, factor = 1, byte;
+    do { byte = bytes[at++]; value += (byte & 127) * factor; factor *= 128; } while (byte > 127);
+    return value;
+  };
+}
+
+/** The sets of pages that Quest would have read in a layer, by step and head. */
+function pageSets([bytes]) {
+  const next = varints(bytes);
+  return Array.from({length: sparseSteps * heads}, () => {
+    let page = -1;
+    return Array.from({length: next()}, () => (page += 1 + next()));
+  });
+}
+
 /** The sets of a layer: positions, where each step's and head's begin, and each member's mean mass. */
 function setsOf([gone, came, levels]) {
   const sets = sparseSteps * heads, begins = new Uint32Array(sets + 1), last = Array(heads).fill([]);
-  let positions = new Uint32Array(sets * 64), size = 0, goneAt = 0, cameAt = 0;
-  const varint = () => {
-    let value = 0, factor = 1, byte;
-    do { byte = came[cameAt++]; value += (byte & 127) * factor; factor *= 128; } while (byte > 127);
-    return value;
-  };
+  let positions = new Uint32Array(sets * 64), size = 0, goneAt = 0;
+  const varint = varints(came);
   for (let set = 0; set < sets; set++) {
     const before = last[set % heads], begin = size;
     let left = varint(), next = left ? varint() : Infinity;
@@ -89,6 +104,7 @@ function once(id, make) {
   return kept.get(id);
 }
 
+const questSets = (index) => once(`quest-${index}`, pageSets);
 const layerSets = (index) => once(`recalled-${index}`, setsOf);
 const allCounts = () => once("counts", ([bytes]) => (bytes ? fromPlanes(bytes, 4) : new Uint32Array(0)));
 const allMass = () => once("mass", ([bytes]) => fromPlanes(bytes, 2));
@@ -149,6 +165,22 @@ async function meanMassOf(view, sparse) {
   for (const step of sparse)
     (await massOf(view, step)).forEach((value, at) => { mean[at] += value / sparse.length; });
   return mean;
+}
+
+/** Of the mass that was recalled in these sparse steps, in and beside the pages that Quest would have read: two sums by token. */
+async function questOf(view, sparse) {
+  const inside = new Float64Array(tokens), beside = new Float64Array(tokens);
+  const shown = headsOf(view), pageSize = facts.server.page_size;
+  for (const index of view.members) {
+    const {positions, begins, masses} = await layerSets(index), pages = await questSets(index);
+    for (const step of sparse)
+      for (const head of shown) {
+        const set = step * heads + head, read = new Set(pages[set]);
+        for (let at = begins[set]; at < begins[set + 1]; at++)
+          (read.has(Math.floor(positions[at] / pageSize)) ? inside : beside)[positions[at]] += masses[at];
+      }
+  }
+  return {inside, beside};
 }
 
 const usual = new Map();

@@ -199,6 +199,11 @@ def test_a_chat_is_replayed_up_to_its_last_question(fake: FakeServer) -> None:
         assert "".join(written()["pieces"]) == "<Which number?>" + ANSWER
 
 
+def test_quests_choice_is_asked_for_where_it_is_wanted(fake: FakeServer) -> None:
+    assert explain(fake, "--quest") == 0
+    assert fake.bodies[-1]["sampling_params"]["custom_params"] == {"clusterkv_trace": {"quest": True}}
+
+
 def test_a_second_server_answers_the_same_prompt(fake: FakeServer, other: FakeServer) -> None:
     other.answer = ANSWER.replace("29772", "29999")
     other.top = {65: math.log(0.5), 66: math.log(0.4)}

@@ -287,6 +287,41 @@ def test_what_exceeds_the_answers_mean_can_be_had_alone(page: Any, trace: dict[s
     assert first.endswith(NEEDLE.strip()) and float(first.split(" %")[0]) == pytest.approx(100 * beyond, rel=0.1)
 
 
+def test_what_quest_would_not_have_read_is_struck(opened: Opened, page: Any) -> None:
+    assert not page.is_visible("#quest")
+    trace = made_trace(quest=True)
+    checked, token = Trace(trace), number_tokens(trace["pieces"], 600)[1]
+    quest = opened(trace).page
+    assert quest.inner_text("#quest-summary") == ""
+    quest.check("#quest")
+    choose(quest, token)
+    sparse = [step["token"] for step in trace["steps"] if step["dense"] is None].index(token - 1)
+    mass, missed = np.zeros(checked.tokens), np.zeros(checked.tokens)
+    for index in range(len(checked.layers)):
+        layer, (counts, pages) = checked.layer(index), checked.quest(index)
+        share, ends = share_of_weight(layer.weights), np.cumsum(layer.counts.reshape(-1))
+        for at in range(sparse * checked.heads, (sparse + 1) * checked.heads):
+            recalled = slice(ends[at] - layer.counts.reshape(-1)[at], ends[at])
+            read = pages[counts[:at].sum() : counts[: at + 1].sum()]
+            beside = ~np.isin(layer.positions[recalled] // 16, read)
+            np.add.at(mass, layer.positions[recalled], share[recalled])
+            np.add.at(missed, layer.positions[recalled][beside], share[recalled][beside])
+    said = float(quest.inner_text("#quest-summary").split("missed ")[1].split(" %")[0])
+    assert said == pytest.approx(100 * missed.sum() / mass.sum(), rel=0.1)
+    struck = quest.evaluate(
+        "[...document.querySelectorAll('[role=option].unread')].map((span) => Number(span.id.slice(6)))"
+    )
+    share = missed / np.maximum(mass, 1e-12)  # within a factor of two on the page, where levels are rounded
+    assert set(np.flatnonzero(share > 0.8)) <= set(struck) <= set(np.flatnonzero(share > 0.2))
+    assert set(struck) & set(needle_span(trace["pieces"])) == set()
+    quest.keyboard.press("Escape")
+    settle(quest)
+    assert "Quest, with pages of 16" in quest.inner_text("#quest-summary")
+    quest.uncheck("#quest")
+    settle(quest)
+    assert quest.locator(".unread").count() == 0
+
+
 def test_the_whole_answer_is_shaded_by_mass(page: Any, trace: dict[str, Any]) -> None:
     checked = Trace(trace)
     mean = sums(checked, [checked.layer(index) for index in range(len(checked.layers))]).mass.mean(0)

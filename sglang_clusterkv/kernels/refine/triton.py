@@ -196,6 +196,11 @@ def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dty
     }
 
 
+def value_warps(channels: int, tile: int) -> int:
+    """Warps of a program of the values; tile: its candidates, whose codes its registers hold."""
+    return 8 if channels > 128 and tile == MANY_CANDIDATES else 4
+
+
 def warps(block: int, clusters: int) -> int:
     """Warps of a program that holds `block` candidates, and then so many clusters' masses."""
     return max(own_warps(clusters), min(16, block // 256))
@@ -223,6 +228,7 @@ def refine_values(
         step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.candidates, scale,
         PAGE=index.geometry.page_size,
         **constants(shape.heads, shape.group, shape.channels, index.config.code_bits, dtype, tile),
+        num_warps=value_warps(shape.channels, tile),
     )  # fmt: skip
 
 
@@ -285,7 +291,7 @@ COMPILE_CASES = [
         _case(
             f"values {bits} bits D={channels} G={group} x{tile}", value_kernel,
             constants(8, group, channels, bits, torch.bfloat16, tile),
-            tensor_cores=16, programs_per_sm=4 if tile == FEW_CANDIDATES else 2,
+            tensor_cores=16, programs_per_sm=4 if tile == FEW_CANDIDATES else 2, num_warps=value_warps(channels, tile),
         )
         for bits, channels, group, tile in (
             *((2, channels, group, MANY_CANDIDATES) for channels, group in ((64, 3), (96, 4), (128, 4), (128, 8), (256, 4))),

@@ -349,6 +349,11 @@ def constants(codec: RowCodec, heads: int, group: int, per_page: int, rotate: bo
     }
 
 
+def warps(channels: int) -> int:
+    """Of a program: registers hold a tile's packed rows."""
+    return 4 if channels <= 128 else 8
+
+
 @functools.cache
 def rotation_parts(head_dim: int, device: str) -> tuple[torch.Tensor, float]:
     """The rotation as (its signs and zeros, bf16 [D, D], and the factor that all entries share)."""
@@ -393,7 +398,7 @@ def score(
         shape.segments, shape.base, shape.base_tiles, shape.cluster_tiles, step.batch, *programs, scale, config.choice_spread,
         config.estimate_spread, norm,
         DOT=dot_dtype(q.dtype), **constants(index.row_codec, heads, group, index.clusters_per_page, config.refine),
-        **tier_constants(tier),
+        **tier_constants(tier), num_warps=warps(channels),
     )  # fmt: skip
 
 
@@ -423,7 +428,8 @@ def _case(codec: RowCodec, group: int, tier: int = OFF.value, **holds: Any) -> C
         types,
         constants(codec, 8, group, 2, True) | no_scales | tier_values | {"DOT": tl.bfloat16},
         (*(name for name, kind in types.items() if kind[0] == "*"), *strides),
-        tensor_cores=48,
+        tensor_cores=32,
+        num_warps=warps(codec.head_dim),
         **holds,
     )
 
@@ -434,7 +440,7 @@ COMPILE_CASES = [
     _case(RowCodec("int4", 96), 4, loads_128=34, programs_per_sm=2),
     _case(RowCodec("int4", 128), 4, loads_128=38, programs_per_sm=2),
     _case(RowCodec("int4", 128), 8, loads_128=38, programs_per_sm=2),
-    _case(RowCodec("int4", 256), 4, loads_128=106, programs_per_sm=1),
+    _case(RowCodec("int4", 256), 4, loads_128=30, programs_per_sm=1),
     _case(RowCodec("int8", 128), 4, loads_128=42, programs_per_sm=2),
     _case(RowCodec("bf16", 128), 4, loads_128=50, programs_per_sm=2),
     *(

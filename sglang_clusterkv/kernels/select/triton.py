@@ -239,7 +239,7 @@ def constants(heads: int, group: int, per_page: int, clusters: int, limit: int) 
         "SOME": some,
         "MANY": many,
         "LARGE": large,
-        "BLOCK": 128 * warps(large),  # four per thread
+        "BLOCK": 64 * warps(large),  # two per thread: with four ptxas spills on sm_100
         "TILES": CLUSTER_TILES,
         "BASE_TILES": BASE_TILES,
         "CANDIDATES": triton.next_power_of_2(limit),

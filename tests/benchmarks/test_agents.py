@@ -207,7 +207,8 @@ def test_the_models_own_call_is_taken_where_it_makes_one(fake: FakeServer) -> No
 def test_times_are_those_of_the_first_and_the_last_piece(fake: FakeServer) -> None:
     (asked,) = Driver(fake.url, 8).run(make_sessions(1, 300, 0, turns=1))
     assert FIRST_S <= asked.first_token_s < FIRST_S + 1
-    assert asked.token_ms is not None and 1000 * NEXT_S <= asked.token_ms < 1000 * (NEXT_S + 0.5)
+    # The first piece may be noticed later than the last one is.
+    assert asked.token_ms is not None and 500 * NEXT_S <= asked.token_ms < 1000 * (NEXT_S + 0.5)
     assert (asked.prompt_tokens, asked.cached_tokens, asked.tokens) == (100, 40, 3)
 
 

@@ -72,7 +72,13 @@ def test_a_token_of_the_kv_cache_takes_of_the_device_what_lies_there(
     Ranks(monkeypatch, 0)
     monkeypatch.setattr(runtime_context, "get_schedule", lambda: SimpleNamespace(page_size=PAGE))
     model = SimpleNamespace(head_dim=DIM, get_num_kv_heads=lambda tp_size, dcp_size: 2 * HEADS // tp_size)
-    configurator: Any = SimpleNamespace(model_config=model, kv_cache_dtype=torch.bfloat16, device=device)
+    configurator: Any = SimpleNamespace(
+        model=None,
+        model_config=model,
+        layer_info=SimpleNamespace(start_layer=0),
+        kv_cache_dtype=torch.bfloat16,
+        device=device,
+    )
     index = metadata_bytes_per_token(CONFIG, page_size=PAGE, head_dim=DIM, kv_heads=HEADS, layers=LAYERS)
     of_all = LAYERS * HEADS * 2 * DIM * 2
     taken = scheduler_hooks._after_cell_size(of_all, object(), configurator, LAYERS)

@@ -175,10 +175,10 @@ def test_chunk_borders_do_not_show(server: Server) -> None:
 def test_a_branch_inside_a_segment_while_the_far_side_is_decoded(server: Server) -> None:
     trunk = prompt(60)
     branch = trunk[:640] + prompt(61, 400)  # inside the segment (528, 784)
-    expected = alone(server, trunk, 100), alone(server, branch, 16)
+    expected = alone(server, trunk, 400), alone(server, branch, 16)
     server.flush()
     before = server.counts()
-    far = Request(server, trunk, 100)
+    far = Request(server, trunk, 400)
     far.wait_for(4)
     near = server.generate(branch, 16)
     assert far.running, "it ended before the branch did"

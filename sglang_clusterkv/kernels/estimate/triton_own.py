@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
 
 HELD = (1024, 4096, 16384)  # masses that are held in registers: the first that a request's clusters fit into
-BLOCK = 2048  # clusters at a time
+BLOCK, LARGE_BLOCK = 2048, 4096  # clusters at a time: ptxas spills with less of many clusters, and with more of few
 LEAST_MASS = tl.constexpr(NO_MASS)
 _LAST = tl.constexpr(2**30)  # beyond every cluster
 
@@ -130,7 +130,9 @@ def own_kernel(
 def own_constants(per_page: int, clusters: int) -> dict[str, Any]:
     """Constants of `list_own`, by name, for up to `clusters` clusters of a request."""
     few, some, many = HELD
-    return {"PER_PAGE": per_page, "FEW": few, "SOME": some, "MANY": many, "BLOCK": BLOCK, "LARGE": clusters > some}
+    large = clusters > some
+    block = LARGE_BLOCK if large else BLOCK
+    return {"PER_PAGE": per_page, "FEW": few, "SOME": some, "MANY": many, "BLOCK": block, "LARGE": large}
 
 
 def own_warps(clusters: int) -> int:

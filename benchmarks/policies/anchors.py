@@ -116,6 +116,18 @@ def lloyd(rows: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor
     return centroids, assignment_scores(rows, centroids).argmax(-1)
 
 
+def by_label(rows: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Sums of the rows with each label: float32 [H, count, D] from [H, T, D] and int64 [H, T]."""
+    sums = rows.new_zeros(rows.shape[0], count, rows.shape[2])
+    return sums.scatter_add_(1, labels.unsqueeze(-1).expand_as(rows), rows)
+
+
+def means_of(rows: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Means of the rows with each label, 0 where there are none: as `by_label`."""
+    sizes = by_label(torch.ones_like(rows[..., :1]), labels, count)
+    return by_label(rows, labels, count) / sizes.clamp(min=1)
+
+
 class Quantised(NamedTuple):
     """A run of keys: length times (direction of its list + an entry per codebook)."""
 
@@ -163,11 +175,10 @@ class PqHsa(StandIns):
         everything = torch.cat((logits, tokens.base_lse().unsqueeze(-1)), -1)
         mass = everything.softmax(-1).mean(1)[:, :-1]
         read = torch.zeros_like(mass, dtype=torch.bool).scatter_(1, best(mass, self._budget), True)
-        one_hot = torch.nn.functional.one_hot(labels, lists).float()  # [H, T, L]
-        values = one_hot.transpose(1, 2) @ tokens.values / one_hot.sum(1).clamp(min=1).unsqueeze(-1)
         peak = logits.amax(-1, keepdim=True)
-        sums = ((logits - peak).exp() * ~read.unsqueeze(1)) @ one_hot
-        return Seen(read, sums.log() + peak, values)
+        unread = (logits - peak).exp() * ~read.unsqueeze(1)
+        sums = by_label(unread.transpose(1, 2), labels, lists).transpose(1, 2)
+        return Seen(read, sums.log() + peak, means_of(tokens.values, labels, lists))
 
     def _looked_up(self, tokens: Tokens, layer: int, request: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Logits by the tables, float32 [H, G, T]; each token's list, int64 [H, T]; how many lists there are."""
@@ -229,7 +240,7 @@ class DoubleP(StandIns):
         of_cluster = torch.cat(labels, 1)
         sizes = torch.cat([run.sizes for run in runs], 1).float()
         centroids = torch.cat([run.centroids for run in runs], 1)
-        values = sum_by_label(tokens.values, of_cluster, first) / sizes.clamp(min=1).unsqueeze(-1)
+        values = means_of(tokens.values, of_cluster, first)
         logits = tokens.scale * tokens.q @ centroids.transpose(1, 2) + sizes.log().unsqueeze(1)
         mass = torch.cat((logits, tokens.base_lse().unsqueeze(-1)), -1).softmax(-1).mean(1)
         order = mass[:, :-1].argsort(dim=-1, descending=True, stable=True)

@@ -200,7 +200,7 @@ class DoubleP(StandIns):
     """Double-P (arXiv 2602.05191): clusters by size times exp(q.centroid) up to a share of the mass; of these the first ones,
     up to a smaller share, are read, the others stand for themselves by centroid and mean value.
 
-    The smaller share is one for all layers and heads; it follows the tokens read, so that their mean is the budget.
+    The smaller share is one for all heads of a layer, and follows the tokens read, so that their mean is the budget.
 
     Args:
         budget_tokens: that are read per kv head, on average.
@@ -209,9 +209,9 @@ class DoubleP(StandIns):
     def __init__(self, budget_tokens: int) -> None:
         self._budget = budget_tokens
         self._tables = PublishedTables(TOKENS_PER_CENTROID)
-        self._unread = math.nan  # 1 - the smaller share
+        self._unread: dict[int, float] = {}  # by layer: 1 - the smaller share
         self._step: list[int] = []  # lengths of the requests in the step under way
-        self._read: list[float] = []  # tokens per kv head, of its layers and requests
+        self._read: dict[int, list[float]] = {}  # by layer: tokens per kv head of each request
 
     def __call__(
         self,
@@ -248,19 +248,19 @@ class DoubleP(StandIns):
         after = 1 - mass[:, -1:] - mass.gather(1, order).cumsum(-1)
         before = after + mass.gather(1, order)
         tokens_before = sizes.gather(1, order).cumsum(-1)
-        if math.isnan(self._unread):
-            self._unread = self._first_share(before, tokens_before)
-        read_in_order = before > self._unread
+        if layer not in self._unread:
+            self._unread[layer] = self._first_share(before, tokens_before)
+        read_in_order = before > self._unread[layer]
         if tokens.keys.shape[1] <= self._budget:
             read_in_order = torch.ones_like(read_in_order)
         read = torch.zeros_like(read_in_order).scatter_(1, order, read_in_order)
         kept = torch.zeros_like(read_in_order).scatter_(1, order, before > 1 - COARSE_MASS)
         chosen = read.gather(1, of_cluster)
-        self._read.append(float(chosen.sum(-1).float().mean()))
+        self._read.setdefault(layer, []).append(float(chosen.sum(-1).float().mean()))
         return Seen(chosen, logits.masked_fill((read | ~kept).unsqueeze(1), -torch.inf), values)
 
     def _first_share(self, before: torch.Tensor, tokens_before: torch.Tensor) -> float:
-        """What the first layer would have to leave unread for its tokens to be the budget on average."""
+        """What a layer has to leave unread for its tokens to be the budget on average."""
         borders = before.flatten().sort(descending=True).values
         low, high = 0, len(borders) - 1
         while low < high:
@@ -271,10 +271,10 @@ class DoubleP(StandIns):
 
     def _follow(self) -> None:
         """Leave more unread where the last step read more than the budget."""
-        if self._read:
-            change = sum(self._read) / len(self._read) / self._budget - 1
-            self._unread = min(max(self._unread * math.exp(min(max(change, -1.0), 1.0)), 1e-6), 0.9)
-        self._read = []
+        for layer, read in self._read.items():
+            change = sum(read) / len(read) / self._budget - 1
+            self._unread[layer] = min(max(self._unread[layer] * math.exp(min(max(change, -1.0), 1.0)), 1e-6), 0.9)
+        self._read = {}
 
 
 class HalfBudget:

@@ -117,8 +117,19 @@ def python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder,) = home.glob("lib/python*/site-packages")
     # A path in a .pth file is searched for packages, but its own .pth files, the clone's among them, are not read.
     (folder / "others.pth").write_text(f"{_site_packages()}\n")
-    install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(built.wheel)]
-    subprocess.run([sys.executable, *install], check=True)
+    # The clone itself may look like an installation of the same version.
+    install = [
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--ignore-installed",
+        "--no-deps",
+        "--no-index",
+    ]
+    subprocess.run([sys.executable, *install, str(built.wheel)], check=True, env=_environment())
     return python
 
 

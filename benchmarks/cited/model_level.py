@@ -153,7 +153,9 @@ def _policy_row(arms: Arms, name: str) -> list[str]:
 def _(found: Any) -> Rows:
     arms = Arms(found)
     names = [f"ours-{budget}" for budget in (256, 512)]
-    names += [f"{policy}-equal-bytes-{budget}" for policy in ("vattention", "pq-hsa", "double-p") for budget in (256, 512)]
+    names += [
+        f"{policy}-equal-bytes-{budget}" for policy in ("vattention", "pq-hsa", "double-p") for budget in (256, 512)
+    ]
     return [[None, *_policy_row(arms, name)] for name in names]
 
 

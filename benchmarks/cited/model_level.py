@@ -71,7 +71,7 @@ class Arms:
 
 THREE_DOCUMENTS = "quality-model-20261129-132212"
 WITHOUT_CAP = "quality-model-20261128-211030"  # the same documents before the estimate's spread had a cap
-ANCHORS = "quality-model-ANCHORSFILE"
+ANCHORS = "quality-model-20261129-213209"
 ALL_POLICIES = "quality-model-20261129-141451"
 SOURCE_CODE, DIGITS = "quality-model-20261129-142131", "quality-model-20261129-143011"
 QWEN = "quality-model-20261128-211655"
@@ -153,9 +153,7 @@ def _policy_row(arms: Arms, name: str) -> list[str]:
 def _(found: Any) -> Rows:
     arms = Arms(found)
     names = [f"ours-{budget}" for budget in (256, 512)]
-    names += [
-        f"{policy}-equal-bytes-{budget}" for policy in ("vattention", "pq-hsa", "double-p") for budget in (256, 512)
-    ]
+    names += [f"{policy}-equal-bytes-{budget}" for policy in ("vattention", "pq-hsa") for budget in (256, 512)]
     return [[None, *_policy_row(arms, name)] for name in names]
 
 

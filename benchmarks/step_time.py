@@ -11,10 +11,9 @@ as is likely (`step_time.py`), and how many times faster the whole step is by ea
 from __future__ import annotations
 
 import argparse
+import json
 
-import msgspec
-
-from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.config import ClusterKVConfig, ConfigError, parse_config
 from sglang_clusterkv.kernels.step_model import StepShape, sparse_launches
 from sglang_clusterkv.kernels.step_time import dense_us, layer_time, sparse_times, speedup
 
@@ -51,11 +50,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launches", action="store_true", help="with each launch")
     parser.add_argument(
-        "--set", nargs=2, action="append", default=[], metavar=("OPTION", "N"), help="of the configuration"
+        "--set",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("OPTION", "VALUE"),
+        help="of the configuration, as in JSON",
     )
     options = parser.parse_args(arguments)
-    changed = {name: int(value) for name, value in options.set}
-    print(table(msgspec.structs.replace(ClusterKVConfig(), **changed), launches=options.launches))
+    try:
+        config = parse_config("{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in options.set) + "}")
+    except ConfigError as error:
+        parser.error(str(error))
+    print(table(config, launches=options.launches))
 
 
 if __name__ == "__main__":

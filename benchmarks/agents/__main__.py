@@ -143,7 +143,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.agents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arms", nargs="+", default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, LLAMA], default=ARMS)
     parser.add_argument("--base-url", help="of a server that runs, instead of --arms")
     parser.add_argument("--name", default="server", help="of that server in the table")
     parser.add_argument("--served", help="name of its model, default: the server's first")

@@ -93,7 +93,7 @@ def _(found: Any) -> Rows:
     ]
 
 
-@figures("tier-latency", MEMORY, "latency-7700-b2-20261129-190437")
+@figures("tier-latency", MEMORY, "latency-7700-b8-20261129-224655")
 def _(found: Any) -> Rows:
     times = [("short_ms", 0), ("long_ms", 0), ("batch_ms", 0), ("prefill_s", 1), ("hit_s", 2)]
     return [[None, *(f"{found[arm][key]:.{digits}f}" for key, digits in times)] for arm in ("clusterkv", "tier-int8")]

@@ -17,8 +17,10 @@ from sglang_clusterkv.kernels.step_model import SMS, dense_launches, lists_of, s
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sglang_clusterkv.config import ClusterKVConfig
-    from sglang_clusterkv.kernels.step_model import Lists, StepShape
+    from sglang_clusterkv.kernels.step_model import Launch, Lists, StepShape
 
 CYCLES_PER_US = 1800
 BYTES_PER_US = 4.3e6  # an H200's 4.8 TB/s, less a tenth
@@ -125,24 +127,29 @@ def _score(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> float:
     return shape.pairs * of_pair
 
 
-def sparse_times(shape: StepShape, config: ClusterKVConfig) -> dict[str, Time]:
+def sparse_times(shape: StepShape, config: ClusterKVConfig, bytes_per_us: float = BYTES_PER_US) -> dict[str, Time]:
     """Each launch of one layer of a sparse step that refines and estimates."""
     work, times = work_of(shape, config), {}
     for launch in sparse_launches(shape, config):
-        own, by_bytes = work[launch.name], launch.bytes / BYTES_PER_US
+        own, by_bytes = work[launch.name], launch.bytes / bytes_per_us
         likely = max(own.likely_us(launch.programs), by_bytes)
         times[launch.name] = Time(max(own.floor_us(), by_bytes) + GAP_US, likely + GAP_US)
     return times
 
 
-def layer_time(shape: StepShape, config: ClusterKVConfig) -> Time:
+def layer_time(shape: StepShape, config: ClusterKVConfig, bytes_per_us: float = BYTES_PER_US) -> Time:
     """One layer of a sparse step."""
-    return Time(*map(sum, zip(*sparse_times(shape, config).values(), strict=True)))
+    return Time(*map(sum, zip(*sparse_times(shape, config, bytes_per_us).values(), strict=True)))
 
 
-def dense_us(shape: StepShape) -> float:
+def dense_us(shape: StepShape, bytes_per_us: float = BYTES_PER_US) -> float:
     """One layer of a dense step, which reads memory as fast as it can."""
-    return sum(launch.bytes / BYTES_PER_US + GAP_US for launch in dense_launches(shape))
+    return least_us(dense_launches(shape), bytes_per_us)
+
+
+def least_us(launches: Sequence[Launch], bytes_per_us: float) -> float:
+    """Of launches one after the other, by their bytes alone."""
+    return sum(launch.bytes / bytes_per_us + GAP_US for launch in launches)
 
 
 def speedup(shape: StepShape, layer_us: float, other_ms: float = OTHER_MS) -> float:

@@ -71,8 +71,9 @@ def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="before a server is started: sizes, the requests that fit, and the time of a step by a model of it",
-        description="Compute from a model's config.json what a server has room for, with and without clusterkv, and the least "
-        "time of a decode step on a GPU, by a model of it: nothing is loaded or measured.",
+        description="Compute from a model's config.json what a server has room for, with and without clusterkv, and the time "
+        "of a decode step on a GPU by a model of it, at least and, on an H100 or H200, as is likely: nothing is loaded or "
+        "measured.",
         epilog="Exit code 0: planned; 1: refused, or something is missing, in one sentence.",
     )
     plan.add_argument("--model", type=Path, required=True, metavar="PATH", help="a model's folder, or its config.json")

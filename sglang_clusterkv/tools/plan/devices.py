@@ -11,16 +11,18 @@ class Gpu(NamedTuple):
     Attributes:
         memory_gb: GB (10^9 bytes) that the driver reports.
         tbs: TB/s of its memory on the data sheet.
+        counted: kernels/instruction_counts.py has the machine code of its generation, and step_time.py its SMs and clock.
     """
 
     memory_gb: float
     tbs: float
+    counted: bool = False
 
 
 GPUS = {
     "A100-80G": Gpu(85.0, 2.04),
-    "H100": Gpu(85.0, 3.35),
-    "H200": Gpu(150.0, 4.8),
+    "H100": Gpu(85.0, 3.35, counted=True),
+    "H200": Gpu(150.0, 4.8, counted=True),
     "B200": Gpu(191.0, 8.0),
     "L40S": Gpu(47.7, 0.864),
     "RTX-4090": Gpu(25.3, 1.008),

@@ -1,14 +1,13 @@
 """What a server would have room for and how long a decode step would take, with and without clusterkv.
 
-Sizes are those that the server comes to: the KV pool's row, and the index's by memory/device.py. Times are the model's of
-kernels/step_model.py: bytes over bandwidth and a constant per launch, so the least that a step can take; a step also reads
-the weights once. Nothing here was measured on a GPU.
+Sizes are those that the server comes to: the KV pool's row, and the index's by memory/device.py. Times are those of
+kernels/step_time.py, each of a layer's attention: the least, by bytes and launches, and for the GPUs whose instructions are
+counted what is likely; a step also reads the weights once. Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.break_even import MODELLED
-from sglang_clusterkv.kernels.step_model import Launch, StepShape, dense_launches, lists_of, sparse_launches
+from sglang_clusterkv.kernels.step_model import StepShape, lists_of, sparse_launches
+from sglang_clusterkv.kernels.step_time import dense_us, layer_time, least_us
 from sglang_clusterkv.memory.device import metadata_bytes_per_token
 from sglang_clusterkv.memory.host import host_row_bytes
 from sglang_clusterkv.serving.compat import BACKEND, HOST_TIER_REFUSALS, MODEL_REFUSALS
@@ -36,6 +36,7 @@ class Wish(NamedTuple):
         page_size: tokens per page.
         memory_gb: of one GPU, for weights, KV cache and clusters.
         tbs: TB/s of its memory on the data sheet; None: no model of a step, as on a CPU.
+        counted: the instructions of its generation are, so that a step's likely time is known too.
     """
 
     context: int
@@ -44,6 +45,24 @@ class Wish(NamedTuple):
     page_size: int
     memory_gb: float
     tbs: float | None
+    counted: bool = False
+
+    @property
+    def bytes_per_us(self) -> float:
+        """Of the memory, as far as it is reached; with a model of a step."""
+        assert self.tbs is not None
+        return REACHED * self.tbs * 1e6
+
+
+class Times(NamedTuple):
+    """Milliseconds, by bytes and launches alone, and as is likely; None where that is not known."""
+
+    least: float
+    likely: float | None
+
+    def plus(self, ms: float) -> Times:
+        """Both later by as much."""
+        return Times(self.least + ms, None if self.likely is None else self.likely + ms)
 
 
 class Side(NamedTuple):
@@ -55,8 +74,8 @@ class Side(NamedTuple):
         pool_tokens: that fit.
         fits: requests of the wished length at once, if they share nothing.
         running: of the wished requests, those that decode at once; the others wait.
-        attention_ms: of a step of the running requests, all layers; None without a model of a step.
-        step_ms: likewise, the weights included.
+        attention: of a step of the running requests, all layers; None without a model of a step.
+        step: likewise, the weights included.
     """
 
     token_bytes: int
@@ -64,13 +83,18 @@ class Side(NamedTuple):
     pool_tokens: int
     fits: int
     running: int
-    attention_ms: float | None
-    step_ms: float | None
+    attention: Times | None
+    step: Times | None
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of all running requests together."""
-        return 1e3 * self.running / self.step_ms if self.step_ms and self.running else None
+        """Of all running requests together, at most."""
+        return 1e3 * self.running / self.step.least if self.step else None
+
+    @property
+    def likely_tokens_per_s(self) -> float | None:
+        """Of all running requests together, as is likely."""
+        return 1e3 * self.running / self.step.likely if self.step and self.step.likely else None
 
 
 class Plan(NamedTuple):
@@ -80,7 +104,8 @@ class Plan(NamedTuple):
         dense: every step reads everything, by our own kernel for it.
         sparse: with clusterkv.
         weights_ms: to read a rank's weights once.
-        pays_from: the shortest context, in tokens, at which a step of as many requests is faster; None: none up to `context`.
+        pays_from: the shortest context, in tokens, at which a step of as many requests is likely faster, or where that is
+            not known by bytes; None: none up to `context`.
         host_tier: advice, a sentence.
     """
 
@@ -92,9 +117,17 @@ class Plan(NamedTuple):
 
     @property
     def speedup(self) -> float | None:
-        """Tokens per second over the dense side's."""
-        mine, theirs = self.sparse.tokens_per_s, self.dense.tokens_per_s
-        return mine / theirs if mine and theirs else None
+        """Tokens per second over the dense side's, by bytes."""
+        return _ratio(self.sparse.tokens_per_s, self.dense.tokens_per_s)
+
+    @property
+    def likely_speedup(self) -> float | None:
+        """Likewise, as is likely."""
+        return _ratio(self.sparse.likely_tokens_per_s, self.dense.likely_tokens_per_s)
+
+
+def _ratio(mine: float | None, theirs: float | None) -> float | None:
+    return mine / theirs if mine and theirs else None
 
 
 def refusal(model: Checkpoint, config: ClusterKVConfig, *, on_cpu: bool) -> str | None:
@@ -136,7 +169,7 @@ def make_plan(model: Checkpoint, weights_gb: float, config: ClusterKVConfig, wis
     )
     read_ms = None
     if wish.tbs is not None:
-        read_ms = (weights_gb * 1e9 - model.table_bytes) / wish.tp / (REACHED * wish.tbs) / 1e9
+        read_ms = (weights_gb * 1e9 - model.table_bytes) / wish.tp / wish.bytes_per_us / 1e3
     dense = _side(model, config, wish, free_bytes, token_bytes, 0, read_ms)
     sparse = _side(model, config, wish, free_bytes, token_bytes, index_bytes, read_ms)
     return Plan(
@@ -162,16 +195,15 @@ def _side(
     running = min(fits, wish.concurrency)
     attention = step = None
     if wish.tbs is not None and read_ms is not None and running:
-        attention = attention_ms(model, config, wish, running, wish.context, is_dense=index_bytes == 0)
-        step = attention + read_ms
+        attention = attention_times(model, config, wish, running, wish.context, is_dense=index_bytes == 0)
+        step = attention.plus(read_ms)
     return Side(token_bytes, index_bytes, tokens, fits, running, attention, step)
 
 
-def attention_ms(
+def attention_times(
     model: Checkpoint, config: ClusterKVConfig, wish: Wish, batch: int, context: int, *, is_dense: bool
-) -> float:
-    """Time of the attention of one step, all layers of one rank; where a request recalls nothing it is the dense one."""
-    assert wish.tbs is not None
+) -> Times:
+    """Of the attention of one step, all layers of one rank; where a request recalls nothing it is the dense one."""
     shape = StepShape(
         layers=model.layers,
         heads=model.heads // wish.tp,
@@ -187,12 +219,18 @@ def attention_ms(
     if not is_dense and _recalls(shape, config):
         dense_layers = min(dense_layers, config.dense_layers)
         sparse_layers = model.layers - model.sliding_layers - dense_layers
-    parts = [(dense_layers, dense_launches(shape))]
-    if sparse_layers:
-        parts.append((sparse_layers, sparse_launches(shape, config)))
+    dense = dense_layers * dense_us(shape, wish.bytes_per_us)
     if model.sliding_layers:
-        parts.append((model.sliding_layers, dense_launches(shape._replace(context=min(context, model.window)))))
-    return sum(layers * _launches_ms(launches, wish.tbs) for layers, launches in parts)
+        sliding = shape._replace(context=min(context, model.window))
+        dense += model.sliding_layers * dense_us(sliding, wish.bytes_per_us)
+    # A dense layer reads memory as fast as it can: the least is what is likely.
+    sparse, likely = 0.0, 0.0 if wish.counted else None
+    if sparse_layers:
+        sparse = sparse_layers * least_us(sparse_launches(shape, config), wish.bytes_per_us)
+        # Counted for the whole chain, over 16 bits per channel.
+        is_known = wish.counted and config.refine and config.estimate and shape.item_bytes == 2
+        likely = sparse_layers * layer_time(shape, config, wish.bytes_per_us).likely if is_known else None
+    return Times((dense + sparse) / 1e3, None if likely is None else (dense + likely) / 1e3)
 
 
 def _recalls(shape: StepShape, config: ClusterKVConfig) -> bool:
@@ -204,18 +242,14 @@ def _recalls(shape: StepShape, config: ClusterKVConfig) -> bool:
     return config.dense_below == "never" or config.host_ratio > 1 or MODELLED.pays(shape.pairs, covered_bytes)
 
 
-def _launches_ms(launches: Sequence[Launch], tbs: float) -> float:
-    return sum(launch.microseconds(REACHED * tbs) for launch in launches) / 1e3
-
-
 def _pays_from(model: Checkpoint, config: ClusterKVConfig, wish: Wish) -> int | None:
-    """The first of 1,024, 2,048, ... tokens at which a step of the wished requests is faster than a dense one."""
+    """The first of 1,024, 2,048, ... tokens at which a step of the wished requests is faster than a dense one; as is likely."""
     for context in range(1024, wish.context + 1, 1024):
         dense, sparse = (
-            attention_ms(model, config, wish, wish.concurrency, context, is_dense=is_dense)
+            attention_times(model, config, wish, wish.concurrency, context, is_dense=is_dense)
             for is_dense in (True, False)
         )
-        if sparse < dense:
+        if (sparse.least if sparse.likely is None else sparse.likely) < dense.least:
             return context
     return None
 

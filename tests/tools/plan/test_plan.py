@@ -15,11 +15,12 @@ import pytest
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.step_model import StepShape, dense_launches, sparse_launches
+from sglang_clusterkv.kernels.step_time import GAP_US, dense_us, layer_time
 from sglang_clusterkv.memory.device import Geometry, index_bytes
 from sglang_clusterkv.tools import cli
 from sglang_clusterkv.tools.plan.checkpoint import read_checkpoint
 from sglang_clusterkv.tools.plan.devices import GPUS, MEMORY_SHARE, REACHED
-from sglang_clusterkv.tools.plan.plan import Plan, Wish, make_plan
+from sglang_clusterkv.tools.plan.plan import Plan, Times, Wish, make_plan
 
 CONFIG = ClusterKVConfig(dense_below="never")
 LLAMA = {
@@ -34,7 +35,7 @@ LLAMA = {
     "dtype": "bfloat16",
     "tie_word_embeddings": False,
 }
-WISH = Wish(context=32_768, concurrency=8, tp=1, page_size=16, memory_gb=132.0, tbs=4.8)
+WISH = Wish(context=32_768, concurrency=8, tp=1, page_size=16, memory_gb=132.0, tbs=4.8, counted=True)
 
 
 def folder(tmp_path: Path, **changes: Any) -> Path:
@@ -48,10 +49,24 @@ def plan_of(tmp_path: Path, wish: Wish = WISH, config: ClusterKVConfig = CONFIG,
     return make_plan(read_checkpoint(folder(tmp_path, **changes)), 16.0, config, wish)
 
 
-def step_ms(context: int, batch: int, is_dense: bool, heads: int = 32, kv_heads: int = 8) -> float:
+def step_times(context: int, batch: int, is_dense: bool, heads: int = 32, kv_heads: int = 8, tbs: float = 4.8) -> Times:
+    """Milliseconds of the attention of 32 layers."""
     shape = StepShape(32, heads, kv_heads, 128, batch, context)
     launches = dense_launches(shape) if is_dense else sparse_launches(shape, CONFIG)
-    return 32 * sum(launch.microseconds(4.8 * REACHED) for launch in launches) / 1e3
+    rate = 1e6 * tbs * REACHED
+    least = sum(launch.bytes / rate + GAP_US for launch in launches)
+    likely = least if is_dense else layer_time(shape, CONFIG, rate).likely
+    return Times(0.032 * least, 0.032 * likely)
+
+
+def shared(*parts: tuple[float, Times]) -> Times:
+    """A step some layers of which take the one time and some the other: a share of all and what a step of it would take."""
+    return Times(
+        *(
+            sum(share * ms for (share, _), ms in zip(parts, column, strict=True))
+            for column in zip(*(t for _, t in parts), strict=True)
+        )
+    )
 
 
 def test_sizes_are_the_pools_and_the_indexs(tmp_path: Path) -> None:
@@ -71,23 +86,46 @@ def test_a_step_is_the_models_and_the_weights(tmp_path: Path) -> None:
     table = 128_256 * 4096 * 2  # of the embeddings, which a step does not read
     assert plan.weights_ms == pytest.approx((16e9 - table) / 4.32e9)
     for side, is_dense in ((plan.dense, True), (plan.sparse, False)):
-        assert side.attention_ms == pytest.approx(step_ms(32_768, 8, is_dense))
-        assert side.step_ms == pytest.approx(side.attention_ms + plan.weights_ms)
-        assert side.tokens_per_s == pytest.approx(8e3 / side.step_ms)
-    assert plan.speedup and plan.speedup > 1.5
+        assert side.attention == pytest.approx(step_times(32_768, 8, is_dense))
+        assert side.step == pytest.approx([ms + plan.weights_ms for ms in side.attention])
+        assert side.tokens_per_s == pytest.approx(8e3 / side.step.least)
+        assert side.likely_tokens_per_s == pytest.approx(8e3 / side.step.likely)
+    assert plan.speedup and plan.likely_speedup
+    assert plan.speedup > plan.likely_speedup > 1.2
+
+
+def test_what_is_likely_is_known_where_instructions_are_counted(tmp_path: Path) -> None:
+    known = plan_of(tmp_path)
+    for wish, config, changes in (
+        (WISH._replace(counted=False), CONFIG, {}),  # another generation
+        (WISH, ClusterKVConfig(dense_below="never", refine=False), {}),
+        (WISH, ClusterKVConfig(dense_below="never", estimate=False), {}),
+        (WISH, CONFIG, {"dtype": "float32"}),
+    ):
+        plan = plan_of(tmp_path, wish, config, **changes)
+        assert plan.sparse.step and plan.sparse.step.likely is None and plan.likely_speedup is None
+        assert plan.speedup and plan.pays_from and known.pays_from and plan.pays_from < known.pays_from
+    # Less bandwidth slows what reads most.
+    slower = plan_of(tmp_path, WISH._replace(tbs=3.35))
+    assert slower.sparse.attention == pytest.approx(step_times(32_768, 8, False, tbs=3.35))
+    assert slower.dense.attention == pytest.approx(step_times(32_768, 8, True, tbs=3.35))
+    assert slower.likely_speedup and known.likely_speedup and slower.likely_speedup > known.likely_speedup
+    shape = StepShape(32, 32, 8, 128, 8, 32_768)
+    assert dense_us(shape, 4.3e6) == pytest.approx(dense_us(shape))
+    assert GPUS["H100"].counted and GPUS["H200"].counted and not GPUS["B200"].counted and not GPUS["A100-80G"].counted
 
 
 def test_requests_that_do_not_fit_wait(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, WISH._replace(concurrency=64))
     assert plan.sparse.running == plan.sparse.fits < plan.dense.running == plan.dense.fits < 64
-    assert plan.sparse.attention_ms == pytest.approx(step_ms(32_768, plan.sparse.fits, False))
+    assert plan.sparse.attention == pytest.approx(step_times(32_768, plan.sparse.fits, False))
 
 
 def test_ranks_have_a_part_each(tmp_path: Path) -> None:
     whole, half = plan_of(tmp_path), plan_of(tmp_path, WISH._replace(tp=2))
     assert half.dense.token_bytes == whole.dense.token_bytes // 2
     assert half.weights_ms == pytest.approx(whole.weights_ms / 2)
-    assert half.sparse.attention_ms == pytest.approx(step_ms(32_768, 8, False, 16, 4))
+    assert half.sparse.attention == pytest.approx(step_times(32_768, 8, False, 16, 4))
     # More ranks than kv heads: each has one.
     assert plan_of(tmp_path, WISH._replace(tp=16)).dense.token_bytes == whole.dense.token_bytes // 8
 
@@ -100,21 +138,23 @@ def test_what_is_not_recalled_is_dense(tmp_path: Path) -> None:
         (WISH._replace(concurrency=2), ClusterKVConfig()),  # a batch of 65,536 tokens: `dense_below` is auto
     ):
         plan = plan_of(tmp_path, wish, config)
-        assert plan.sparse.attention_ms == plan.dense.attention_ms
+        assert plan.sparse.attention == plan.dense.attention
         assert plan.pays_from is None
     by_itself, always = plan_of(tmp_path, WISH, ClusterKVConfig()), plan_of(tmp_path)
     assert by_itself.sparse == always.sparse
     assert by_itself.pays_from and always.pays_from and by_itself.pays_from > always.pays_from
     some = plan_of(tmp_path, WISH, ClusterKVConfig(dense_layers=8))
-    mixed = (8 * step_ms(32_768, 8, True) + 24 * step_ms(32_768, 8, False)) / 32
-    assert some.sparse.attention_ms == pytest.approx(mixed)
+    mixed = shared((0.25, step_times(32_768, 8, True)), (0.75, step_times(32_768, 8, False)))
+    assert some.sparse.attention == pytest.approx(mixed)
 
 
 def test_where_it_begins_to_pay(tmp_path: Path) -> None:
     first = plan_of(tmp_path).pays_from
     assert first and first % 1024 == 0
-    assert step_ms(first, 8, False) < step_ms(first, 8, True)
-    assert step_ms(first - 1024, 8, False) >= step_ms(first - 1024, 8, True)
+    assert step_times(first, 8, False).likely < step_times(first, 8, True).least
+    assert step_times(first - 1024, 8, False).likely >= step_times(first - 1024, 8, True).least
+    by_bytes = plan_of(tmp_path, WISH._replace(counted=False)).pays_from
+    assert by_bytes and step_times(by_bytes, 8, False).least < step_times(by_bytes, 8, True).least
 
 
 def test_sliding_layers_read_their_window(tmp_path: Path) -> None:
@@ -122,9 +162,9 @@ def test_sliding_layers_read_their_window(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, sliding_window=1024, layer_types=kinds)
     page = index_bytes(CONFIG, Geometry(32, 8, 128, 16, pages=1, clustered=tuple(range(24, 32))))
     assert plan.sparse.index_bytes == -(-page // 16), "of the eight layers that recall"
-    slid = 0.75 * step_ms(1024, 8, True)
-    assert plan.dense.attention_ms == pytest.approx(slid + 0.25 * step_ms(32_768, 8, True))
-    assert plan.sparse.attention_ms == pytest.approx(slid + 0.25 * step_ms(32_768, 8, False))
+    slid = (0.75, step_times(1024, 8, True))
+    assert plan.dense.attention == pytest.approx(shared(slid, (0.25, step_times(32_768, 8, True))))
+    assert plan.sparse.attention == pytest.approx(shared(slid, (0.25, step_times(32_768, 8, False))))
     gemma = read_checkpoint(folder(tmp_path, model_type="gemma3_text", sliding_window=1024, num_hidden_layers=26))
     assert gemma.sliding_layers == 22
     assert read_checkpoint(folder(tmp_path, sliding_window=4096, use_sliding_window=False)).sliding_layers == 0
@@ -167,11 +207,20 @@ def test_the_table_and_the_json_say_the_same(tmp_path: Path, capsys: pytest.Capt
     found = json.loads(capsys.readouterr().out)
     assert found["memory_gb"] == MEMORY_SHARE * GPUS["H200"].memory_gb
     assert (
-        f"| tokens/s, all requests | {found['dense']['tokens_per_s']:,.0f} | {found['sparse']['tokens_per_s']:,.0f} |"
+        f"| tokens/s, all requests | {found['dense']['tokens_per_s']:,.0f} | {found['sparse']['tokens_per_s']:,.0f} "
+        f"| {found['sparse']['likely_tokens_per_s']:,.0f} |" in printed
+    )
+    assert f"| speed-up | 1 | {found['speedup']:.2f} | {found['likely_speedup']:.2f} |" in printed
+    assert (
+        f"| {found['sparse']['attention_ms']['least']:.2f} | {found['sparse']['attention_ms']['likely']:.2f} |"
         in printed
     )
-    assert f"| speed-up | 1 | {found['speedup']:.2f} |" in printed
-    assert f"from {found['pays_from']:,} tokens on" in printed
+    assert f"likely faster with clusterkv from {found['pays_from']:,} tokens on" in printed
+    assert cli.main([*arguments, "--gpu", "B200"]) == 0
+    assert (
+        "known for the H100 and H200 alone" in (printed := capsys.readouterr().out)
+        and "clusterkv, likely" not in printed
+    )
 
 
 def test_a_cpu_has_sizes_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,12 @@
 """Two clusterkv servers behind SGLang's router: do sessions stay where their prefix and clusters are, and what if one dies?
 
-    python examples/scale_out.py --model PATH [--router 'smg launch'] [--sessions 5] [--turns 3] [--data-parallel]
+    python examples/scale_out.py --model PATH [--router 'smg launch'] [--sessions 5] [--turns 3] [--one-server]
 
 Starts both servers and the router (smg or sglang-router, from PyPI), plays sessions that each go on about a document of their
 own, one request after another, first with requests dealt in turn, then with the cache-aware policy, and prints what was found
-in the caches. Then it kills one of the servers and asks the last turn of every session again.
+in the caches. Then it kills one of the servers and asks the last turn of every session again. With --one-server it plays the
+same sessions against one server with --tp-size 2, one with --dp-size 2, and the latter behind the router, which then knows its
+replicas. With --write FILE it puts what it printed between the marks in a page (docs/scaling.md has them).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ HOST = "127.0.0.1"
 HEALTH = "/health_generate"
 # Servers take any name of a model; smg routes by it.
 NAMED = ["--served-model-name", "clusterkv"]
+BEGIN, END = "<!-- scale_out.py -->\n", "<!-- end -->\n"
 
 
 class Counts(NamedTuple):
@@ -129,12 +132,14 @@ def find_router(text: str | None) -> list[str]:
     raise ScaleOutError("no router is installed: pip install smg, in this environment or another, and pass --router")
 
 
-def router_command(router: Sequence[str], policy: str, port: int, urls: Sequence[str], log: Path) -> list[str]:
+def router_command(
+    router: Sequence[str], policy: str, port: int, urls: Sequence[str], log: Path, more: Sequence[str] = ()
+) -> list[str]:
     """A router over servers. It looks at their health every two seconds and tries a request that failed again elsewhere."""
     return [
         *router, "--host", HOST, "--port", str(port), "--policy", policy, "--worker-urls", *urls,
         "--prometheus-port", str(port + 1), "--health-check-interval-secs", "2", "--health-failure-threshold", "1",
-        "--log-dir", str(log),
+        "--log-dir", str(log), *more,
     ]  # fmt: skip
 
 
@@ -228,51 +233,107 @@ def line(name: str, played: Played) -> str:
     )
 
 
+class Report:
+    """What was printed: a table, and whether a death changed an answer."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """A line, at once."""
+        self.lines.append(text)
+        print(text, flush=True)
+
+    def write(self, page: Path, command: str) -> None:
+        """Put it, with the command, between the marks of a page.
+
+        Raises ScaleOutError where the page has none.
+        """
+        head, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, tail = rest.partition(END)
+        if not begin or not end:
+            raise ScaleOutError(f"{page} has no lines {BEGIN.strip()} and {END.strip()}: put them where the table goes")
+        text = "\n".join(["```", f"$ {command}", *(line.rstrip() for line in self.lines), "```", ""])
+        page.write_text(head + begin + text + end + tail, encoding="utf-8")
+
+
+class Run:
+    """Servers and routers of one command line, and the sessions that are played against them."""
+
+    def __init__(self, args: argparse.Namespace, server_arguments: Sequence[str], report: Report) -> None:
+        self.args, self.server_arguments, self.report = args, server_arguments, report
+        self.router, self.logs = find_router(args.router), Path(tempfile.mkdtemp(prefix="scale-out-"))
+
+    def sessions(self) -> list[Session]:
+        """New ones."""
+        return [Session(number, self.args.tokens, self.args.answer_tokens) for number in range(self.args.sessions)]
+
+    @contextmanager
+    def server(self, number: int, *more: str) -> Iterator[Process]:
+        """A server on a port of its own."""
+        url = f"http://{HOST}:{self.args.port + number}"
+        command = server_command(self.args.model, self.args.port + number, [*self.server_arguments, *more])
+        with running(f"server {number}", command, url, self.logs / f"server-{number}") as server:
+            yield server
+
+    @contextmanager
+    def routed(
+        self, number: int, policy: str, servers: Sequence[Process], workers: int, *more: str
+    ) -> Iterator[Process]:
+        """A router over servers, on a port of its own, once it knows all workers."""
+        port = self.args.port + 10 + 2 * number
+        urls = [server.url for server in servers]
+        command = router_command(self.router, policy, port, urls, self.logs / f"{policy}-{number}", more)
+        with running("the router", command, f"http://{HOST}:{port}", self.logs / f"router-{number}") as router:
+            wait_for_workers(router, workers)
+            yield router
+
+    def two_servers(self) -> bool:
+        """Both policies, and a death; whether it changed no answer."""
+        with ExitStack() as stack:
+            servers = [stack.enter_context(self.server(number)) for number in range(2)]
+            for server in servers:
+                server.wait_until_ready(HEALTH)
+            for number, policy in enumerate(POLICIES):
+                flush(servers)
+                router = stack.enter_context(self.routed(number, policy, servers, len(servers)))
+                sessions = self.sessions()
+                played = play(sessions, router.url, self.args.turns, servers)
+                self.report.say(line(f"2 servers, {policy}", played))
+            servers[0].kill()
+            again = play(sessions, router.url, 1, servers[1:])
+        self.report.say(line("after one died, last turns", again))
+        same = sum(one == other for one, other in zip(played.answers, again.answers, strict=True))
+        self.report.say(f"answers as before: {same} of {len(sessions)}")
+        return same == len(sessions)
+
+    def one_server(self) -> None:
+        """With two ranks, with two replicas, and with these behind a router that knows both."""
+        with self.server(2, "--tp-size", "2") as server:
+            server.wait_until_ready(HEALTH)
+            self.report.say(line("1 server, --tp-size 2", play(self.sessions(), server.url, self.args.turns, [server])))
+        with self.server(3, "--dp-size", "2") as server:
+            server.wait_until_ready(HEALTH)
+            self.report.say(line("1 server, --dp-size 2", play(self.sessions(), server.url, self.args.turns, [server])))
+            flush([server])
+            with self.routed(2, "cache_aware", [server], 2, "--dp-aware") as router:
+                played = play(self.sessions(), router.url, self.args.turns, [server])
+            self.report.say(line("--dp-size 2, --dp-aware", played))
+
+
 def run(args: argparse.Namespace, server_arguments: Sequence[str]) -> int:
     """Everything; 0 where each request was answered and a death changed no answer."""
-    router, logs = find_router(args.router), Path(tempfile.mkdtemp(prefix="scale-out-"))
-
-    def new_sessions() -> list[Session]:
-        return [Session(number, args.tokens, args.answer_tokens) for number in range(args.sessions)]
-
-    print(f"logs in {logs}\n{'':30} {'prompt':>9} {'cached':>16} {'clustered':>10} {'reused':>9}   tokens")
-    with ExitStack() as stack:
-        urls = [f"http://{HOST}:{args.port + number}" for number in range(2)]
-        commands = [server_command(args.model, args.port + number, server_arguments) for number in range(2)]
-        servers = [
-            stack.enter_context(running(url, command, url, logs / f"server-{number}"))
-            for number, (url, command) in enumerate(zip(urls, commands, strict=True))
-        ]
-        for server in servers:
-            server.wait_until_ready(HEALTH)
-        for number, policy in enumerate(POLICIES):
-            flush(servers)
-            port = args.port + 10 + 2 * number
-            command = router_command(router, policy, port, urls, logs / policy)
-            url = f"http://{HOST}:{port}"
-            router_process = stack.enter_context(running("the router", command, url, logs / f"router-{policy}"))
-            wait_for_workers(router_process, len(servers))
-            sessions = new_sessions()
-            played = play(sessions, url, args.turns, servers)
-            print(line(f"2 servers, {policy}", played), flush=True)
-        servers[0].kill()
-        again = play(sessions, router_process.url, 1, servers[1:])
-    print(line("after one died, last turns", again))
-    same = sum(one == other for one, other in zip(played.answers, again.answers, strict=True))
-    print(f"answers as before: {same} of {len(sessions)}")
-    if args.data_parallel:
-        with one_server(args, server_arguments, logs) as server:
-            print(line("1 server, --dp-size 2", play(new_sessions(), server.url, args.turns, [server])))
-    return 0 if same == len(sessions) else 1
-
-
-@contextmanager
-def one_server(args: argparse.Namespace, server_arguments: Sequence[str], logs: Path) -> Iterator[Process]:
-    """A server with two replicas of the model behind SGLang's own data-parallel controller."""
-    command = server_command(args.model, args.port + 2, [*server_arguments, "--dp-size", "2"])
-    with running("the server", command, f"http://{HOST}:{args.port + 2}", logs / "server-dp") as server:
-        server.wait_until_ready(HEALTH)
-        yield server
+    report = Report()
+    all_of_it = Run(args, server_arguments, report)
+    print(f"logs in {all_of_it.logs}")
+    report.say(f"{'':30} {'prompt':>9} {'cached':>16} {'clustered':>10} {'reused':>9}   tokens")
+    same = all_of_it.two_servers()
+    if args.one_server:
+        all_of_it.one_server()
+    if args.write:
+        options = [*(["--one-server"] if args.one_server else []), *server_arguments]
+        report.write(args.write, shlex.join(["python", "examples/scale_out.py", "--model", "MODEL", *options]))
+    return 0 if same else 1
 
 
 def main() -> int:
@@ -287,7 +348,8 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1200, help="of each document, default %(default)s")
     parser.add_argument("--answer-tokens", type=int, default=16)
-    parser.add_argument("--data-parallel", action="store_true", help="also one server with --dp-size 2")
+    parser.add_argument("--one-server", action="store_true", help="also one server with two ranks, or two replicas")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a page with marks, for what was printed")
     args, server_arguments = parser.parse_known_args()
     try:
         return run(args, server_arguments)

@@ -76,7 +76,7 @@ def times_s(model: Model, repeats: int, config: ClusterKVConfig) -> tuple[float,
     """Of all layers, and of those that recall."""
     both = Segment(model, None, config), Segment(model, model.recalling, config)
     found = [[segment.cluster_s() for segment in both] for _ in range(1 + repeats)]
-    return tuple(map(min, zip(*found[1:], strict=True)))  # type: ignore[return-value]
+    return tuple(map(min, zip(*found[1:], strict=True)))
 
 
 def table(repeats: int, config: ClusterKVConfig) -> str:

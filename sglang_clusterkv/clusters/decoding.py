@@ -209,7 +209,9 @@ class DecodeLists:
 
     def _borders(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> RowBorders:
         tables = self._tables
-        return RowBorders(rows, seq_lens, count, tables.begin[rows], tables.end[rows], tables.covered[rows])
+        return RowBorders(
+            rows, seq_lens, count, tables.begin[rows], tables.end[rows], tables.covered[rows], tables.ids[rows]
+        )
 
 
 def captured_room(index: ClusterIndex, batch: int, context_tokens: int) -> ListShape:

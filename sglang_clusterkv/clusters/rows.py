@@ -114,6 +114,7 @@ class RowTables:
         self.begin = np.full((rows, _COLUMNS), _NEVER, np.int32)
         self.end = np.full((rows, _COLUMNS), _NEVER, np.int32)
         self.covered = np.zeros((rows, _COLUMNS + 1), np.int32)  # tokens of the first i segments
+        self.ids = np.full((rows, _COLUMNS), -1, np.int32)
         self.waits_from = np.zeros(rows, np.int32)
         self.exact = np.full(rows, _NEVER, np.int32)  # tokens before the first whose KV follows a sparse step
         self.look_from = np.zeros(rows, np.int64)  # launch from which a row may be looked at, after a fault
@@ -131,6 +132,7 @@ class RowTables:
         self.end[row.row] = _NEVER
         self.begin[row.row, :count] = borders[:, 0]
         self.end[row.row, :count] = borders[:, 1]
+        self.ids[row.row, :count] = [segment.id for segment in row.segments]
         lengths = borders[:, 1] - borders[:, 0]
         self.covered[row.row, 0] = 0
         self.covered[row.row, 1 : count + 1] = np.cumsum(lengths)
@@ -141,6 +143,7 @@ class RowTables:
         self.begin = np.pad(self.begin, more, constant_values=_NEVER)
         self.end = np.pad(self.end, more, constant_values=_NEVER)
         self.covered = np.pad(self.covered, more)
+        self.ids = np.pad(self.ids, more, constant_values=-1)
 
     def clear(self) -> None:
         """All rows were freed."""

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sglang_clusterkv.memory.sharing import SharedSegments, shared_segments
+
 
 class SparseStep(NamedTuple):
     """B requests that decode sparsely. Lists are padded to the longest; N pages, W always-attended tokens, S segments.
@@ -37,6 +39,7 @@ class SparseStep(NamedTuple):
         None  # int32 [B + 1], where each request's clusters begin in a GPU's workspace; None: anywhere
     )
     clusters: int = 0  # the last offset, or more
+    shared: SharedSegments | None = None  # None: nobody looked for any
 
 
 class DenseStep(NamedTuple):
@@ -56,6 +59,7 @@ class RowBorders(NamedTuple):
     begin: np.ndarray  # [B, S], token positions
     end: np.ndarray  # [B, S]
     covered: np.ndarray  # [B, S + 1], tokens of the first i segments
+    ids: np.ndarray | None = None  # [B, S], of the segments; None: not known, so no request is taken to share any
 
 
 class ListShape(NamedTuple):
@@ -215,6 +219,7 @@ def sparse_step(borders: RowBorders, req_to_token: torch.Tensor, page_size: int)
         recallable_tokens=int(covered.max()),
         dense_count=torch.zeros_like(base_count),
         lengths=np.stack([base, covered], 1),
+        shared=None if borders.ids is None else shared_segments(borders.ids[:, :most], borders.recallable),
     )
 
 

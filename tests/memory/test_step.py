@@ -1,19 +1,24 @@
 """The lists of a decode step are what a reader of the borders would write down, for ragged batches with gaps anywhere.
 
 Red when: a list names a slot or page of another row or position, a token twice or never; its order is not the sequence's;
-a segment's ordinal or begin is wrong; a count includes padding, or padding is not zero.
+a segment's ordinal or begin is wrong; a count includes padding, or padding is not zero; a shared
+segment is left out, listed without one of its requests, or with one that has it in its window.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sglang_clusterkv.clusters.rows import Row, RowTables, Segment
+from sglang_clusterkv.memory.sharing import shared_segments
 from sglang_clusterkv.memory.step import RowBorders, dense_step, sparse_step
 
 CONTEXT = 800
@@ -104,6 +109,28 @@ def test_lists_of_random_batches(page_size: int) -> None:
                 at = end + generator.choice([0, 0, 1, 2, 7])
             batch.append(Sequence(row, generator.randint(segments[-1][1], CONTEXT), segments))
         assert_lists(batch, table, page_size, spare=generator.randint(0, 2))
+
+
+@given(st.data())
+def test_shared_segments_are_listed_with_all_their_requests(data: st.DataObject) -> None:
+    """Of requests whose segments are paths of random trees; a request may have fewer recallable than it sees."""
+    batch, depth = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    ids = np.full((batch, depth), -1)
+    for b in range(batch):  # as an earlier request down to some depth, then its own
+        common = data.draw(st.integers(0, depth))
+        ids[b] = 100 * (b + 1) + np.arange(depth)[::-1]
+        ids[b, :common] = ids[data.draw(st.integers(0, b)), :common]
+    count = np.array([data.draw(st.integers(1, depth)) for _ in range(batch)])
+    shared = shared_segments(ids, count)
+
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for b in range(batch):
+        for s in range(count[b]):
+            seen.setdefault(int(ids[b, s]), []).append((b, s))
+    expected = [seen[i] for i in sorted(seen) if len(seen[i]) > 1]
+    members = list(zip(shared.request.tolist(), shared.ordinal.tolist(), strict=True))
+    assert [members[begin:end] for begin, end in itertools.pairwise(shared.first.tolist())] == expected
+    assert sorted(map(tuple, np.argwhere(shared.of_request).tolist())) == sorted(members)
 
 
 def test_the_dense_list_is_the_row() -> None:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from sglang_clusterkv.clusters import build
@@ -30,10 +31,12 @@ from sglang_clusterkv.clusters.planning.planner import Planner
 from sglang_clusterkv.clusters.planning.records import Records
 from sglang_clusterkv.clusters.planning.view import Run
 from sglang_clusterkv.clusters.residency import TieredResidency
-from sglang_clusterkv.clusters.rows import RowTables
+from sglang_clusterkv.clusters.rows import Row, RowTables
+from sglang_clusterkv.memory import step as step_lists
 from sglang_clusterkv.memory.directory import FREE, PADDING, Directory
 from sglang_clusterkv.memory.host import HostRows
 from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.sharing import SharedSegments, shared_segments
 from tests.support.scenes import PAGE, Scene
 
 
@@ -259,6 +262,22 @@ def _only_resident_segments_are_made() -> AbstractContextManager[Any]:
     return patch.object(ClusterEngine, "_make", if_resident)
 
 
+def _shared_by_place(ids: np.ndarray, count: np.ndarray) -> SharedSegments:
+    return shared_segments(np.broadcast_to(np.arange(ids.shape[1]), ids.shape), count)
+
+
+def _ids_of_the_row_before() -> AbstractContextManager[Any]:
+    write = RowTables.write
+
+    def but_its_ids(self: RowTables, row: Row) -> None:
+        before = self.ids[row.row].copy()
+        write(self, row)
+        if before[0] >= 0:
+            self.ids[row.row, : len(before)] = before
+
+    return patch.object(RowTables, "write", but_its_ids)
+
+
 MUTANTS = {
     "handed-out pages keep their clusters": Mutant(
         "1", _replaced(ClusterIndex, "invalidate", lambda self, pages: None)
@@ -309,6 +328,10 @@ MUTANTS = {
     "a page that is handed out stays stored": Mutant("11", lambda: _release_without("stored")),
     "unmapped on the scheduler's stream": Mutant("10", _unmapped_on_the_schedulers_stream),
     "built from the device alone": Mutant("4, 5", _built_without_the_host),
+    "segments are taken for shared by their places": Mutant(
+        "13", _replaced(step_lists, "shared_segments", _shared_by_place)
+    ),
+    "ids of segments are those of the row before": Mutant("13", _ids_of_the_row_before),
     "only resident segments are made": Mutant("12", _only_resident_segments_are_made),
 }
 

@@ -1,4 +1,4 @@
-"""docs/design.md's rules 1 to 12 as assertions over a world (world.py), called after every launch.
+"""docs/design.md's rules 1 to 13 as assertions over a world (world.py), called after every launch.
 
 They trust the device's page states, the pool and the world's rows; what the engine's records say is checked against those.
 """
@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from sglang_clusterkv.clusters.decoding import DecodeStep
@@ -17,6 +18,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.directory import FREE, IN_RING, PADDING, Directory
 from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.step import SparseStep
 from tests.support.scenes import PAGE
 
 if TYPE_CHECKING:
@@ -276,12 +278,31 @@ def assert_lists(world: World, requests: Sequence[Request], step: DecodeStep) ->
     assert not sparse_at or world.launches >= world.dense_until, "rule 7: layers that failed are tried again at once"
     for i, place in enumerate(sparse_at):
         assert_sparse_list(world, requests[place], step, i)
+    if step.sparse is not None:
+        assert_sharing(step.sparse)
     for request in requests if not world.may_fault else []:
         dirty = world.is_dirty(request)
         request.dense_since_news += dirty
         assert request.dense_since_news < 2, f"{request.rid} decodes densely for a second time since its row was new"
         if not dirty and world.settled and not world.splits:  # a piece that a cut left is looked at in the next step
             assert_tail_is_short(world, request)
+
+
+def assert_sharing(lists: SparseStep) -> None:
+    """Rule 13: the segments that are listed as shared are those whose pages several requests recall from, with all of these."""
+    seen: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for b in range(lists.batch):
+        ordinals = lists.segment_of_page[b, : int(lists.page_count[b])]
+        for segment in range(int(lists.segment_count[b])):
+            pages = tuple(lists.pages[b, : len(ordinals)][ordinals == segment].tolist())
+            seen.setdefault(pages, []).append((b, segment))
+    shared = lists.shared
+    assert shared is not None
+    members = list(zip(shared.request.tolist(), shared.ordinal.tolist(), strict=True))
+    listed = [members[begin:end] for begin, end in itertools.pairwise(shared.first.tolist())]
+    expected = [requests for requests in seen.values() if len(requests) > 1]
+    assert sorted(listed) == sorted(expected), f"rule 13: {listed} are listed as shared, {expected} are"
+    assert sorted(map(tuple, np.argwhere(shared.of_request).tolist())) == sorted(members), "rule 13: who shares"
 
 
 def step_may_be_dense(world: World) -> bool:

@@ -30,7 +30,9 @@ from benchmarks.policies.estimates import (
     TwoLevels,
     two_bit_bytes,
 )
+from benchmarks.policies.formats import Bytes, Format
 from benchmarks.policies.policy import Policy, Reading, kv_bytes
+from benchmarks.policies.steps import Reformed
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 from sglang_clusterkv.memory.masses import SPREAD_CAP
 
@@ -86,12 +88,12 @@ def _two_levels(opened: float) -> Callable[[Reading], float]:
 
 
 def _reused(steps: int) -> Callable[[Reading], float]:
-    """As ours, with the candidates' codes and offsets read in one of so many steps."""
+    """As ours, with the candidates' codes and offsets read in one of so many steps, or in as many as were counted."""
 
     def metadata_bytes(reading: Reading) -> float:
         whole = msgspec.structs.replace(reading.config, refine=False)
         scored = _ours(reading._replace(config=whole)) - 2 * reading.config.budget_tokens
-        return scored + (_ours(reading) - scored) / steps
+        return scored + (_ours(reading) - scored) * (1 / steps if reading.chosen is None else reading.chosen)
 
     return metadata_bytes
 
@@ -160,9 +162,23 @@ POLICIES: dict[str, Policy] = {
     "ours-whole-clusters": Policy("ours, whole clusters (no refining)", _ours, {"refine": False}),
     "ours-reused-2": Policy("ours, a choice serves 2 steps", _reused(2), make=lambda budget: ReusedChoice(2)),
     "ours-reused-4": Policy("ours, a choice serves 4 steps", _reused(4), make=lambda budget: ReusedChoice(4)),
-    # Bytes as if a head never reused.
     "ours-reused-4-alike": Policy(
-        "ours, a choice serves 4 steps while cosine >= .9", _ours, make=lambda budget: ReusedChoice(4, 0.9)
+        "ours, a choice serves 4 steps while cosine >= .9",
+        _reused(1),
+        make=lambda budget: ReusedChoice(4, 0.9),
+        counted=True,
+    ),
+    "ours-reused-2-alike-90": Policy(
+        "ours, a choice serves 2 steps while cosine >= .9",
+        _reused(1),
+        make=lambda budget: ReusedChoice(2, 0.9),
+        counted=True,
+    ),
+    "ours-reused-2-alike-80": Policy(
+        "ours, a choice serves 2 steps while cosine >= .8",
+        _reused(1),
+        make=lambda budget: ReusedChoice(2, 0.8),
+        counted=True,
     ),
     "ours-shared-budget": Policy("ours, heads of a layer share their budgets", _ours, make=SharedBudget),
     "ours-layer-budgets": Policy("ours, budgets of layers by their errors", _ours, make=_by_error),
@@ -202,4 +218,39 @@ POLICIES: dict[str, Policy] = {
     "oracle": Policy("oracle: exact top-B tokens", lambda r: 0.0, make=Oracle, is_method=False),
 }
 
-__all__ = ["POLICIES", "Policy", "Reading", "kv_bytes"]
+
+def _reformed(title: str, form: Format) -> Policy:
+    """Ours in another format."""
+    return Policy(
+        f"ours, {title}",
+        lambda reading: Bytes(form, reading).read(),
+        make=lambda budget: Reformed(form),
+        counted=form.margin is not None or form.every > 1,
+    )
+
+
+FORMATS: dict[str, tuple[str, Format]] = {
+    "ours-tables": ("by tables, as it is served", Format()),
+    "ours-16-tokens": ("16 tokens per cluster", Format(tokens_per_cluster=16)),
+    "ours-3-bit-centroids": ("centroids in 3 bits", Format(centroid_bits=3)),
+    "ours-3-bit-turned-centroids": ("centroids rotated, in 3 bits", Format(centroid_bits=3, turned=True)),
+    "ours-8-bit-vectors": ("segments' vectors in 8 bits", Format(vector_bits=8)),
+    "ours-shared-values": ("mean values of two neighbours", Format(clusters_per_value=2)),
+    "ours-1-bit": ("1-bit codes", Format(code_bits=1)),
+    "ours-second-look": ("1 bit of all candidates, 2 of the better half", Format(second_look=True)),
+    "ours-8-bit-scales": ("codes' scales in 8 bits", Format(scale="token8")),
+    "ours-cluster-scales": ("codes' scales by cluster", Format(scale="cluster")),
+    "ours-rank-8": ("values move with keys, rank 8 in 4 bits", Format(rank=8)),
+    "ours-margin-2": ("candidates within 2 nats of the budget's last", Format(margin=2.0)),
+    "ours-margin-4": ("candidates within 4 nats of the budget's last", Format(margin=4.0)),
+    "ours-shared-last": ("heads share budgets by the last step's masses", Format(shared="last")),
+    "ours-candidates-2": ("candidates serve 2 steps", Format(every=2)),
+    "ours-candidates-4": ("candidates serve 4 steps", Format(every=4)),
+    "ours-candidates-4-alike": ("candidates serve 4 steps while cosine >= .8", Format(every=4, least_cosine=0.8)),
+    "ours-codes-in-estimate": ("candidates' codes in the estimate", Format(codes_in_estimate=True)),
+    "ours-left-values": ("mean values of what is left", Format(left_values=True)),
+    "ours-left-logits": ("mean logits of what is left", Format(left_logits=True)),
+}
+POLICIES |= {name: _reformed(*entry) for name, entry in FORMATS.items()}
+
+__all__ = ["FORMATS", "POLICIES", "Policy", "Reading", "kv_bytes"]

@@ -85,6 +85,12 @@ class ReusedChoice(ChangedChoice):
         self._steps = steps
         self._least_cosine = least_cosine
         self._kept: dict[int, Choice] = {}
+        self._chosen = self._heads = self._candidates = 0
+
+    def counts(self) -> dict[str, float]:
+        """Candidates of a head on average, and how many heads chose anew, as a share."""
+        heads = max(1, self._heads)
+        return {"candidates": self._candidates / heads, "chosen": self._chosen / heads}
 
     def change(self, q: torch.Tensor, layer: int, step: SparseStep, decoder: CpuDecoder) -> None:
         """Every head that may reuse its old choice does."""
@@ -103,6 +109,9 @@ class ReusedChoice(ChangedChoice):
                 old[chosen] = new[chosen]
                 new[...] = old
             kept.q[torch.from_numpy(chosen)] = q[torch.from_numpy(chosen)]
+        self._chosen += int(chosen.sum())
+        self._candidates += int(u.candidates.sum())
+        self._heads += chosen.size
         kept.age[...] = np.where(chosen, 0, kept.age + 1)
         self._kept[layer] = kept
 

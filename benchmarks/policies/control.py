@@ -15,7 +15,7 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from benchmarks.policies import POLICIES
 from benchmarks.policies.places import PlaceRecorder
-from benchmarks.policies.recorder import Recorder
+from benchmarks.policies.recorder import CountWriter, Recorder
 from benchmarks.servers import Server
 from sglang_clusterkv.clusters.engine import ClusterEngine, SparseDecode
 from sglang_clusterkv.config import STEP_OPTIONS
@@ -46,19 +46,22 @@ def switch(engine: ClusterEngine, policy: str, options: dict[str, Any], record: 
         engine: of the server.
         policy: a name of `POLICIES`.
         options: step options.
-        record: `file` of a `PlaceRecorder`, or `file` and `heads` of a `Recorder`; it writes at the next switch.
+        record: `file` of a `PlaceRecorder`, `file` and `heads` of a `Recorder`, or `file` and `counts` (anything) of a
+            `CountWriter`; it writes at the next switch.
     """
     at_start = _at_start.setdefault(engine, {name: getattr(engine.config, name) for name in STEP_OPTIONS})
     chosen = POLICIES[policy]
     values = at_start | options | chosen.options
     values["candidate_tokens"] = max(values["candidate_tokens"], values["budget_tokens"])
     before: object = engine.sparse_decode
-    if isinstance(before, Recorder | PlaceRecorder):
+    if isinstance(before, Recorder | PlaceRecorder | CountWriter):
         before.write()
     engine.set_step_options(**values)
     decode: SparseDecode = sparse_decode if chosen.make is None else chosen.make(engine.config.budget_tokens)
     if record and "heads" in record:
         decode = Recorder(decode, len(engine.key_buffers), int(record["heads"]), Path(record["file"]))
+    elif record and "counts" in record:
+        decode = CountWriter(decode, Path(record["file"]))
     elif record:
         decode = PlaceRecorder(decode, engine, Path(record["file"]))
     engine.sparse_decode = decode

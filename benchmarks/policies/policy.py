@@ -28,6 +28,7 @@ class Reading(NamedTuple):
     base: int  # sinks, gaps and window
     head_dim: int
     config: ClusterKVConfig
+    chosen: float | None = None  # share of (step, kv head) that chose anew, where it was counted
 
 
 def kv_bytes(tokens: float, head_dim: int) -> float:
@@ -44,6 +45,7 @@ class Policy:
         metadata_bytes: bytes that a step reads to choose and to estimate, beside the tokens it attends to.
         options: step options that go with it (config.STEP_OPTIONS).
         make: its decode function for a budget of tokens; None: the engine's own.
+        counted: its function has `counts()`: `candidates` of a head on average, and the share that was `chosen` anew.
         is_method: false for what no system could do at the bytes counted for it (an oracle), or for dense.
     """
 
@@ -51,6 +53,7 @@ class Policy:
     metadata_bytes: Callable[[Reading], float]
     options: dict[str, object] = field(default_factory=dict)
     make: Callable[[int], SparseDecode] | None = None
+    counted: bool = False
     is_method: bool = True
 
     def step_bytes(self, reading: Reading, layers: int) -> float:

@@ -3,7 +3,9 @@ the clusters were that it saw."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ import torch
 from benchmarks.policies.anchors import StandIns
 from benchmarks.policies.estimates import ChangedEstimate
 from benchmarks.policies.policy import TokenPolicy, clustered_slots
+from benchmarks.policies.steps import Reformed
 from sglang_clusterkv.clusters.engine import SparseDecode
 from sglang_clusterkv.kernels.decode import cpu
 from sglang_clusterkv.kernels.score.reference import score
@@ -84,6 +87,27 @@ class Recorder:
         np.savez(self._file, error=self._error / steps, mass=self._mass / steps, bonus=self._bonus, steps=self._steps)
 
 
+class CountWriter:
+    """A decode function whose `counts()` are written as JSON at the end.
+
+    Args:
+        inner: the decode function that serves.
+        file: of the counts.
+    """
+
+    def __init__(self, inner: SparseDecode, file: Path) -> None:
+        self._inner = inner
+        self._file = file
+
+    def __call__(self, *arguments: Any, **host: Any) -> torch.Tensor:
+        """See `kernels.decode.sparse_decode`."""
+        return self._inner(*arguments, **host)
+
+    def write(self) -> None:
+        """Write them."""
+        self._file.write_text(json.dumps(self._inner.counts()))  # type: ignore[attr-defined]
+
+
 def recalled_slots(
     decode: SparseDecode, index: ClusterIndex, group: int, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +119,7 @@ def recalled_slots(
         group: query heads per kv head.
         keys: the layer's pool.
     """
-    if isinstance(decode, TokenPolicy | ChangedEstimate | StandIns):
+    if isinstance(decode, TokenPolicy | ChangedEstimate | StandIns | Reformed):
         return decode.recalled
     buffers = cpu.decoder_of(index, group, keys.dtype is torch.bfloat16).buffers
     return torch.from_numpy(buffers.recalled), torch.from_numpy(buffers.recalled_count)

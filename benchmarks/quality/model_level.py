@@ -121,9 +121,12 @@ class Sizes(NamedTuple):
     config: dict[str, Any]
 
 
-def step_bytes(arm: Arm, sizes: Sizes) -> float:
-    """Bytes per decode step, layer and kv head."""
-    reading = Reading(sizes.clustered, sizes.base, sizes.head_dim, ClusterKVConfig(**(sizes.config | arm.options)))
+def step_bytes(arm: Arm, sizes: Sizes, counts: dict[str, float] | None = None) -> float:
+    """Bytes per decode step, layer and kv head; by what was counted, where it was."""
+    options = sizes.config | arm.options | ({"candidate_tokens": round(counts["candidates"])} if counts else {})
+    reading = Reading(
+        sizes.clustered, sizes.base, sizes.head_dim, ClusterKVConfig(**options), counts["chosen"] if counts else None
+    )
     return POLICIES[arm.policy].step_bytes(reading, sizes.layers)
 
 
@@ -206,19 +209,25 @@ def run_document(
     if again:
         found["dense_again_kl_max"] = float(kl_divergence(reference.rows, decode(server, document).rows).max())
     queue, sizes = list(arms), None
+    folder = tempfile.TemporaryDirectory(prefix="quality-")
     bar = tqdm(total=len(queue), leave=False, unit="arm")
     while queue:
         arm = queue.pop(0)
         bar.set_description(arm.name)
-        use(server, arm.policy, **arm.options)
+        counted = Path(folder.name, "counts.json") if POLICIES[arm.policy].counted else None
+        use(server, arm.policy, record={"file": str(counted), "counts": True} if counted else None, **arm.options)
         decoded = decode(server, document)
+        if counted:
+            use(server, "dense")
+        counts = json.loads(counted.read_text()) if counted else None
         assert decoded.counts["sparse_steps"] >= 0.9 * len(decoded.rows), f"{arm.name}: {decoded.counts}"
         sizes = sizes or sizes_of(decoded.counts, document, model)
         found["arms"][arm.name] = {
             **compare(document, reference.rows, decoded.rows),
             "policy": arm.policy,
             "options": arm.options,
-            "bytes": step_bytes(arm, sizes),
+            "bytes": step_bytes(arm, sizes, counts),
+            "counts": counts,
         }
         if arm.policy == OURS and not changed(arm.options):
             more = [equal_bytes(policy, arm, sizes) for policy in equal]
@@ -226,6 +235,7 @@ def run_document(
             bar.total += len(more)
         bar.update()
     bar.close()
+    folder.cleanup()
     found["sizes"] = sizes._asdict() if sizes else None
     return found
 

@@ -29,9 +29,18 @@ class Scored(NamedTuple):
     total: torch.Tensor  # float32 [H, G]
 
 
+class Candidates(NamedTuple):
+    """Tokens of one request in one layer, in sequence order; those beyond `listed` are none."""
+
+    places: torch.Tensor  # int64 [H, K]
+    listed: torch.Tensor  # bool [H, K]
+    cluster: torch.Tensor  # int64 [H, K]
+
+
 class Recalled(NamedTuple):
     """Tokens of one request in one layer, the best first; those beyond `listed` are none."""
 
+    at: torch.Tensor  # int64 [H, K], among the candidates
     places: torch.Tensor  # int64 [H, K]
     listed: torch.Tensor  # bool [H, K]
     logits: torch.Tensor  # float32 [H, G, K], exact; -inf where not listed
@@ -57,7 +66,7 @@ class Reformed:
 
     def __init__(self, form: Format) -> None:
         self._form = form
-        # By layer and request: the clusters as stored, and what was made of them.
+        # By layer and request: its pages with their segments, and what was made of them.
         self._tables: dict[tuple[int, int], tuple[torch.Tensor, Tables]] = {}
         self._kept: dict[tuple[int, int], Kept] = {}
         self._counts: dict[tuple[int, int], torch.Tensor] = {}  # tokens of each head by the last step's masses
@@ -89,13 +98,14 @@ class Reformed:
             base_logits = scale * grouped[b] @ base_keys.transpose(1, 2)
             scored = self._score(t, grouped[b], base_logits, index.config, scale)
             taken = self._taken(t, scored, grouped[b], index.config, (layer, b))
-            found = self._recall(t, scored, taken, source, b)
+            candidates = self._candidates_of(t, taken)
+            found = self._recall(t, scored, candidates, source, b)
             logits = torch.cat((base_logits, found.logits), -1)
             heads = torch.arange(keys.shape[1]).unsqueeze(1)
             own_values = values[t.slots[found.places], heads].float()
             weights = logits.softmax(-1)
             exact = Partial(weights @ torch.cat((base_values, own_values), 1), logits.logsumexp(-1))
-            whole = merge(exact, self._estimate(t, scored, taken, found, own_values, source, b))
+            whole = merge(exact, self._estimate(t, scored, candidates, found, own_values, source, b))
             note_mass(index.mass_cells[layer, 0], exact.lse, whole.lse)
             output[b] = whole.output
             chosen.append(t.slots[found.places])
@@ -106,11 +116,10 @@ class Reformed:
         return output.flatten(1, 2).to(q.dtype)
 
     def _tables_of(self, source: Source, b: int) -> Tables:
-        """Made anew where the request's clusters changed."""
-        stored = source.view.key_rows[
-            source.rows[b, : int(source.step.page_count[b]) * source.clusters.clusters_per_page]
-        ]
-        known, made = self._tables.get((source.layer, b), (stored[:0], None))
+        """Made anew where the request's segments changed."""
+        pages = source.step.pages[b, : int(source.step.page_count[b])]
+        stored = torch.stack((pages, source.clusters.page_state[pages, 0].long()))
+        known, made = self._tables.get((source.layer, b), (stored[:, :0], None))
         if made is None or not torch.equal(known, stored):
             made = tables(source, b, self._form)
             self._tables[source.layer, b] = stored, made
@@ -163,20 +172,27 @@ class Reformed:
         self._candidates += float(taken.sum())
         return taken
 
-    def _recall(self, t: Tables, scored: Scored, taken: torch.Tensor, source: Source, b: int) -> Recalled:
+    @staticmethod
+    def _candidates_of(t: Tables, taken: torch.Tensor) -> Candidates:
+        """The first tokens of each cluster, so many."""
+        chosen = t.rank < taken.gather(-1, t.of_cluster)
+        rows = chosen.nonzero()[:, 1].split(chosen.sum(-1).tolist())
+        places = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        listed, places = places >= 0, places.clamp(min=0)
+        return Candidates(places, listed, t.of_cluster.gather(-1, places))
+
+    def _recall(self, t: Tables, scored: Scored, candidates: Candidates, source: Source, b: int) -> Recalled:
         """The best candidates by their codes, with their exact logits."""
         config, q, form = source.clusters.config, source.q[b], self._form
-        listed = t.rank < taken.gather(-1, t.of_cluster)
-        value = self._masses(t, scored, source, b, t.first).masked_fill(~listed, -1.0)
+        value = self._masses(t.first, scored, candidates, source, b)
         if form.second_look:
-            half = int(taken.sum(-1).max()) // 2
-            better = value.topk(min(max(half, config.budget_tokens), value.shape[1])).indices
-            second = self._masses(t, scored, source, b, t.second).masked_fill(~listed, -1.0)
+            half = max(int(candidates.listed.sum(-1).max()) // 2, config.budget_tokens)
+            better = value.topk(min(half, value.shape[1])).indices
+            second = self._masses(t.second, scored, candidates, source, b)
             value = torch.full_like(value, -1.0).scatter_(1, better, second.gather(1, better))
         most = config.budget_tokens if form.shared == "never" else int(MOST_SHARE * config.budget_tokens)
-        best = value.sort(dim=-1, descending=True, stable=True)
-        values, places = best.values[:, :most], best.indices[:, :most]
-        keep = values >= 0
+        values, at = value.topk(min(most, value.shape[1]))
+        places, keep = candidates.places.gather(-1, at), values >= 0
         if form.shared != "never":
             rank = torch.arange(values.shape[1])
             sure = rank < int(LEAST_SHARE * config.budget_tokens)
@@ -189,24 +205,29 @@ class Reformed:
         heads = torch.arange(len(q)).unsqueeze(1)
         keys = source.keys[t.slots[places], heads].float()
         logits = source.scale * q @ keys.transpose(1, 2)
-        return Recalled(places, keep, logits.masked_fill(~keep.unsqueeze(1), -torch.inf))
+        return Recalled(at, places, keep, logits.masked_fill(~keep.unsqueeze(1), -torch.inf))
 
-    def _masses(self, t: Tables, scored: Scored, source: Source, b: int, residual: torch.Tensor) -> torch.Tensor:
-        """Mass of each token by its code, mean over the group, float32 [H, T]."""
-        mass = (self._logits(t, scored, source, b, residual) - scored.total.unsqueeze(-1)).exp().mean(1)
-        return mass.masked_fill(mass < NO_MASS, 0.0)
+    def _masses(
+        self, residual: torch.Tensor, scored: Scored, candidates: Candidates, source: Source, b: int
+    ) -> torch.Tensor:
+        """Mass of each candidate by its code, mean over the group, float32 [H, K]; -1 where it is none."""
+        mass = (self._logits(residual, scored, candidates, source, b) - scored.total.unsqueeze(-1)).exp().mean(1)
+        return mass.masked_fill(mass < NO_MASS, 0.0).masked_fill(~candidates.listed, -1.0)
 
-    def _logits(self, t: Tables, scored: Scored, source: Source, b: int, residual: torch.Tensor) -> torch.Tensor:
-        """Of each token by its code, float32 [H, G, T]."""
+    def _logits(
+        self, residual: torch.Tensor, scored: Scored, candidates: Candidates, source: Source, b: int
+    ) -> torch.Tensor:
+        """Of each candidate by its code, float32 [H, G, K]."""
         q = source.q[b] @ rotation_matrix(residual.shape[-1], str(residual.device)).T
-        own = scored.dot.gather(-1, t.of_cluster.unsqueeze(1).expand(-1, q.shape[1], -1))
-        return own + source.scale * q @ residual.transpose(1, 2)
+        rows = residual[torch.arange(len(q)).unsqueeze(1), candidates.places]
+        own = scored.dot.gather(-1, candidates.cluster.unsqueeze(1).expand(-1, q.shape[1], -1))
+        return own + source.scale * q @ rows.transpose(1, 2)
 
     def _estimate(
         self,
         t: Tables,
         scored: Scored,
-        taken: torch.Tensor,
+        candidates: Candidates,
         found: Recalled,
         recalled_values: torch.Tensor,
         source: Source,
@@ -225,7 +246,7 @@ class Reformed:
         per_token = dot + bonus
         logits = left.log().unsqueeze(1) + per_token
         if form.codes_in_estimate:
-            logits = self._with_codes(t, scored, taken, found, logits, left, source, b)
+            logits = self._with_codes(t, scored, candidates, found, logits, left, source, b)
             per_token = torch.where(left.unsqueeze(1) > 0, logits - left.clamp(min=1).log().unsqueeze(1), per_token)
         lse = logits.logsumexp(-1)
         weights = (logits - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()
@@ -255,7 +276,7 @@ class Reformed:
         self,
         t: Tables,
         scored: Scored,
-        taken: torch.Tensor,
+        candidates: Candidates,
         found: Recalled,
         logits: torch.Tensor,
         left: torch.Tensor,
@@ -263,15 +284,14 @@ class Reformed:
         b: int,
     ) -> torch.Tensor:
         """Logits of clusters, float32 [H, G, C], whose candidates count by their codes and by what codes lose on average."""
-        rest = t.rank < taken.gather(-1, t.of_cluster)
-        rest.scatter_(1, found.places, rest.gather(1, found.places) & ~found.listed)
-        by_code = self._logits(t, scored, source, b, t.second)
+        rest = candidates.listed.scatter(1, found.at, candidates.listed.gather(1, found.at) & ~found.listed)
+        by_code = self._logits(t.second, scored, candidates, source, b)
         lost = LOST[self._form.code_bits] * scored.bonus
         peak = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-        cluster = t.of_cluster.unsqueeze(1).expand_as(by_code)
+        cluster = candidates.cluster.unsqueeze(1).expand_as(by_code)
         masses = torch.where(rest.unsqueeze(1), (by_code - peak).exp(), 0.0)
         sums = torch.zeros_like(logits).scatter_add_(-1, cluster, masses) * lost.exp()
-        listed = torch.zeros_like(left).scatter_add_(-1, t.of_cluster, rest.float())
+        listed = torch.zeros_like(left).scatter_add_(-1, candidates.cluster, rest.float())
         others = (left - listed).unsqueeze(1) * (logits - left.clamp(min=1).log().unsqueeze(1) - peak).exp()
         others = torch.where((left - listed).unsqueeze(1) > 0, others, 0.0)
         return (sums + others).log() + peak

@@ -168,18 +168,6 @@ POLICIES: dict[str, Policy] = {
         make=lambda budget: ReusedChoice(4, 0.9),
         counted=True,
     ),
-    "ours-reused-2-alike-90": Policy(
-        "ours, a choice serves 2 steps while cosine >= .9",
-        _reused(1),
-        make=lambda budget: ReusedChoice(2, 0.9),
-        counted=True,
-    ),
-    "ours-reused-2-alike-80": Policy(
-        "ours, a choice serves 2 steps while cosine >= .8",
-        _reused(1),
-        make=lambda budget: ReusedChoice(2, 0.8),
-        counted=True,
-    ),
     "ours-shared-budget": Policy("ours, heads of a layer share their budgets", _ours, make=SharedBudget),
     "ours-layer-budgets": Policy("ours, budgets of layers by their errors", _ours, make=_by_error),
     "ours-cap-1": Policy("ours, spread capped at 1", _ours, make=lambda budget: OtherCap(1.0)),
@@ -247,9 +235,34 @@ FORMATS: dict[str, tuple[str, Format]] = {
     "ours-candidates-2": ("candidates serve 2 steps", Format(every=2)),
     "ours-candidates-4": ("candidates serve 4 steps", Format(every=4)),
     "ours-candidates-4-alike": ("candidates serve 4 steps while cosine >= .8", Format(every=4, least_cosine=0.8)),
+    "ours-recalled-2": ("recalled tokens serve 2 steps", Format(every=2, reused="recalled")),
+    "ours-recalled-2-alike-80": (
+        "recalled tokens serve 2 steps while cosine >= .8",
+        Format(every=2, reused="recalled", least_cosine=0.8),
+    ),
+    "ours-recalled-2-alike-90": (
+        "recalled tokens serve 2 steps while cosine >= .9",
+        Format(every=2, reused="recalled", least_cosine=0.9),
+    ),
+    "ours-recalled-2-alike-95": (
+        "recalled tokens serve 2 steps while cosine >= .95",
+        Format(every=2, reused="recalled", least_cosine=0.95),
+    ),
     "ours-codes-in-estimate": ("candidates' codes in the estimate", Format(codes_in_estimate=True)),
     "ours-left-values": ("mean values of what is left", Format(left_values=True)),
     "ours-left-logits": ("mean logits of what is left", Format(left_logits=True)),
+    "ours-8-percent": (
+        "1-bit codes with scales by cluster, rotated centroids in 3 bits, vectors in 8",
+        Format(code_bits=1, scale="cluster", centroid_bits=3, turned=True, vector_bits=8),
+    ),
+    "ours-8-percent-codes": (
+        "the same, candidates' codes in the estimate",
+        Format(code_bits=1, scale="cluster", centroid_bits=3, turned=True, vector_bits=8, codes_in_estimate=True),
+    ),
+    "ours-codes-rank-8": (
+        "candidates' codes in the estimate, values move with keys",
+        Format(codes_in_estimate=True, rank=8),
+    ),
 }
 POLICIES |= {name: _reformed(*entry) for name, entry in FORMATS.items()}
 

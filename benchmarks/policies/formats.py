@@ -31,7 +31,8 @@ class Format:
         margin: nats; a cluster whose mass per token is by more than this below that of the cluster which completes the budget
             is no candidate; None: all are, up to `candidate_tokens`.
         shared: heads of a layer share their budgets by the masses of this step or by those of the last one.
-        every: steps that candidates serve; recalled are the best of them by each step's own query.
+        every: steps that a choice serves.
+        reused: what such a choice is: candidates, of which each step recalls the best by its own query, or recalled tokens.
         least_cosine: of every query to that of the choice, else a head chooses anew.
         codes_in_estimate: candidates that were not recalled count with the logits of their codes.
         left_logits: a cluster's mean logit is that of its tokens left: without the recalled ones' own.
@@ -50,6 +51,7 @@ class Format:
     margin: float | None = None
     shared: Literal["never", "now", "last"] = "never"
     every: int = 1
+    reused: Literal["candidates", "recalled"] = "candidates"
     least_cosine: float = -1.0
     codes_in_estimate: bool = False
     left_logits: bool = False
@@ -111,6 +113,8 @@ class Bytes:
             listed += candidates / 2 * self._code / 2
         if form.scale == "cluster":
             listed += candidates / self._tokens * WHOLE_SCALE
+        if form.reused == "recalled":
+            listed *= 1 / form.every if reading.chosen is None else reading.chosen
         return found + listed
 
     def _row(self, bits: int, turned: bool = False) -> float:

@@ -33,6 +33,8 @@ class Tables(NamedTuple):
     """One request in one layer: T clustered tokens in sequence order, C clusters, S segments."""
 
     slots: torch.Tensor  # int64 [T]
+    keys: torch.Tensor  # float32 [H, T, D], exact
+    values: torch.Tensor  # likewise
     of_cluster: torch.Tensor  # int64 [H, T]
     rank: torch.Tensor  # int64 [H, T], of a token in its cluster
     size: torch.Tensor  # float32 [H, C]
@@ -106,37 +108,61 @@ def looks(y: torch.Tensor, labels: torch.Tensor, clusters: int, form: Format) ->
 
 
 def tables(source: Source, b: int, form: Format) -> Tables:
-    """Of request b."""
+    """Of request b, from the pool and the clusters as they are stored, or from clusters of another size."""
     step, config = source.step, source.clusters.config
     page_size, clusters_per_page = source.clusters.geometry.page_size, source.clusters.clusters_per_page
     pages, segments = int(step.page_count[b]), int(step.segment_count[b])
     slots = clustered_slots(step, b, page_size)
     keys, values = (pool[slots].transpose(0, 1).float() for pool in (source.keys, source.values))
     of_token = step.segment_of_page[b, :pages].repeat_interleave(page_size)
-    vectors = source.vectors()[b, :segments].transpose(0, 1)  # [H, S, 3, D]
-    if form.vector_bits < 16:
-        scale = (vectors.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        vectors = (vectors / scale).round() * scale
     if form.tokens_per_cluster is None:
         scores = score(source.q, source.keys, source.clusters, source.layer, step, source.scale)
         labels = all_tokens(scores, source).cluster[b, :, : len(slots)]
         segment = step.segment_of_page[b, :pages].repeat_interleave(clusters_per_page)
     else:
         labels, segment = clustered_anew(keys, of_token, segments, form.tokens_per_cluster, config)
-    clusters = len(segment)
+    return make(slots, keys, values, of_token, labels, segment, form)
+
+
+def make(
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    of_token: torch.Tensor,
+    labels: torch.Tensor,
+    segment: torch.Tensor,
+    form: Format,
+) -> Tables:
+    """Of clusters that are given.
+
+    Args:
+        slots: int64 [T].
+        keys: float32 [H, T, D].
+        values: likewise.
+        of_token: int64 [T], each token's segment.
+        labels: int64 [H, T], its cluster.
+        segment: int64 [C], of each cluster.
+        form: the format.
+    """
+    clusters, segments = len(segment), int(of_token[-1]) + 1
     means = means_of(keys, labels, clusters)
-    center = vectors[:, segment, 0]
-    relative = means - center
-    centroid = center + (in_three_bits(relative) if form.turned else in_steps(relative, form.centroid_bits))
 
     def at(rows: torch.Tensor) -> torch.Tensor:
         """Each token's cluster's row: [H, C, D] -> [H, T, D]."""
         return rows.gather(1, labels.unsqueeze(-1).expand_as(keys))
 
     apart = keys - at(means)
-    variance = means_of(apart.square(), of_token.expand_as(labels), segments)
+    of_segment = of_token.expand_as(labels)
+    vectors = torch.stack([means_of(rows, of_segment, segments) for rows in (keys, values, apart.square())], 2)
+    total = vectors[:, :, 2].sum(-1)[:, segment]
+    if form.vector_bits < 16:
+        scale = (vectors.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        vectors = (vectors / scale).round() * scale
+    mean_key, mean_value, variance = vectors.bfloat16().float().unbind(2)
+    center = mean_key[:, segment]
+    relative = means - center
+    centroid = center + (in_three_bits(relative) if form.turned else in_steps(relative, form.centroid_bits))
     width = means_of(apart.square().sum(-1, keepdim=True), labels, clusters).squeeze(-1)
-    total = variance.sum(-1)[:, segment]
     spread = torch.where(total > 0, width / total.clamp(min=1e-30), 0.0).bfloat16().float()
     residual = (keys - at(centroid)) @ rotation_matrix(keys.shape[-1], str(keys.device)).T
     size = by_label(torch.ones_like(keys[..., :1]), labels, clusters).squeeze(-1)
@@ -151,16 +177,18 @@ def tables(source: Source, b: int, form: Format) -> Tables:
     places = torch.empty_like(labels).scatter_(1, order, torch.arange(len(slots)).expand_as(labels))
     return Tables(
         slots,
+        keys,
+        values,
         labels,
         places - begin.gather(1, labels),
         size,
         segment,
         centroid,
         spread,
-        variance.bfloat16().float(),
+        variance,
         *looks(residual, labels, clusters, form),
         in_steps(value, 4),
-        vectors[:, :, 1],
+        mean_value,
         movement,
     )
 

@@ -326,7 +326,7 @@ class Prefilled:
                 self._ids += 1
                 slots = self.row[begin:end]
                 assert bool((self.index.page_state[slots[::PAGE] // PAGE, 0] == UNCLUSTERED).all())
-                build.build_segment(self.index, self._ids, slots, self.keys, self.values, 1)
+                build.build_segments(self.index, [self._ids], [slots], self.keys, self.values)
                 self._built[begin, end] = self._ids
 
 

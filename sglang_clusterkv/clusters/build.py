@@ -16,6 +16,8 @@ from sglang_clusterkv.kernels.tier import gather
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import BUILD_HOST, Tier, TierLayer
 
+SCRATCH_BYTES = 128 << 20  # of one call for several segments on a GPU; a segment alone may take more
+
 
 class SegmentTables(NamedTuple):
     """What is stored of one segment, before encoding. N = heads (of several layers), M = tokens, C = clusters."""
@@ -87,39 +89,62 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
     )
 
 
-def build_segment(
+def build_segments(
     index: ClusterIndex,
-    segment_id: int,
-    slots: torch.Tensor,
+    segment_ids: list[int],
+    segments: list[torch.Tensor],
     key_buffers: list[torch.Tensor],
     value_buffers: list[torch.Tensor],
-    layers_per_call: int,
     tier: Tier | None = None,
 ) -> None:
-    """Cluster the tokens at `slots` in every layer that has clusters, write the tables, and mark the pages.
+    """Cluster the tokens of some segments in every layer that has clusters, write the tables, and mark the pages.
 
     Args:
         index: the index to write.
-        segment_id: unique, from the plan.
-        slots: int64 [M], the slots of whole pages in sequence order.
+        segment_ids: unique, from the plan.
+        segments: int64 [M] each, the slots of whole pages in sequence order.
         key_buffers: the pool's keys, one [slots, H, D] per layer.
         value_buffers: likewise.
-        layers_per_call: layers that are clustered together (fixed per device: shapes must not depend on the batch).
         tier: where the keys and values of some slots are on the host.
     """
+    if segments[0].device.type == "cuda":
+        write_in_place(index, segments, key_buffers, value_buffers, tier)
+    else:
+        for slots in segments:
+            _build(index, slots, key_buffers, value_buffers, tier)
+    page_size = index.geometry.page_size
+    index.mark(segment_ids, [slots[::page_size] // page_size for slots in segments])
+
+
+def _build(
+    index: ClusterIndex,
+    slots: torch.Tensor,
+    key_buffers: list[torch.Tensor],
+    value_buffers: list[torch.Tensor],
+    tier: Tier | None,
+) -> None:
+    """One segment in torch, a layer at a time: that stays in a CPU's cache, and no shape depends on the batch."""
     pages = slots[:: index.geometry.page_size] // index.geometry.page_size
-    if slots.device.type == "cuda":
-        write_in_place(index, [slots], key_buffers, value_buffers, tier)
-        index.mark(segment_id, pages)
-        return
-    clustered = index.geometry.clustered_layers
-    for first in range(0, len(clustered), layers_per_call):
-        layers = clustered[first : first + layers_per_call]
-        hosts = [None if tier is None else tier.layer(layer) for layer in layers]
-        keys = _heads_first([key_buffers[layer] for layer in layers], slots, hosts, 0)
-        values = _heads_first([value_buffers[layer] for layer in layers], slots, hosts, 1)
-        _write(index, slice(first, first + len(layers)), pages, slots, cluster_segment(index, keys, values))
-    index.mark(segment_id, pages)
+    for row, layer in enumerate(index.geometry.clustered_layers):
+        hosts = [None if tier is None else tier.layer(layer)]
+        keys = _heads_first([key_buffers[layer]], slots, hosts, 0)
+        values = _heads_first([value_buffers[layer]], slots, hosts, 1)
+        _write(index, slice(row, row + 1), pages, slots, cluster_segment(index, keys, values))
+
+
+def tokens_per_call(index: ClusterIndex, copied: bool) -> int:
+    """Tokens of a call of `write_in_place`, of segments of one length, so that its scratch is about `SCRATCH_BYTES` at most.
+
+    Args:
+        index: gives sizes and configuration.
+        copied: keys and values are copied first, as from a host tier.
+    """
+    geometry = index.geometry
+    of_cluster = 5 * geometry.head_dim + 16  # centroids as two bf16, parts of sums; norms, ends, variances, outliers
+    of_token = 8 + of_cluster / index.config.tokens_per_cluster  # label, member, distance
+    if copied:
+        of_token += 8 * geometry.head_dim  # as float32
+    return int(SCRATCH_BYTES / (of_token * geometry.kv_heads * len(geometry.clustered_layers)))
 
 
 def write_in_place(
@@ -137,7 +162,7 @@ def write_in_place(
     Args:
         index: the index to write; its pages are not marked.
         segments: int64 [M] each, the slots of whole pages in sequence order; of different lengths.
-        key_buffers: as in `build_segment`; all of one stride.
+        key_buffers: as in `build_segments`; all of one stride.
         value_buffers: likewise.
         tier: where the keys and values of some slots are on the host.
     """

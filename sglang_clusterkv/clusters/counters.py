@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 _SAY_EVERY_S = 60.0
 _FAULT = DenseReason.FAULT.name.lower()
 _OTHERS = "others"
+_NOT_SHOWN = ("build_s", "_conflicts_of_device")
 _ADVICE = {
     _OTHERS: "the requests concerned decode densely and are looked at again later. Lower --mem-fraction-static where memory "
     "is short",
@@ -62,12 +63,25 @@ class Counters:
     # Steps that captured graphs had no room for, by what there was too much of.
     steps_without_graph: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)  # exceptions of our own code that were survived, by operation
+    _conflicts_of_device: int = 0  # of `build_conflicts`, those that the device counted
 
     def server_info(self) -> dict[str, object]:
         """All of them for /server_info: integers, and dictionaries by reason or operation."""
-        values = {count.name: getattr(self, count.name) for count in fields(self) if count.name != "build_s"}
+        values = {count.name: getattr(self, count.name) for count in fields(self) if count.name not in _NOT_SHOWN}
         plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
         return plain | {"build_ms": round(1000 * self.build_s)}
+
+    def note_conflicts(self, pages: int) -> None:
+        """So many pages, since the start, were marked while they were another segment's; warns if that is news."""
+        if pages <= self._conflicts_of_device:
+            return
+        logger.warning(
+            "clusterkv: %d pages were clustered while they were another segment's, %d so far: what is recalled of them may be "
+            "wrong until the requests that have them end; please report this.",
+            pages - self._conflicts_of_device, pages,
+        )  # fmt: skip
+        self.build_conflicts += pages - self._conflicts_of_device
+        self._conflicts_of_device = pages
 
     def add(self, step: StepCounts) -> None:
         """A decode step has run."""

@@ -10,29 +10,28 @@ Host state is touched at launch and by the scheduler's callbacks (free, rewrite,
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.backoff import BackOff
+from sglang_clusterkv.clusters.building import Builder
 from sglang_clusterkv.clusters.counters import Counters, Faults, StepCounts
 from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.planning.plan import Make, Plan
+from sglang_clusterkv.clusters.planning.plan import Plan
 from sglang_clusterkv.clusters.planning.planner import Planner
 from sglang_clusterkv.clusters.planning.records import Records
 from sglang_clusterkv.clusters.residency import residency_of
-from sglang_clusterkv.clusters.rows import Extend, Row, RowTables
+from sglang_clusterkv.clusters.rows import DenseReason, Extend, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.clusters.tracing import tracing_of
 from sglang_clusterkv.config import STEP_OPTIONS, ConfigError, validate
 from sglang_clusterkv.kernels.decode import sparse_decode
-from sglang_clusterkv.memory.index import UNCLUSTERED, ClusterIndex
+from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.mass import mean_by_group
 from sglang_clusterkv.memory.tier import Tier
 
@@ -87,10 +86,11 @@ class ClusterEngine:
         self.residency = residency_of(tier, self.config, req_to_token, handed_out, self.stream, self.faults)
         self.snapshots = Snapshots(index, req_to_token, self.stream)
         self.decoding = DecodeLists(index, self.tables, req_to_token, key_buffers[0].dtype, group)
+        self.builder = Builder(
+            index, req_to_token, key_buffers, value_buffers, self.counters, self.faults, self._lost, tier
+        )
         self._under_way: StepCounts | None = None  # of the decode step that was begun last, until it is counted
         self._looks, self._layers = BackOff(), BackOff()
-        # On a GPU one call takes all layers' heads; on a CPU a few stay in its cache.
-        self._layers_per_call = len(key_buffers) if index.device != "cpu" else 1
 
     def set_step_options(self, **options: object) -> None:
         """Change some of `STEP_OPTIONS` from the next decode step on; what is clustered stays as it is.
@@ -245,6 +245,12 @@ class ClusterEngine:
             self._under_way = self._under_way.turned_dense()
         return None
 
+    def turn_dense(self, step: DecodeStep) -> DecodeStep:
+        """The step that was begun last, if all of its requests have to attend to everything: another rank's do."""
+        self._under_way = step.counts.turned_dense() if step.counts is not None else None
+        reasons = np.full(len(step.rows), DenseReason.FAULT)
+        return DecodeStep(None, None, None, None, step.rows, step.seq_lens, self._under_way, reasons)
+
     def count_step(self) -> None:
         """Count the decode step that was begun last; call once its layers have run, and before counts are read."""
         if self._under_way is not None:
@@ -297,19 +303,19 @@ class ClusterEngine:
 
     def _run(self, plan: Plan) -> None:
         """Queue a plan's device work and publish the rows it touched."""
-        operations = iter(plan.operations)
-        for operation in operations:
-            if isinstance(operation, Make):
-                self.stream.run(self._make, operation, operation.id in plan.merged)
+        calls = plan.calls(self.builder.most_pages)
+        for call in calls:
+            if isinstance(call, list):
+                self.stream.run(self.builder.make, call, plan.merged)
                 continue
             try:
-                self.stream.run(self.index.forget, [operation.id])
-                self.counters.splits += operation.id in plan.cut
+                self.stream.run(self.index.forget, [call.id])
+                self.counters.splits += call.id in plan.cut
             except Exception as error:
                 # The pages that were to be clustered anew may still be the old segment's.
                 self.faults.note("cut", error)
-                for rest in operations:
-                    self._lost(rest.id)
+                for rest in calls:
+                    self._lost(operation.id for operation in (rest if isinstance(rest, list) else [rest]))
         for record in plan.touched:
             if not record.dirty:
                 record.failures = 0
@@ -317,45 +323,11 @@ class ClusterEngine:
             self._announce(record)
         self.counters.forced_borders += plan.forced
 
-    def _make(self, make: Make, merges: bool) -> None:
-        """Device work: build one segment, maybe of neighbours."""
-        try:
-            started = time.perf_counter()
-            begin = make.first_page * self.page_size
-            slots = self.req_to_token[make.row, begin : begin + make.pages * self.page_size].long()
-            if self.index.device == "cpu" and not self._unclustered(slots, make):
-                self._lost(make.id)
-                return
-            build.build_segment(
-                self.index, make.id, slots, self.key_buffers, self.value_buffers, self._layers_per_call, self.tier
-            )
-            if self.index.device == "cpu":
-                self.counters.build_s += time.perf_counter() - started
-            self.counters.segments += 1
-            self.counters.tokens_clustered += make.pages * self.page_size
-            self.counters.merges += merges
-        except Exception as error:
-            self.faults.note("build", error)
-            self._lost(make.id)
-
-    def _unclustered(self, slots: torch.Tensor, make: Make) -> bool:
-        """Whether no page is another segment's; asked where it costs nothing."""
-        owners = self.index.page_state[slots[:: self.page_size] // self.page_size, 0]
-        if not bool((owners != UNCLUSTERED).any()):
-            return True
-        self.counters.build_conflicts += 1
-        logger.warning(
-            "clusterkv: segment %d of row %d was not built: pages %d to %d belong to segments %s. "
-            "The request decodes densely until looked at again; please report this.",
-            make.id, make.row, make.first_page, make.first_page + make.pages, sorted(set(owners.tolist())),
-        )  # fmt: skip
-        return False
-
     # -- what went wrong ------------------------------------------------------------------------------------------
 
-    def _lost(self, segment_id: int) -> None:
-        """A segment was not made: rows that were to see it decode densely, and are looked at again a little later."""
-        for record in self.records.lost(segment_id):
+    def _lost(self, segment_ids: Iterable[int]) -> None:
+        """Segments were not made: rows that were to see one decode densely, and are looked at again a little later."""
+        for record in {record.row: record for one in segment_ids for record in self.records.lost(one)}.values():
             self.tables.dirty[record.row] = True
             self.tables.look_from[record.row] = self._looks.row_failed(record)
 
@@ -386,6 +358,7 @@ class ClusterEngine:
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""
         self.count_step()
+        self.counters.note_conflicts(int(self.index.conflicts))
         return (
             self.counters.server_info()
             | self.residency.server_info()

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sglang_clusterkv.memory import device as device_tier
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
+from sglang_clusterkv.memory.step import to_device
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig
@@ -61,6 +63,9 @@ class ClusterIndex:
         # Recalled mass of all sparse steps since the start, its sum and how many (request, query head): float64
         # [layers, H, 2], a cell for each kv head so that a GPU's programs do not all add to one. A CPU has the first's.
         self.mass_cells = torch.zeros((geometry.layers, geometry.kv_heads, 2), dtype=torch.float64, device=device)
+        self.conflicts = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # pages that were marked and another segment's
         self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
         self.row_of = {
             layer: row for row, layer in enumerate(geometry.clustered_layers)
@@ -115,14 +120,22 @@ class ClusterIndex:
         owner = self.page_state[:, 0]
         owner.masked_fill_(torch.isin(owner, ids), UNCLUSTERED)
 
-    def mark(self, segment_id: int, pages: torch.Tensor) -> None:
-        """Make `pages` (int64 [n], in sequence order) the pages of segment `segment_id`."""
-        count = pages.numel()
-        state = torch.empty((count, 3), dtype=torch.int32, device=pages.device)
-        state[:, 0] = segment_id
-        state[:, 1] = torch.arange(count, dtype=torch.int32, device=pages.device)
-        state[:, 2] = count
-        self.page_state[pages] = state
+    def mark(self, segment_ids: list[int], pages: list[torch.Tensor]) -> None:
+        """Make `pages` (int64 [n] each, in sequence order) the pages of these segments; does not wait for the device.
+
+        A page that is another segment's is counted: a plan and the device disagree. It becomes the new one's all the same, for
+        its tables are, and whoever looks at the old segment finds that it is not whole.
+        """
+        listed = pages[0] if len(pages) == 1 else torch.cat(pages)
+        owner = self.page_state[:, 0]
+        self.conflicts += (owner[listed] != UNCLUSTERED).sum()
+        state = np.concatenate(
+            [
+                np.stack(np.broadcast_arrays(segment, np.arange(len(of)), len(of)), 1)
+                for segment, of in zip(segment_ids, pages, strict=True)
+            ]
+        )
+        self.page_state[listed] = to_device(state, listed.device.type, np.int32)
 
     def cluster_rows(self, pages: torch.Tensor) -> torch.Tensor:
         """Rows of the clusters at `pages` [...]: int64 [..., clusters_per_page]."""

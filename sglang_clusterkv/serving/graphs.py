@@ -5,8 +5,7 @@ Any other replays "sparse": our chain over lists and a workspace that never move
 request is are numbers in its lists. These are made at the head of the forward (clusters/decoding.py), before the replay, on its
 stream. A step that is more than the lists have room for runs without a graph, counted by what there is too much of.
 
-Which graph, and whether one, follows from lengths and borders on the host: so all ranks of a model take the same one. A fault
-of ours makes a step dense, on one rank maybe: the ranks' collectives are the same in both graphs.
+Which graph, and whether one, follows from lengths and borders on the host, and from what the other ranks say (ranks.py).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import torch
 
 from sglang_clusterkv.memory.mass import mean_by_group
 from sglang_clusterkv.memory.step import ListShape
+from sglang_clusterkv.serving.ranks import OTHER_RANK
 from sglang_clusterkv.serving.tier_metrics import PREFIX, TierSeries
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ _TOTALS = {
         "forced_borders_total",
         "With `reproducible`: segments whose borders are another running request's.",
     ),
-    "build_conflicts": ("build_conflicts_total", "Segments left out because plan and device disagreed."),
+    "build_conflicts": (
+        "build_conflicts_total",
+        "Plan and device disagreed: segments left out, on an accelerator pages that were another segment's.",
+    ),
     "build_s": ("build_seconds_total", "Time spent clustering, measured on a CPU only."),
 }
 # The same for attributes that count by a label, and the label.
@@ -72,7 +76,7 @@ _GAUGES = {
 }
 # Shown as 0 before the first one, so that an alert sees that one rise.
 OPERATIONS = ("admit", "build", "copy", "cut", "free", "invalidate", "layer", "lists", "offload", "plan", "rewrite")
-SHOWN = {"faults": OPERATIONS, "steps_without_graph": ListShape._fields}
+SHOWN = {"faults": OPERATIONS, "steps_without_graph": (*ListShape._fields, OTHER_RANK)}
 
 
 class DeviceCounts:
@@ -86,22 +90,23 @@ class DeviceCounts:
         index = engine.index
         pinned = index.device != "cpu"
         self._mass = torch.empty(index.mass.shape, dtype=index.mass.dtype, pin_memory=pinned)
-        self._pages = torch.empty((), dtype=torch.int64, pin_memory=pinned)
+        self._pages, self._conflicts = (torch.empty((), dtype=torch.int64, pin_memory=pinned) for _ in range(2))
         engine.stream.run(self._copy, index)
         self._ready = engine.stream.event()
 
     def _copy(self, index: ClusterIndex) -> None:
         self._mass.copy_(index.mass, non_blocking=True)
         self._pages.copy_(index.clustered_pages(), non_blocking=True)
+        self._conflicts.copy_(index.conflicts, non_blocking=True)
 
     def has_arrived(self) -> bool:
         """Whether `read` would not wait."""
         return self._ready.query()
 
-    def read(self) -> tuple[np.ndarray, int]:
-        """`ClusterIndex.mass` and the number of clustered pages. Waits for the copy."""
+    def read(self) -> tuple[np.ndarray, int, int]:
+        """`ClusterIndex.mass`, the number of clustered pages, and `ClusterIndex.conflicts`. Waits for the copy."""
         self._ready.synchronize()
-        return self._mass.numpy(), int(self._pages)
+        return self._mass.numpy(), int(self._pages), int(self._conflicts)
 
 
 class Exporter:
@@ -170,8 +175,9 @@ class Exporter:
     def _publish(self, pool: ClusterKVPool, counts: DeviceCounts) -> None:
         engine = _engine(pool)
         self._copy = None
-        mass, pages = counts.read()
+        mass, pages, conflicts = counts.read()
         engine.count_step()
+        engine.counters.note_conflicts(conflicts)
         for attribute, total in self._totals.items():
             self._raise(total, attribute, getattr(engine.counters, attribute))
         for attribute, total in self._totals_by.items():

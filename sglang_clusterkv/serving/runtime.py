@@ -16,6 +16,7 @@ from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.rows import Extend
 from sglang_clusterkv.serving import trace
+from sglang_clusterkv.serving.ranks import agreed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,7 +127,7 @@ def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwarg
     _engine.stream.launched()
     worker.model_runner.token_to_kv_pool.wait_for_loads()
     if batch.forward_mode.is_decode():
-        _step = _engine.begin_decode(batch.req_pool_indices_cpu.numpy(), batch.seq_lens_cpu.numpy())
+        _step = agreed(_engine, _engine.begin_decode(batch.req_pool_indices_cpu.numpy(), batch.seq_lens_cpu.numpy()))
     elif batch.forward_mode.is_extend():
         trace.start(_engine, batch.reqs)
         _engine.begin_extend(

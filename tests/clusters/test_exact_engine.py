@@ -128,7 +128,7 @@ class Placed:
             self._place(row, request, slice(None))
             for s, (first, last) in enumerate(request.segments):
                 slots = self.scene.slots(row, length)[first:last]
-                build.build_segment(self.index, 100 * row + s, slots, self.scene.keys, self.scene.values, 1 + row % 2)
+                build.build_segments(self.index, [100 * row + s], [slots], self.scene.keys, self.scene.values)
 
     def step_over(self, rows: list[int]) -> SparseStep:
         """The lists of a step of these requests."""

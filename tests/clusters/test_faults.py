@@ -47,7 +47,7 @@ OPERATIONS: dict[str, tuple[Any, str, set[str]]] = {
     "rewrite": (Records, "rewritten", {"rewrite"}),
     "free": (Records, "free", {"free", "admit"}),
     "cut": (ClusterIndex, "forget", {"cut"}),
-    "build": (build, "build_segment", {"build"}),
+    "build": (build, "build_segments", {"build"}),
     "mark": (ClusterIndex, "mark", {"build"}),
     "publish": (RowTables, "write", {"plan", "admit"}),
     "lists": (DecodeLists, "_sparse", {"lists"}),

@@ -123,8 +123,8 @@ def test_a_segment_that_is_built_from_both_tiers_is_the_same_bit_for_bit(
     slots = case.scene.slots(2, 272)[16:]
     geometry = dataclasses.replace(case.scene.index.geometry, clustered=clustered)
     indices = [ClusterIndex(case.scene.index.config, geometry, "cpu") for _ in range(2)]
-    build.build_segment(indices[0], 7, slots, case.scene.keys, case.scene.values, 1)
-    build.build_segment(indices[1], 7, slots, case.tier.keys, case.tier.values, 1, case.tier)
+    build.build_segments(indices[0], [7], [slots], case.scene.keys, case.scene.values)
+    build.build_segments(indices[1], [7], [slots], case.tier.keys, case.tier.values, case.tier)
     for name, array in indices[0].arrays.items():
         assert torch.equal(array, indices[1].arrays[name]), name
     away = int((case.tier.directory.device_page[slots // PAGE] == 0).sum())

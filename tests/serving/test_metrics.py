@@ -22,8 +22,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.servers import Server
+from sglang_clusterkv.clusters import building, residency
 from sglang_clusterkv.clusters import engine as engine_module
-from sglang_clusterkv.clusters import residency
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import sparse_decode
@@ -205,7 +205,7 @@ def test_the_mass_is_that_of_the_last_interval_by_the_models_layers(monkeypatch:
 
 
 def test_what_an_operation_may_be_counted_as_is_there_from_the_start(rank: Rank) -> None:
-    source = Path(engine_module.__file__).read_text() + Path(residency.__file__).read_text()
+    source = "".join(Path(module.__file__).read_text() for module in (engine_module, building, residency))
     named = re.findall(r'(?:faults\.note|_start_over|_wait)\("(\w+)"|doing = "(\w+)"', source)
     assert {"".join(names) for names in named} == set(metrics.OPERATIONS)
     rank.exporter.refresh(rank.pool)

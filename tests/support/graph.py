@@ -24,12 +24,26 @@ FAR = 1 << 30
 
 
 class Capture(TorchDispatchMode):
-    """Notes launches, and raises at an operation of torch beside them."""
+    """Notes launches, and raises at an operation of torch beside them.
 
-    FREE = ("aten.empty", "aten.view", "aten._unsafe_view", "aten.select", "aten.slice", "aten.alias", "aten.detach")
+    Args:
+        device: type of the only one that may be allocated on; None: any.
+    """
 
-    def __init__(self) -> None:
+    FREE = (
+        "prim.device",
+        "aten.empty",
+        "aten.view",
+        "aten._unsafe_view",
+        "aten.select",
+        "aten.slice",
+        "aten.alias",
+        "aten.detach",
+    )
+
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self._device = device
         self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self._launching = False
 
@@ -44,7 +58,10 @@ class Capture(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert self._launching or str(func).startswith(self.FREE), f"{func} in a captured step"
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self._device is not None and not self._launching and isinstance(result, torch.Tensor):
+            assert result.device.type == self._device, f"{func} on {result.device} in a captured step"
+        return result
 
 
 class Graph:

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from benchmarks.gpu.dry import NoGpu
-from sglang_clusterkv.clusters import build, decoding, warmup
+from sglang_clusterkv.clusters import build, building, decoding, warmup
 from sglang_clusterkv.clusters.build import write_in_place
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import tier as moves
@@ -52,18 +52,12 @@ class Compiled:
         return True
 
 
-def build_segment(
-    index: ClusterIndex,
-    segment_id: int,
-    slots: torch.Tensor,
-    keys: Any,
-    values: Any,
-    layers_per_call: int,
-    tier: Tier | None = None,
+def build_segments(
+    index: ClusterIndex, ids: list[int], segments: list[torch.Tensor], keys: Any, values: Any, tier: Tier | None = None
 ) -> None:
-    """What `build.build_segment` does on a GPU."""
-    write_in_place(index, [slots], keys, values, tier)
-    index.mark(segment_id, slots[::PAGE] // PAGE)
+    """What `build.build_segments` does on a GPU."""
+    write_in_place(index, segments, keys, values, tier)
+    index.mark(ids, [slots[::PAGE] // PAGE for slots in segments])
 
 
 def decode(
@@ -195,7 +189,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     with (
-        patch.object(build, "build_segment", build_segment),
+        patch.object(build, "build_segments", build_segments),
+        patch.object(building, "makes_several", lambda device: True),
         patch.object(moves, "_for", lambda tier: moving),
         patch.object(warmup, "_compiles_by_size", lambda device: True),
         patch.object(decoding, "takes_mixtures", lambda device: True),

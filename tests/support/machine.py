@@ -80,12 +80,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap=st.booleans(),
         lags=st.booleans(),
         host=st.sampled_from(["no", "HiCache", 1, 2, 4]),
+        pages_per_call=st.sampled_from([0, 40]),
     )
-    def begin(self, config: ClusterKVConfig, pages: int, overlap: bool, lags: bool, host: str | int) -> None:
+    def begin(
+        self, config: ClusterKVConfig, pages: int, overlap: bool, lags: bool, host: str | int, pages_per_call: int
+    ) -> None:
         """A world of its own."""
         COUNTS["worlds"] += 1
         tiers = Tiers.of(pages, host, CHUNK_TOKENS, MOST_RUNNING) if isinstance(host, int) else None
-        self.world = World(config, pages=pages, overlap=overlap, lags=lags, tiers=tiers, hicache=host == "HiCache")
+        self.world = World(
+            config, pages=pages, overlap=overlap, lags=lags, tiers=tiers, hicache=host == "HiCache",
+            pages_per_call=pages_per_call,
+        )  # fmt: skip
         self.texts = [stream(0, 900), stream(1, 900), stream(2, 150)]
 
     @rule(event=st.sampled_from(EVENTS), data=st.data())

@@ -20,6 +20,7 @@ import torch
 
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.clusters.backoff import BackOff
+from sglang_clusterkv.clusters.building import Builder
 from sglang_clusterkv.clusters.counters import Counters
 from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
@@ -71,9 +72,9 @@ def _invalidated_on_the_schedulers_stream() -> Iterator[None]:
 def _spoiled_mark() -> AbstractContextManager[Any]:
     mark = ClusterIndex.mark
 
-    def mark_and_spoil(self: ClusterIndex, segment_id: int, pages: torch.Tensor) -> None:
-        mark(self, segment_id, pages)
-        self.arrays["members"][:, int(pages[-1]) * PAGE + 3] += 1
+    def mark_and_spoil(self: ClusterIndex, segment_ids: list[int], pages: list[torch.Tensor]) -> None:
+        mark(self, segment_ids, pages)
+        self.arrays["members"][:, int(pages[-1][-1]) * PAGE + 3] += 1
 
     return patch.object(ClusterIndex, "mark", mark_and_spoil)
 
@@ -107,15 +108,15 @@ def _headless_is_whole() -> AbstractContextManager[Any]:
 
 
 def _built_from_the_row_of_the_launch_before() -> AbstractContextManager[Any]:
-    make, rows = ClusterEngine._make, {}
+    make, rows = Builder.make, {}
 
-    def late(self: ClusterEngine, operation: Make, merges: bool) -> None:
+    def late(self: Builder, makes: list[Make], merged: set[int]) -> None:
         true, self.req_to_token = self.req_to_token, rows.get(id(self), self.req_to_token)
-        make(self, operation, merges)
+        make(self, makes, merged)
         self.req_to_token = true
         rows[id(self)] = true.clone()
 
-    return patch.object(ClusterEngine, "_make", late)
+    return patch.object(Builder, "make", late)
 
 
 def _no_net_below_the_layers(
@@ -248,18 +249,18 @@ def _built_without_the_host() -> AbstractContextManager[Any]:
 
 
 def _only_resident_segments_are_made() -> AbstractContextManager[Any]:
-    make = ClusterEngine._make
+    make = Builder.make
 
-    def if_resident(self: ClusterEngine, operation: Make, merges: bool) -> None:
-        if self.tier is not None:
+    def if_resident(self: Builder, makes: list[Make], merged: set[int]) -> None:
+        for operation in makes:
             begin = operation.first_page * PAGE
             slots = self.req_to_token[operation.row, begin : begin + operation.pages * PAGE : PAGE].long()
-            if not self.tier.directory.device_page[slots // PAGE].all():
-                self._lost(operation.id)
-                return
-        make(self, operation, merges)
+            if self.tier is None or self.tier.directory.device_page[slots // PAGE].all():
+                make(self, [operation], merged)
+            else:
+                self.lost([operation.id])
 
-    return patch.object(ClusterEngine, "_make", if_resident)
+    return patch.object(Builder, "make", if_resident)
 
 
 def _shared_by_place(ids: np.ndarray, count: np.ndarray) -> SharedSegments:

@@ -178,6 +178,7 @@ class World:
         tiers: of the pool; None: everything is on the device.
         hicache: whether pages that the tree frees stay on the host, as with SGLang's HiCache; not with tiers.
         clustered: the layers that have clusters; None: all.
+        pages_per_call: of segments that are made together, as on a GPU.
         sizes: layers, kv_heads, head_dim, rows, context of the scene.
     """
 
@@ -192,6 +193,7 @@ class World:
         tiers: Tiers | None = None,
         hicache: bool = False,
         clustered: tuple[int, ...] | None = None,
+        pages_per_call: int = 0,
         **sizes: int,
     ) -> None:
         assert tiers is None or not hicache
@@ -200,6 +202,7 @@ class World:
         self.stream = LaggingStream() if lags else ForwardStream("cpu")
         self.scene = Scene(config, pages=pages, stream=self.stream, tiers=tiers, clustered=clustered, **sizes)
         self.tier = self.scene.tier
+        self.scene.engine.builder.most_pages = pages_per_call
         # How to make this world again, and what happened in it (`replayed`).
         self._made_with: dict[str, Any] = {"config": config, "pages": pages, "overlap": overlap, "lags": lags, **sizes}
         self._events: list[tuple[str, tuple[Any, ...]]] = []
@@ -743,7 +746,7 @@ class Contents:
             for buffers, rows in zip((scene.keys, scene.values), self.of(path), strict=True):
                 for buffer, layer_rows in zip(buffers, rows, strict=True):
                     buffer[slots] = layer_rows
-            build.build_segment(scene.index, 1, slots, scene.keys, scene.values, 1)
+            build.build_segments(scene.index, [1], [slots], scene.keys, scene.values)
             self._known[name] = rules.stored_tables(scene.index, slots[::PAGE] // PAGE, slots)
         return self._known[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,6 +46,27 @@ class Plan:
     cut: set[int] = field(default_factory=set)  # ids of segments that are forgotten because a row sees a part of them
     forced: int = 0  # segments whose borders follow from other running requests, with `reproducible: true`
     merged: set[int] = field(default_factory=set)  # ids of segments made of neighbours
+
+    def calls(self, most_pages: int) -> Iterator[list[Make] | Forget]:
+        """The operations in order. Segments that are made one after the other are put together, each counted as the longest of
+        them, up to so many pages; 0: each is alone."""
+        together: list[Make] = []
+        longest = 0
+        for operation in self.operations:
+            if isinstance(operation, Make):
+                longer = max(longest, operation.pages)
+                if together and longer * (len(together) + 1) > most_pages:
+                    yield together
+                    together, longer = [], operation.pages
+                together.append(operation)
+                longest = longer
+                continue
+            if together:
+                yield together
+                together, longest = [], 0
+            yield operation
+        if together:
+            yield together
 
     def withdraw(self, segment_id: int) -> bool:
         """Take back a segment that this plan was to make; false if it is not of this plan."""

@@ -9,12 +9,15 @@ slot, head or layer, or describes an empty cluster otherwise.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.encode import reference as encode_reference
+from sglang_clusterkv.kernels.encode.triton.clusters import describe_kernel
 from sglang_clusterkv.kernels.kmeans import reference as kmeans_reference
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
@@ -48,7 +51,7 @@ def write_by_reference(
     monkeypatch: pytest.MonkeyPatch, index: ClusterIndex, slots: torch.Tensor, keys: Buffers, values: Buffers,
     labels: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Write one segment as `build_segment` does with the torch references, from given labels."""
+    """Write one segment as `build_segments` does with the torch references, from given labels."""
     with monkeypatch.context() as patched:
         patched.setattr(build.kmeans, "labels_of", lambda *_: labels)
         patched.setattr(build.kmeans, "sum_by_label", kmeans_reference.sum_by_label)
@@ -162,3 +165,33 @@ def test_a_strided_pool_is_read_where_it_lies(device: str) -> None:
     build.write_in_place(together, [slots], [both[..., :32]], [both[..., 32:]])
     for name, array in apart.arrays.items():
         assert torch.equal(array.view(torch.uint8), together.arrays[name].view(torch.uint8)), name
+
+
+def test_segments_of_a_call_share_its_launches_and_its_scratch_is_bounded(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many segments; `tokens_per_call` counts every byte that is made for a token."""
+    config = ClusterKVConfig()
+    index = poisoned_index(config, 2, 2, 128, device)
+    keys, values = (buffers(2, 2, 128, torch.bfloat16, device, seed) for seed in (0, 1))
+    launches, scratch = [], []
+    kind, empty = type(describe_kernel), torch.empty
+
+    def made(*sizes: Any, **how: Any) -> torch.Tensor:
+        tensor = empty(*sizes, **how)
+        scratch.append(tensor.nbytes)
+        return tensor
+
+    def count(*pages: int) -> tuple[int, int]:
+        launches.clear()
+        scratch.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, "run", lambda kernel, *of, **named: launches.append(kernel))
+            patched.setattr(torch, "empty", made)
+            build.write_in_place(index, segments(device, *pages), keys, values)
+        return len(launches), sum(scratch)
+
+    alone, together = count(8), count(8, 8)
+    assert alone[0] == together[0] == 19
+    bounded = build.SCRATCH_BYTES / build.tokens_per_call(index, copied=False)  # of a token
+    assert 0.8 < together[1] / (16 * PAGE * bounded) < 1.05, "and a few bytes of a segment"

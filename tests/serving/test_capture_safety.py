@@ -1,0 +1,159 @@
+"""What a captured layer does in Python is safe to capture: on tensors of a GPU that are fake, so that no GPU is needed.
+
+A fake tensor has a device, a shape and no contents: whoever asks for a number of it ends in an error, as in a capture. The
+layer is the whole of it, from the backend's forward_decode on; its launches are noted and not made. Red when: a layer asks for
+a number or for how many of something there are, copies from or to the host, allocates on the host, computes beside its
+launches, or hands a launch a tensor of the host. Mutants show each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from sglang_clusterkv.clusters.engine import ClusterEngine
+from sglang_clusterkv.clusters.handed_out import HandedOut
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.decode import triton as decode_triton
+from sglang_clusterkv.kernels.merge.triton import merge_kernel
+from sglang_clusterkv.kernels.select import triton as select_triton
+from sglang_clusterkv.memory.device import Geometry
+from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.step import SparseStep
+from sglang_clusterkv.serving import active, graphs
+from sglang_clusterkv.serving.backend import ClusterKVAttnBackend
+from tests.support.graph import Capture
+
+HEADS, GROUP, HEAD_DIM, PAGES, CONTEXT, BATCH, MOST = 2, 4, 128, 64, 1024, 3, 4
+ERRORS = (AssertionError, DataDependentOutputException, DynamicOutputShapeException)
+
+
+class FakeLayer:
+    """A backend over a pool and an engine of fake tensors, and what its captured layer launches."""
+
+    def __init__(self, config: ClusterKVConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.mode = FakeTensorMode()
+        monkeypatch.setattr(active, "active_config", lambda: config)
+        monkeypatch.setattr("sglang_clusterkv.serving.backend.KVWriteLoc.for_layer", lambda *of: None)
+        with self.mode:
+            shape = (PAGES * 16, HEADS, HEAD_DIM)
+            self.keys, self.values = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+            self.index = ClusterIndex(config, Geometry(1, HEADS, HEAD_DIM, 16, PAGES), "cuda")
+            rows = torch.empty((8, CONTEXT), dtype=torch.int32, device="cuda")
+            self.engine = ClusterEngine(self.index, [self.keys], [self.values], rows, HandedOut(), group=GROUP)
+            self.engine.decoding.reserve(MOST, CONTEXT)
+            product = torch.empty((BATCH, HEADS * (GROUP + 2) * HEAD_DIM), dtype=torch.bfloat16, device="cuda")
+            # As a model cuts them.
+            self.q, self.k, self.v = product.split([HEADS * GROUP * HEAD_DIM, HEADS * HEAD_DIM, HEADS * HEAD_DIM], 1)
+        self.backend: Any = object.__new__(ClusterKVAttnBackend)
+        vars(self.backend).update(
+            prefill=object(), engine=self.engine, first_layer=0, _tier_prefill=None, _prefill_decodes=True,
+            calls_prefill=False, _in_capture=True, token_to_kv_pool=self, _dense_layers={}, _said=set(),
+        )  # fmt: skip
+
+    # The pool's.
+    def get_kv_buffer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys, self.values
+
+    def set_kv_buffer(self, *of: Any) -> None:
+        """SGLang's own kernel."""
+
+    def layer(self, lists: SparseStep) -> torch.Tensor:
+        """The model's attention in a captured step."""
+        nobody = np.zeros(0, np.int64)
+        self.backend._step = graphs.DecodeStep(None, lists, None, None, nobody, nobody)
+        layer: Any = SimpleNamespace(
+            layer_id=0, sliding_window_size=-1, logit_cap=0.0, scaling=0.2, tp_q_head_num=HEADS * GROUP,
+            head_dim=HEAD_DIM,
+        )  # fmt: skip
+        return self.backend.forward_decode(self.q, self.k, self.v, layer, SimpleNamespace(batch_size=BATCH))
+
+    def capture(self) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        """What the layer launches; raises where it is not safe to capture."""
+        kind = type(merge_kernel)
+        capture = Capture("cuda")
+        with self.mode, self.monkeypatch.context() as patched:
+            lists = self.engine.decoding.captured(BATCH)
+            patched.setattr(kind, "run", lambda *of, **named: None)
+            self.layer(lists)  # SGLang warms up before it captures
+            patched.setattr(
+                kind, "run", lambda kernel, *of, **named: capture.note(lambda *_, **__: None, kernel, of, named)
+            )
+            with capture:
+                output = self.layer(lists)
+        assert output.shape == (BATCH, HEADS * GROUP * HEAD_DIM) and output.device.type == "cuda"
+        for kernel, arguments, named in capture.launches:
+            tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
+            assert tensors and all(tensor.device.type == "cuda" for tensor in tensors), f"{kernel} reads the host"
+        return capture.launches
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
+    return FakeLayer(ClusterKVConfig(), monkeypatch)
+
+
+def test_a_captured_layer_is_its_launches(fake: FakeLayer) -> None:
+    assert len(fake.capture()) == 7
+
+
+@pytest.mark.parametrize(("fields", "launches"), [({"refine": False}, 6), ({"estimate": False}, 6)])
+def test_so_is_one_of_another_configuration(
+    fields: dict[str, Any], launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(FakeLayer(ClusterKVConfig(**fields), monkeypatch).capture()) == launches
+
+
+UNSAFE: dict[str, Callable[[SparseStep], object]] = {
+    "a number": lambda step: int(step.page_count.max()),
+    "a condition": lambda step: bool(step.dense_count.any()),
+    "how many": lambda step: step.page_count.nonzero(),
+    "a mask": lambda step: step.pages[step.pages > 0],
+    "a copy to the host": lambda step: step.page_count.cpu(),
+    "a copy to the host that waits for nothing": lambda step: step.page_count.to("cpu", non_blocking=True),
+    "a copy from the host": lambda step: torch.zeros(3).to("cuda"),
+    "numbers of the host": lambda step: torch.tensor([1, 2], device="cuda"),
+    "a buffer on the host": lambda step: torch.empty(3),
+    "a computation": lambda step: step.page_count + 1,
+    "zeros": lambda step: torch.zeros(3, device="cuda"),
+    "a list": lambda step: step.page_count.tolist(),
+    "a shape that depends on contents": lambda step: torch.empty(int(step.page_count[0]), device="cuda"),
+}
+
+
+@pytest.mark.parametrize("what", UNSAFE)
+def test_what_is_unsafe_to_capture_is_noticed(what: str, fake: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    select = select_triton.select
+
+    def mutant(index: Any, step: SparseStep, *of: Any) -> None:
+        UNSAFE[what](step)
+        select(index, step, *of)
+
+    monkeypatch.setattr(select_triton, "select", mutant)
+    with pytest.raises(ERRORS):
+        fake.capture()
+
+
+def test_a_copy_of_the_queries_is_noticed(fake: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's are cut from one product with keys and values."""
+    decode = decode_triton.sparse_decode
+    monkeypatch.setattr(decode_triton, "sparse_decode", lambda q, *of, **named: decode(q.contiguous(), *of, **named))
+    with pytest.raises(AssertionError, match="in a captured step"):
+        fake.capture()
+
+
+def test_a_launch_that_reads_the_host_is_noticed(fake: FakeLayer) -> None:
+    with fake.mode:
+        decoder = decode_triton.decoder_of(fake.index, GROUP)
+        assert decoder._reserved is not None
+        decoder._reserved = dataclasses.replace(decoder._reserved, dot=torch.empty(decoder._reserved.dot.shape))
+    with pytest.raises(AssertionError, match="reads the host"):
+        fake.capture()

@@ -6,10 +6,11 @@
     python -m benchmarks.compiled --keep                    # all cases, and keeps them in benchmarks/compiled.json
 
 prints one line per case and target, and ends with 1 if a case lost a property that it states
-(`sglang_clusterkv/kernels/compile_case.py`). A compilation takes two seconds of a core, on as many cores as OMP_NUM_THREADS
-allows. What compiled.json has under the same hash (of the kernel's source and whatever it calls, of the case's types and
-constants, of the target, Triton and ptxas) is not compiled again, but for a few, drawn anew each time: those must come out
-as they are kept. Columns:
+(`sglang_clusterkv/kernels/compile_case.py`) or has more instructions than compiled.json allows it: a fiftieth more than it had
+when it was first kept. `--keep --raise` allows what there is now. A compilation takes two seconds of a core, on as many cores
+as OMP_NUM_THREADS allows. What compiled.json has under the same hash (of the kernel's source and whatever it calls, of the
+case's types and constants, of the target, Triton and ptxas) is not compiled again, but for a few, drawn anew each time: those
+must come out as they are kept. Columns:
 
     regs      registers per thread
     spills    instructions that read or write local memory (LDL, STL), and local bytes: stack and arrays
@@ -18,6 +19,7 @@ as they are kept. Columns:
     LDG       loads of 16 bytes from global memory, those of the next column included
     LDGSTS    asynchronous loads of 16 bytes to shared memory
     MMA       tensor-core instructions, of every kind
+    instr     instructions, each counted once, however often it runs
     div       integer divisions and remainders inside a loop: `div` or `rem` of an integer type in the PTX, between a label
               and a later branch back to it. (A division by a constant is a multiplication there.)
 """
@@ -34,8 +36,9 @@ import random
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -118,23 +121,53 @@ def _results(modules: tuple[str, ...], todo: list[tuple[str, int]]) -> Iterator[
         yield from pool.map(functools.partial(_compile_named, modules), *zip(*todo, strict=True))
 
 
-def read_kept(path: Path) -> dict[tuple[str, int], tuple[str, Compiled]]:
-    """(case, target) -> its hash and what came out, as the file tells."""
+class Kept(NamedTuple):
+    """What is kept of a case and a target."""
+
+    hash: str
+    result: Compiled
+    most_instructions: int | None  # None: whatever it has
+
+
+def read_kept(path: Path) -> dict[tuple[str, int], Kept]:
+    """(case, target) -> what the file tells."""
     entries = json.loads(path.read_text()) if path.exists() else []
-    return {(entry.pop("case"), entry.pop("target")): (entry.pop("hash"), Compiled(**entry)) for entry in entries}
+    return {
+        (entry.pop("case"), entry.pop("target")): Kept(
+            entry.pop("hash"), most_instructions=entry.pop("most_instructions", None), result=Compiled(**entry)
+        )
+        for entry in entries
+    }
 
 
-def write_kept(path: Path, found: dict[tuple[str, int], tuple[str, Compiled]]) -> None:
+def write_kept(path: Path, found: dict[tuple[str, int], Kept]) -> None:
     """Replace the file; a line an entry, for whoever reads the difference."""
     entries = [
-        json.dumps({"case": name, "target": target, "hash": hash_} | asdict(result))
-        for (name, target), (hash_, result) in sorted(found.items())
+        json.dumps(
+            {"case": name, "target": target, "hash": kept.hash}
+            | asdict(kept.result)
+            | {"most_instructions": kept.most_instructions}
+        )
+        for (name, target), kept in sorted(found.items())
     ]
     path.write_text("[\n" + ",\n".join(entries) + "\n]\n")
 
 
+def most_instructions(kept: Kept | None, result: Compiled, raised: bool) -> int | None:
+    """How many a case may have from now on."""
+    if kept is not None and kept.most_instructions is not None and not raised:
+        return kept.most_instructions
+    return None if result.instructions is None else result.instructions * 51 // 50
+
+
 def lines(
-    modules: tuple[str, ...], only: str, targets: list[int], kept: Path | None = None, *, keep: bool = False
+    modules: tuple[str, ...],
+    only: str,
+    targets: list[int],
+    kept: Path | None = None,
+    *,
+    keep: bool = False,
+    raised: bool = False,
 ) -> Iterator[tuple[str, bool]]:
     """The table: each line, and whether its case kept all it states.
 
@@ -144,12 +177,13 @@ def lines(
         targets: compute capabilities times 10.
         kept: file with what came out earlier; None: all is compiled.
         keep: write the file: what is known stays, the rest as it came out.
+        raised: cases may have as many instructions as they have now.
     """
     cases = collect(modules)
     todo = [(name, target) for name in cases if only in name for target in targets]
     earlier = read_kept(kept) if kept else {}
     hashes = {(name, target): hash_of(cases[name], target) for name, target in todo} if kept else {}
-    known = [one for one in todo if one in earlier and earlier[one][0] == hashes[one]]
+    known = [one for one in todo if one in earlier and earlier[one].hash == hashes[one]]
     again = set(random.sample(known, min(RECHECKED, len(known))))
     skipped = set(known) - again
     results = _results(modules, [one for one in todo if one not in skipped])
@@ -157,20 +191,25 @@ def lines(
     header = (
         f"{'case':{width}} {'sm':>4} {'regs':>4} {'spills':>11} {'shared':>7} {'prog/SM':>7} {'LDG':>4} {'LDGSTS':>6}"
     )
-    yield f"{header} {'MMA':>4} {'div':>3}", bool(todo)
+    yield f"{header} {'MMA':>4} {'instr':>6} {'div':>3}", bool(todo)
     found = {}
     for name, target in todo:
         one = name, target
-        result = earlier[one][1] if one in skipped else next(results)
-        found[one] = hashes.get(one, ""), result
+        before = earlier.get(one)
+        result = earlier[one].result if one in skipped else next(results)
+        most = most_instructions(before, result, raised)
+        found[one] = Kept(hashes.get(one, ""), result, most)
         lost = losses(cases[name], result, target)
-        if one in again and result != earlier[one][1]:
-            lost.append(f"kept was {earlier[one][1]}")
+        if most is not None and result.instructions is not None and result.instructions > most:
+            lost.append(f"more than {most:,} instructions")
+        if before is not None and one in again and not _same(result, before.result):
+            lost.append(f"kept was {before.result}")
         spills = f"{result.spills}, {result.local_bytes} B"
         yield (
             f"{name:{width}} {target:>4} {result.registers:>4} {spills:>11} {result.shared_bytes:>7,}"
             f" {result.programs_per_sm:>7} {result.loads_128:>4} {result.async_loads_128:>6} {result.tensor_cores:>4}"
-            f" {result.loop_divisions:>3}" + (f"  LOST: {'; '.join(lost)}" if lost else ""),
+            f" {result.instructions or 0:>6,} {result.loop_divisions:>3}"
+            + (f"  LOST: {'; '.join(lost)}" if lost else ""),
             not lost,
         )
     if kept and keep:
@@ -181,6 +220,10 @@ def lines(
             f"{len(known)} of {len(todo)} were known by their hash, {len(again)} of them compiled again; {new} new",
             True,
         )
+
+
+def _same(result: Compiled, kept: Compiled) -> bool:
+    return replace(result, instructions=None) == kept if kept.instructions is None else result == kept
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -197,13 +240,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--kept", type=Path, help=f"file with earlier results (default: {KEPT.name}, of all kernels)")
     parser.add_argument("--keep", action="store_true", help="write that file")
+    parser.add_argument("--raise", dest="raised", action="store_true", help="allow the instructions that there are now")
     options = parser.parse_args(arguments)
     if options.keep and not options.kept and (options.modules or options.only or options.target):
         parser.error(f"{KEPT.name} is of all kernels: name another file with --kept")
     targets = options.target or list(TARGETS)
     kept = options.kept or (None if options.modules else KEPT)
     all_held = True
-    for line, held in lines(tuple(options.modules), options.only, targets, kept, keep=options.keep):
+    for line, held in lines(
+        tuple(options.modules), options.only, targets, kept, keep=options.keep, raised=options.raised
+    ):
         print(line, flush=True)
         all_held &= held
     return 0 if all_held else 1

@@ -7,6 +7,7 @@ Imports neither torch nor sglang, so that a mistake is reported before anything 
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import msgspec
 
 FLAG = "--clusterkv-config"
 ENVIRONMENT = "SGLANG_CLUSTERKV_CONFIG"
+CHECK = "CLUSTERKV_CHECK"
 EXAMPLE = '{"budget_tokens": 1024}'
 # Offsets of a segment's tokens are stored as int16.
 MAX_SEGMENT_TOKENS = 32767
@@ -344,6 +346,11 @@ def _accepted_text(name: str) -> str:
     return f"{_type_text(name)}, {'up' if limit.pages else limit.least} to {limit.most:,}"
 
 
+def checks_indices() -> bool:
+    """Whether indices are checked before kernels turn them into addresses (kernels/checks.py)."""
+    return os.environ.get(CHECK, "") not in ("", "0")
+
+
 def configuration_markdown() -> str:
     """The text of docs/configuration.md, from FIELD_DOCS, LIMITS and the defaults."""
     defaults = msgspec.to_builtins(ClusterKVConfig())
@@ -375,6 +382,9 @@ sglang serve --model-path MODEL --attention-backend clusterkv {FLAG} '{EXAMPLE}'
 calls whole pages are raised to fit it where they are still the defaults. It may be 2 to {MAX_PAGE_SIZE:,}:
 a segment has {MIN_SEGMENT_PAGES} pages or more and {tokens} tokens or less. An unknown key, one that is given twice, a wrong
 type, a number outside its limits or values that do not go together end the start with one sentence that names the fix.
+
+The environment variable `{CHECK}=1` makes every step and build check the indices that become addresses, and count those that
+were wrong: slow, for whoever looks for a mistake of ours ([developing.md](developing.md#checked-indices)).
 
 Why not more:
 

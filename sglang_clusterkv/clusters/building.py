@@ -72,6 +72,9 @@ class Builder:
                 ].long()
                 for make in makes
             ]
+            if self.index.checks is not None:
+                for listed in slots:
+                    self.index.checks.slots(listed)
             # Elsewhere `mark` counts it, without waiting for the device.
             if self.index.device == "cpu" and not self._unclustered(slots, makes):
                 self.lost([make.id for make in makes])

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _SAY_EVERY_S = 60.0
 _FAULT = DenseReason.FAULT.name.lower()
 _OTHERS = "others"
-_NOT_SHOWN = ("build_s", "_conflicts_of_device")
+_NOT_SHOWN = ("build_s", "_told")
 _ADVICE = {
     _OTHERS: "the requests concerned decode densely and are looked at again later. Lower --mem-fraction-static where memory "
     "is short",
@@ -57,13 +57,14 @@ class Counters:
     merges: int = 0
     forced_borders: int = 0
     build_conflicts: int = 0
+    index_violations: int = 0
     build_s: float = 0.0
     dense_steps: Counter[str] = field(default_factory=Counter)  # requests of a step, by reason
     dense_layer_calls: Counter[str] = field(default_factory=Counter)  # requests of one layer of a step, by reason
     # Steps that captured graphs had no room for, by what there was too much of.
     steps_without_graph: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)  # exceptions of our own code that were survived, by operation
-    _conflicts_of_device: int = 0  # of `build_conflicts`, those that the device counted
+    _told: Counter[str] = field(default_factory=Counter)  # of the device's counts, what is in these
 
     def server_info(self) -> dict[str, object]:
         """All of them for /server_info: integers, and dictionaries by reason or operation."""
@@ -71,17 +72,20 @@ class Counters:
         plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
         return plain | {"build_ms": round(1000 * self.build_s)}
 
-    def note_conflicts(self, pages: int) -> None:
-        """So many pages, since the start, were marked while they were another segment's; warns if that is news."""
-        if pages <= self._conflicts_of_device:
-            return
-        logger.warning(
-            "clusterkv: %d pages were clustered while they were another segment's, %d so far: what is recalled of them may be "
-            "wrong until the requests that have them end; please report this.",
-            pages - self._conflicts_of_device, pages,
-        )  # fmt: skip
-        self.build_conflicts += pages - self._conflicts_of_device
-        self._conflicts_of_device = pages
+    def note_violations(self, conflicts: int, out_of_range: int) -> None:
+        """What the device has counted since the start (`ClusterIndex.violations`); warns of what is new."""
+        for name, now, what in (
+            ("build_conflicts", conflicts, "pages were clustered while they were another segment's"),
+            ("index_violations", out_of_range, "indices were out of range and taken as 0"),
+        ):
+            new = now - self._told[name]
+            if new > 0:
+                self._told[name] = now
+                setattr(self, name, getattr(self, name) + new)
+                logger.warning(
+                    "clusterkv: %d %s, %d so far: what is recalled may be wrong until the requests concerned end; "
+                    "please report this.", new, what, now,
+                )  # fmt: skip
 
     def add(self, step: StepCounts) -> None:
         """A decode step has run."""

@@ -29,9 +29,10 @@ from sglang_clusterkv.clusters.rows import DenseReason, Extend, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.clusters.tracing import tracing_of
-from sglang_clusterkv.config import STEP_OPTIONS, ConfigError, validate
+from sglang_clusterkv.config import STEP_OPTIONS, ConfigError, checks_indices, validate
+from sglang_clusterkv.kernels.checks import IndexChecks
 from sglang_clusterkv.kernels.decode import sparse_decode
-from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.index import OUT_OF_RANGE, ClusterIndex
 from sglang_clusterkv.memory.mass import mean_by_group
 from sglang_clusterkv.memory.tier import Tier
 
@@ -81,7 +82,7 @@ class ClusterEngine:
         self.stream = stream or ForwardStream(index.device)
         self.tracing = tracing_of(index, self.tables, self.records, req_to_token, self.stream, self.faults)
         # One layer of a step's sparse requests; the benchmarks put other policies here.
-        self.sparse_decode: SparseDecode = self.tracing.around(sparse_decode)
+        self.sparse_decode: SparseDecode = self.tracing.around(self._checked(sparse_decode))
         self.tier = tier
         self.residency = residency_of(tier, self.config, req_to_token, handed_out, self.stream, self.faults)
         self.snapshots = Snapshots(index, req_to_token, self.stream)
@@ -91,6 +92,13 @@ class ClusterEngine:
         )
         self._under_way: StepCounts | None = None  # of the decode step that was begun last, until it is counted
         self._looks, self._layers = BackOff(), BackOff()
+
+    def _checked(self, decode: SparseDecode) -> SparseDecode:
+        """A layer that checks indices first, where that is asked for."""
+        if not checks_indices():
+            return decode
+        self.index.checks = IndexChecks(self.index, self.index.violations[OUT_OF_RANGE])
+        return self.index.checks.around(decode)
 
     def set_step_options(self, **options: object) -> None:
         """Change some of `STEP_OPTIONS` from the next decode step on; what is clustered stays as it is.
@@ -358,7 +366,7 @@ class ClusterEngine:
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""
         self.count_step()
-        self.counters.note_conflicts(int(self.index.conflicts))
+        self.counters.note_violations(*self.index.violations.tolist())
         return (
             self.counters.server_info()
             | self.residency.server_info()

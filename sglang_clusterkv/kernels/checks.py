@@ -4,13 +4,14 @@ An address beyond a pool ends a GPU's process, long after and far from the mista
 launch that would follow it, and a number says that there was one. The checks are operations of torch between the launches: none
 waits for the device, and a graph captures them. Without the variable there are none, and no kernel is another one.
 
-On a GPU the workspace is checked between the stages of the chain; a CPU's chain is one kernel, which gets checked lists and
-tables.
+On a GPU the workspace is checked between the stages of the chain. A CPU's chain is one kernel, whose lists and tables are
+checked; there a wrong index ends the layer, or the build, with an IndexError, which costs speed as any fault of ours does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ class IndexChecks:
 
     def hold(self, values: torch.Tensor, limit: torch.Tensor | int, listed: torch.Tensor | None = None) -> None:
         """Set those of `values` to 0 that are negative or not below `limit`, and count them; only where `listed`."""
-        outside = (values < 0) | (values >= limit)
+        outside = (values < 0) | (values >= limit) & (values > 0)  # 0 is a place of everything
         if listed is not None:
             outside = outside & listed
         self._wrong += outside.sum()
@@ -46,7 +47,17 @@ class IndexChecks:
 
     def slots(self, slots: torch.Tensor) -> None:
         """Slots int64 [M] of a segment that is to be built."""
-        self.hold(slots, self._index.geometry.slots)
+        with self._looked_at("a segment's slots"):
+            self.hold(slots, self._index.geometry.slots)
+
+    @contextmanager
+    def _looked_at(self, what: str) -> Iterator[None]:
+        """Where nothing waits for that, look at the count: raises IndexError if a check in here finds something."""
+        on_cpu = self._index.device == "cpu"
+        before = int(self._wrong) if on_cpu else 0
+        yield
+        if on_cpu and int(self._wrong) > before:
+            raise IndexError(f"{int(self._wrong) - before} indices of {what} are out of range")
 
     def lists(self, step: SparseStep) -> None:
         """The lists of a step, counts first: they say how much of the others is read."""
@@ -112,8 +123,9 @@ class IndexChecks:
             q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep,
             *of: Any, **more: Any,
         ) -> torch.Tensor:  # fmt: skip
-            self.lists(step)
-            self.tables(step, layer)
+            with self._looked_at("a step's lists or tables"):
+                self.lists(step)
+                self.tables(step, layer)
             return decode(q, keys, values, index, layer, step, *of, **more)
 
         return checked

@@ -21,9 +21,11 @@ from sglang_clusterkv.memory.step import to_device
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig
+    from sglang_clusterkv.kernels.checks import IndexChecks
     from sglang_clusterkv.memory.device import Geometry
 
 UNCLUSTERED = -1
+CONFLICTS, OUT_OF_RANGE = 0, 1  # pages marked that were another segment's; indices, where they are checked
 
 
 class LayerView(NamedTuple):
@@ -63,9 +65,9 @@ class ClusterIndex:
         # Recalled mass of all sparse steps since the start, its sum and how many (request, query head): float64
         # [layers, H, 2], a cell for each kv head so that a GPU's programs do not all add to one. A CPU has the first's.
         self.mass_cells = torch.zeros((geometry.layers, geometry.kv_heads, 2), dtype=torch.float64, device=device)
-        self.conflicts = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # pages that were marked and another segment's
+        # How often happened what never may, int64 [2]: at `CONFLICTS` and `OUT_OF_RANGE`.
+        self.violations = torch.zeros(2, dtype=torch.int64, device=device)
+        self.checks: IndexChecks | None = None  # of indices, where they are asked for
         self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
         self.row_of = {
             layer: row for row, layer in enumerate(geometry.clustered_layers)
@@ -128,7 +130,7 @@ class ClusterIndex:
         """
         listed = pages[0] if len(pages) == 1 else torch.cat(pages)
         owner = self.page_state[:, 0]
-        self.conflicts += (owner[listed] != UNCLUSTERED).sum()
+        self.violations[CONFLICTS] += (owner[listed] != UNCLUSTERED).sum()
         state = np.concatenate(
             [
                 np.stack(np.broadcast_arrays(segment, np.arange(len(of)), len(of)), 1)

@@ -56,6 +56,7 @@ _TOTALS = {
         "build_conflicts_total",
         "Plan and device disagreed: segments left out, on an accelerator pages that were another segment's.",
     ),
+    "index_violations": ("index_violations_total", "With CLUSTERKV_CHECK=1: indices that were out of range."),
     "build_s": ("build_seconds_total", "Time spent clustering, measured on a CPU only."),
 }
 # The same for attributes that count by a label, and the label.
@@ -90,23 +91,24 @@ class DeviceCounts:
         index = engine.index
         pinned = index.device != "cpu"
         self._mass = torch.empty(index.mass.shape, dtype=index.mass.dtype, pin_memory=pinned)
-        self._pages, self._conflicts = (torch.empty((), dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+        self._pages = torch.empty((), dtype=torch.int64, pin_memory=pinned)
+        self._violations = torch.empty(2, dtype=torch.int64, pin_memory=pinned)
         engine.stream.run(self._copy, index)
         self._ready = engine.stream.event()
 
     def _copy(self, index: ClusterIndex) -> None:
         self._mass.copy_(index.mass, non_blocking=True)
         self._pages.copy_(index.clustered_pages(), non_blocking=True)
-        self._conflicts.copy_(index.conflicts, non_blocking=True)
+        self._violations.copy_(index.violations, non_blocking=True)
 
     def has_arrived(self) -> bool:
         """Whether `read` would not wait."""
         return self._ready.query()
 
-    def read(self) -> tuple[np.ndarray, int, int]:
-        """`ClusterIndex.mass`, the number of clustered pages, and `ClusterIndex.conflicts`. Waits for the copy."""
+    def read(self) -> tuple[np.ndarray, int, list[int]]:
+        """`ClusterIndex.mass`, the number of clustered pages, and `ClusterIndex.violations`. Waits for the copy."""
         self._ready.synchronize()
-        return self._mass.numpy(), int(self._pages), int(self._conflicts)
+        return self._mass.numpy(), int(self._pages), self._violations.tolist()
 
 
 class Exporter:
@@ -175,9 +177,9 @@ class Exporter:
     def _publish(self, pool: ClusterKVPool, counts: DeviceCounts) -> None:
         engine = _engine(pool)
         self._copy = None
-        mass, pages, conflicts = counts.read()
+        mass, pages, violations = counts.read()
         engine.count_step()
-        engine.counters.note_conflicts(conflicts)
+        engine.counters.note_violations(*violations)
         for attribute, total in self._totals.items():
             self._raise(total, attribute, getattr(engine.counters, attribute))
         for attribute, total in self._totals_by.items():

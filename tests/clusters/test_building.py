@@ -111,7 +111,7 @@ def marked_twice() -> ClusterIndex:
     """Pages 2 and 3 of a segment become another one's."""
     index = Scene(ClusterKVConfig()).index
     index.mark([7, 8], [torch.tensor([2, 3, 4, 5]), torch.tensor([9, 10, 11, 12])])
-    assert int(index.conflicts) == 0
+    assert int(index.violations[0]) == 0
     assert index.page_state[[2, 5, 9]].tolist() == [[7, 0, 4], [7, 3, 4], [8, 0, 4]]
     with Waits():
         index.mark([9], [torch.tensor([3, 2, 6, 13])])
@@ -120,19 +120,19 @@ def marked_twice() -> ClusterIndex:
 
 def test_pages_of_another_segment_are_counted_where_they_are_marked() -> None:
     index = marked_twice()
-    assert int(index.conflicts) == 2
+    assert int(index.violations[0]) == 2
     assert index.page_state[[3, 2, 13]].tolist() == [[9, 0, 4], [9, 1, 4], [9, 3, 4]]
     index.forget([9])
     index.mark([10], [torch.tensor([3, 2, 6, 13])])
-    assert int(index.conflicts) == 2, "forgotten pages are nobody's"
+    assert int(index.violations[0]) == 2, "forgotten pages are nobody's"
 
 
 def test_such_pages_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene(ClusterKVConfig())
-    scene.index.conflicts += 2
+    scene.index.violations[0] += 2
     for _ in range(2):
         assert scene.engine.server_info()["build_conflicts"] == 2
-    scene.index.conflicts += 1
+    scene.index.violations[0] += 1
     assert scene.engine.server_info()["build_conflicts"] == 3
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2 and "2 pages were clustered while they were another segment's" in told[0]

@@ -22,7 +22,7 @@ STEPS = int(os.environ.get("CLUSTERKV_STEPS", "2000"))
 STEPS_OF_A_WORLD = 50
 EVENTS = (
     "admit branch turn duplicate chunk decode finish retract abort evict flush rewrite merge splits reused sparse lagging "
-    "rest press stored loaded"
+    "rest press stored loaded replay late eager"
 )
 
 FAULTS = " lists_fault layer_fault offload_fault"

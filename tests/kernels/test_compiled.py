@@ -83,12 +83,21 @@ def table(**how):
     return [*compiled.lines(("tests.support.losing_kernels",), "sound", [90], path, **how)][1:]
 
 tables = {"kept": table(keep=True), "known": table()}
-((hash_, result),) = compiled.read_kept(path).values()
-compiled.write_kept(path, {key: (hash_, replace(result, registers=1))})
+(entry,) = compiled.read_kept(path).values()
+hash_, result = entry.hash, entry.result
+assert entry.most_instructions == result.instructions * 51 // 50 > 20
+compiled.write_kept(path, {key: entry._replace(result=replace(result, registers=1))})
 tables["wrong"] = table()
 compiled.RECHECKED = 0
 tables["not compiled"] = table()
-compiled.write_kept(path, {key: ("of another source", replace(result, registers=1))})
+tight = entry._replace(most_instructions=result.instructions - 1)
+compiled.write_kept(path, {key: tight})
+tables["too many"], tables["too many, kept"], tables["raised"] = table(), table(keep=True), table(keep=True, raised=True)
+tables["allowed"] = table()
+compiled.write_kept(path, {key: entry._replace(result=replace(result, instructions=None), most_instructions=None)})
+compiled.RECHECKED = 1
+tables["not counted"] = table()
+compiled.write_kept(path, {key: entry._replace(hash="of another source", result=replace(result, registers=1))})
 tables["changed"] = table()
 
 cases = compiled.collect(("tests.support.losing_kernels",))
@@ -115,5 +124,9 @@ def test_what_is_known_by_its_hash_is_taken_from_the_file_and_a_few_are_compiled
     line, held = tables["wrong"][0]
     assert not held and "LOST: kept was Compiled(registers=1," in line, line
     assert tables["not compiled"][0][0].split()[2] == "1", "the file's registers"
+    for name in ("too many", "too many, kept"):
+        line, held = tables[name][0]
+        assert not held and re.search(r"LOST: more than [\d,]+ instructions$", line), line
+    assert all(tables[name][0][1] for name in ("raised", "allowed", "not counted"))
     assert hashes[0] == kept == stated, "what a case states is compared anew"
     assert len(set(hashes)) == len(hashes), hashes

@@ -81,16 +81,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         lags=st.booleans(),
         host=st.sampled_from(["no", "HiCache", 1, 2, 4]),
         pages_per_call=st.sampled_from([0, 40]),
+        graphs=st.sampled_from([0, 3]),
     )
     def begin(
-        self, config: ClusterKVConfig, pages: int, overlap: bool, lags: bool, host: str | int, pages_per_call: int
+        self,
+        config: ClusterKVConfig,
+        pages: int,
+        overlap: bool,
+        lags: bool,
+        host: str | int,
+        pages_per_call: int,
+        graphs: int,
     ) -> None:
         """A world of its own."""
         COUNTS["worlds"] += 1
         tiers = Tiers.of(pages, host, CHUNK_TOKENS, MOST_RUNNING) if isinstance(host, int) else None
         self.world = World(
             config, pages=pages, overlap=overlap, lags=lags, tiers=tiers, hicache=host == "HiCache",
-            pages_per_call=pages_per_call,
+            pages_per_call=pages_per_call, graphs=0 if tiers else graphs,
         )  # fmt: skip
         self.texts = [stream(0, 900), stream(1, 900), stream(2, 150)]
 
@@ -284,6 +292,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             rules.assert_tiers(self.world)
             rules.assert_plans_do_not_depend_on_the_tier(self.world)
         COUNTS["loaded"] += self.world.loaded
+        if self.world.replays is not None:
+            COUNTS.update(self.world.replays.counts)
         counters = self.world.engine.counters
         COUNTS.update(splits=counters.splits, reused=counters.tokens_reused, sparse=counters.sparse_steps)
         assert counters.faults == self.world.injected, f"rule 7: {counters.faults} for {self.world.injected}"

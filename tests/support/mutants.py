@@ -38,6 +38,7 @@ from sglang_clusterkv.memory.directory import FREE, PADDING, Directory
 from sglang_clusterkv.memory.host import HostRows
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.sharing import SharedSegments, shared_segments
+from tests.support.late_graphs import LateReplays, lists_by_numpy
 from tests.support.scenes import PAGE, Scene
 
 
@@ -277,6 +278,21 @@ def _ids_of_the_row_before() -> AbstractContextManager[Any]:
             self.ids[row.row, : len(before)] = before
 
     return patch.object(RowTables, "write", but_its_ids)
+def _lists_written_before_the_replay_has_read() -> AbstractContextManager[Any]:
+    return patch.object(LateReplays, "launch", lambda self, *of: lists_by_numpy(*of))
+
+
+@contextmanager
+def _requests_beyond_the_batch_stay() -> Iterator[None]:
+    from sglang_clusterkv.kernels.lists import triton as lists_triton
+
+    make = lists_triton.make
+
+    def of_the_batch(packed: Any, table: Any, page_size: int, lists: Any) -> Any:
+        return make(packed, table, page_size, lists._replace(batch=packed.batch))
+
+    with patch.object(lists_triton, "make", of_the_batch):
+        yield
 
 
 MUTANTS = {
@@ -328,6 +344,8 @@ MUTANTS = {
     "pages leave without a store": Mutant("11", _replaced(HostRows, "store", lambda self, *arguments: None)),
     "a page that is handed out stays stored": Mutant("11", lambda: _release_without("stored")),
     "unmapped on the scheduler's stream": Mutant("10", _unmapped_on_the_schedulers_stream),
+    "a replay's lists are overwritten by the next head's": Mutant("3, 6", _lists_written_before_the_replay_has_read),
+    "requests beyond a batch stay in captured lists": Mutant("6", _requests_beyond_the_batch_stay),
     "built from the device alone": Mutant("4, 5", _built_without_the_host),
     "segments are taken for shared by their places": Mutant(
         "13", _replaced(step_lists, "shared_segments", _shared_by_place)

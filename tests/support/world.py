@@ -38,6 +38,7 @@ from sglang_clusterkv.clusters.rows import Row
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from tests.support import rules
+from tests.support.late_graphs import LateReplays
 from tests.support.scenes import PAGE, Scene, Tiers
 
 SMALL = ClusterKVConfig(
@@ -139,7 +140,12 @@ class LaggingStream(ForwardStream):
 
     def event(self) -> _Reached:
         """Its synchronize() works off what waits now."""
-        return _Reached(self, self.done + len(self._waiting))
+        return _Reached(self, self.queued)
+
+    @property
+    def queued(self) -> int:
+        """Pieces of work that it was given since the beginning."""
+        return self.done + len(self._waiting)
 
     def drain(self, upto: int | None = None) -> None:
         """Work off what waits, or the first of it until `upto` pieces of work were done since the beginning."""
@@ -179,6 +185,7 @@ class World:
         hicache: whether pages that the tree frees stay on the host, as with SGLang's HiCache; not with tiers.
         clustered: the layers that have clusters; None: all.
         pages_per_call: of segments that are made together, as on a GPU.
+        graphs: requests that captured decode steps have room for, whose lists never move; 0: no steps are captured.
         sizes: layers, kv_heads, head_dim, rows, context of the scene.
     """
 
@@ -194,6 +201,7 @@ class World:
         hicache: bool = False,
         clustered: tuple[int, ...] | None = None,
         pages_per_call: int = 0,
+        graphs: int = 0,
         **sizes: int,
     ) -> None:
         assert tiers is None or not hicache
@@ -210,6 +218,7 @@ class World:
         self.listed: list[int] = []  # of every decode step, what tells its lists
         self.written = np.zeros(pages * PAGE, np.int64)  # by slot: what tells the token that was written there last
         self.engine, self.index = self.scene.engine, self.scene.index
+        self.replays = LateReplays(self.engine, self.stream, graphs, sizes["context"]) if graphs else None
         self.contents = contents_of(config, sizes["layers"], sizes["kv_heads"], sizes["head_dim"], clustered)
         self.free_pages = list(range(pages - 1, 0, -1))  # the page freed last is handed out next
         self.free_rows = list(range(sizes["rows"] - 1, 0, -1))
@@ -229,6 +238,10 @@ class World:
         self.faulted_at = 0  # launch whose lists failed
         self.dense_until = 0  # launch from which layers may be sparse again
         self._failures = 0  # of layers, in a row
+        self._rows_read: int | None = (
+            None  # how far the stream has come once the last forward has read rows; None: all of it
+        )
+        self._ends: list[Any] = []  # of forwards whose results are not on the host
         self.catches_up = False  # with `lags`: a launch's head is done before the scheduler goes on
         self.handed_out: list[torch.Tensor] = []  # slots, since the last launch
         self.made: list[Made] = []  # of the last launch's plan
@@ -292,9 +305,11 @@ class World:
             last = not request.prefilling
             extends.append(Extend(request.row, request.rid, begin, request.length, request.prompt_len, last))
         self._begin(lambda: self.engine.begin_extend(extends))
+        self._rows_read = None
         requests = [chunk[0] if isinstance(chunk, tuple) else chunk for chunk in chunks]
         for request, extend in zip(requests, extends, strict=True):
             self._write_kv(request, extend.prefix_tokens)
+        self._forward_ends()
         self._assert_tiers()
         self._middle = [request for request in requests if request.prefilling]
         self._results([request for request in requests if not request.prefilling])
@@ -312,15 +327,23 @@ class World:
                 request.length += 1
                 self._allocate(request, request.length - 1, request.length)
             rows, lengths = np.array([r.row for r in requests]), np.array([r.length for r in requests])
-            with self._lists_that_raise():
+            self._rows_read = None
+            captured = contextlib.nullcontext() if self.replays is None else self.replays.launching()
+            with captured, self._lists_that_raise():
                 step = self._begin(functools.partial(self.engine.begin_decode, rows, lengths))
             assert step is not None
-            self._note_lists(step)
-            rules.assert_lists(self, requests, step)
+            if self.replays is None:
+                self._note_lists(step)
+                rules.assert_lists(self, requests, step)
+            else:
+                if isinstance(self.stream, LaggingStream):
+                    self._rows_read = self.stream.queued
+                rules.assert_lists(self, requests, self.replays.replay(step))
             self._layers(step)
             rules.assert_counts(self)
             for request in requests:
                 self._write_kv(request, request.length - 1)
+            self._forward_ends()
             self._assert_tiers()
             self._results([])
         assert step is not None, "no step was asked for"
@@ -346,7 +369,12 @@ class World:
 
     def _layers(self, step: DecodeStep) -> None:
         """The layers of a step: none is computed, one may fail. Counts what the step came to."""
-        sparse = 0 if step.sparse is None else step.sparse.batch
+        sparse = 0 if step.sparse is None else step.sparse_requests
+        if self.replays is not None:  # no code of ours runs in a replay
+            assert step.counts is not None
+            self.counted.update(sparse=sparse, dense=len(step.rows) - sparse, available=step.counts.tokens_available)
+            self._failures = 0 if sparse else self._failures
+            return
         if sparse and self.raises == "layer":
             self.raises = None
             self.injected["layer"] += 1
@@ -492,7 +520,7 @@ class World:
         self.scene.handed_out.add(given, torch.tensor(fresh, dtype=torch.int64) if self.tier is not None else None)
         self.handed_out.append(given)
         self.new_pages.append(torch.tensor(fresh, dtype=torch.int64))
-        self.settle()
+        self._rows_change()
         table[begin:end] = given.int()
 
     def _lock(self, request: Request, pages: int) -> None:
@@ -506,7 +534,7 @@ class World:
         request.row, request.news_at, request.dense_since_news = self.free_rows.pop(), self.launches, 0
         request.alone = True
         if found:
-            self.settle()
+            self._rows_change()
         table = self.scene.req_to_token[request.row]
         keys = request.page_keys(found // PAGE)
         on_device = self._known(keys, self.tree)
@@ -543,7 +571,7 @@ class World:
         told = self._known(keys, self.tree.keys() | self.on_host)
         protected = request.protected
         if known > protected:
-            self.settle()
+            self._rows_change()
         for i in range(protected, known):
             self._free(int(table[i * PAGE]) // PAGE)
             table[i * PAGE : (i + 1) * PAGE] = self.tree[keys[i]].page * PAGE + torch.arange(PAGE, dtype=torch.int32)
@@ -660,6 +688,18 @@ class World:
     def settled(self) -> bool:
         """The device has done all that it was given, so what the host believes can be compared with it."""
         return not isinstance(self.stream, LaggingStream) or self.stream.settled
+
+    def _rows_change(self) -> None:
+        """The scheduler writes a row: once the last forward has read rows, which a replayed step has before its layers."""
+        if isinstance(self.stream, LaggingStream):
+            self.stream.drain(self._rows_read)
+
+    def _forward_ends(self) -> None:
+        """A forward was launched. Its results are on the host before the next one is, or the one after that with overlap."""
+        if self.replays is not None and isinstance(self.stream, LaggingStream):
+            self._ends.append(self.stream.event())
+            if len(self._ends) > self.overlap:
+                self._ends.pop(0).synchronize()
 
     def settle(self) -> None:
         """Let the forward's stream catch up; what the scheduler writes to rows waits for this as well."""

@@ -163,12 +163,16 @@ class TritonDecoder:
 
     def refine(self, layer: int, scale: float, dtype: torch.dtype) -> None:
         """Candidates' values from their codes, for queries of `dtype`; nothing where nothing is refined."""
+        if self.index.checks is not None:
+            self.index.checks.candidates(self.step, self.workspace)
         if self.config.refine:
             refine_triton.refine_values(self.index, layer, self.step, scale, self.limit, self.workspace, dtype)
 
     def recall(self, layer: int) -> None:
         """The best candidates' slots, or all candidates'; and which clusters the estimate takes at their own mean value."""
         if self.config.refine:
+            if self.index.checks is not None:
+                self.index.checks.positions(self.step, self.workspace)
             refine_triton.recall(self.index, self.step, self.limit, self.workspace)
         else:
             refine_triton.recall_all(self.index, layer, self.step, self.limit, self.workspace)
@@ -180,6 +184,8 @@ class TritonDecoder:
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tier: TierLayer | None = None
     ) -> None:
         """Exact attention over always-attended and recalled tokens."""
+        if self.index.checks is not None:
+            self.index.checks.recalled(self.step, self.workspace)
         if self.engine is not None:
             self.engine.attend(q, keys, values, scale, self.workspace)
             return

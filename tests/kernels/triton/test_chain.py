@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,12 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend import reference as attend_reference
+from sglang_clusterkv.kernels.checks import IndexChecks
 from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, last_read, sparse_decode
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
+from sglang_clusterkv.kernels.refine import triton as refine_triton
+from sglang_clusterkv.kernels.select import triton as select_triton
 from sglang_clusterkv.kernels.step_model import StepShape, sparse_launches
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS
-from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.index import OUT_OF_RANGE, ClusterIndex
 from sglang_clusterkv.memory.rotation import rotation_signs
 from sglang_clusterkv.memory.step import SparseStep
 from tests.support import exactly as ex
@@ -317,3 +321,24 @@ def test_a_step_does_not_depend_on_the_one_before(device: str) -> None:
     first = chain.result(slice(0, 1))
     chain.result(slice(1, 2))
     assert torch.equal(first, chain.result(slice(0, 1)))
+
+
+def test_a_checked_chain_is_the_chain_and_survives_wrong_indices(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CLUSTERKV_CHECK=1: right indices change nothing; wrong ones of select and refine are counted, not followed."""
+    chain = Chain(CONFIG, device)
+    plain, index = chain.result(), chain.index
+    index.checks = IndexChecks(index, index.violations[OUT_OF_RANGE])
+    assert torch.equal(chain.result(), plain) and int(index.violations[OUT_OF_RANGE]) == 0
+    select, values = select_triton.select, refine_triton.refine_values
+
+    def spoiled_select(index: Any, step: Any, limit: int, w: Any, *of: Any) -> None:
+        select(index, step, limit, w, *of)
+        w.candidates[0, 0, 0] = 1 << 50 | 1 << 20
+
+    def spoiled_values(index: Any, layer: int, step: Any, scale: float, limit: int, w: Any, *of: Any) -> None:
+        values(index, layer, step, scale, limit, w, *of)
+        w.position[0, 1, 0] = 1 << 28
+
+    monkeypatch.setattr(select_triton, "select", spoiled_select)
+    monkeypatch.setattr(refine_triton, "refine_values", spoiled_values)
+    assert chain.result().isfinite().all() and int(index.violations[OUT_OF_RANGE]) == 3

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_clusterkv.clusters.build import build_segment
+from sglang_clusterkv.clusters.build import build_segments
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import Geometry, metadata_bytes_per_token
 from sglang_clusterkv.memory.index import ClusterIndex
@@ -68,7 +68,7 @@ class Segment:
     def cluster_s(self) -> float:
         """CPU time of all its layers, one at a time, as they are for the least memory."""
         begin = time.process_time()
-        build_segment(self.index, 1, self.slots, self.keys, self.values, layers_per_call=1)
+        build_segments(self.index, [1], [self.slots], self.keys, self.values)
         return time.process_time() - begin
 
 

@@ -278,6 +278,8 @@ def _ids_of_the_row_before() -> AbstractContextManager[Any]:
             self.ids[row.row, : len(before)] = before
 
     return patch.object(RowTables, "write", but_its_ids)
+
+
 def _lists_written_before_the_replay_has_read() -> AbstractContextManager[Any]:
     return patch.object(LateReplays, "launch", lambda self, *of: lists_by_numpy(*of))
 

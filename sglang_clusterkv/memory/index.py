@@ -21,7 +21,6 @@ from sglang_clusterkv.memory.step import to_device
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig
-    from sglang_clusterkv.kernels.checks import IndexChecks
     from sglang_clusterkv.memory.device import Geometry
 
 UNCLUSTERED = -1
@@ -67,7 +66,7 @@ class ClusterIndex:
         self.mass_cells = torch.zeros((geometry.layers, geometry.kv_heads, 2), dtype=torch.float64, device=device)
         # How often happened what never may, int64 [2]: at `CONFLICTS` and `OUT_OF_RANGE`.
         self.violations = torch.zeros(2, dtype=torch.int64, device=device)
-        self.checks: IndexChecks | None = None  # of indices, where they are asked for
+        self.checks: Any = None  # of indices, where they are asked for: kernels.checks.IndexChecks
         self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
         self.row_of = {
             layer: row for row, layer in enumerate(geometry.clustered_layers)

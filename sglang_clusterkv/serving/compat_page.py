@@ -81,8 +81,11 @@ and NGRAM), and what serving it would take:
 - The step that verifies (`ForwardMode.TARGET_VERIFY`) is a call of `forward_extend` with `spec_info.draft_token_num` queries
   for each request, behind a prefix of `seq_lens` tokens. Where drafts are a tree, `spec_info.custom_mask` says which of them
   each one sees: drafts by drafts on a CPU, prefix and drafts on a GPU. On a CPU our prefill takes no mask, so it would get
-  one; on a GPU SGLang's own backend takes it. That is a small step, but every such step is dense: all that clusters cost, and
-  nothing recalled. So it alone is not offered.
+  one; on a GPU SGLang's own backend takes it. That is a small step, but with EAGLE as with NGRAM every decode step is one that
+  verifies, so all of them would be dense: all that clusters cost, and nothing recalled. So it alone is not offered.
+- On a CPU SGLang builds and checks trees by its package `sgl_kernel`, compiled for CPUs. A platform from outside, such as this
+  plugin's for machines without an accelerator, it refuses there by name (`reject_out_of_tree_path`), and the package of a GPU
+  does not load. So where this plugin is tested, nothing that verifies can run, with any backend.
 - To recall, the chain must take several queries of a request. Score, refine and attend hold one per query head; queries of a
   request would be further rows of the same tile, over one choice of clusters for all of them, and attention among the drafts
   themselves a small masked part of its own beside base and recalled tokens.

@@ -157,6 +157,7 @@ class Scene:
     seq_lens: np.ndarray  # int64 [batch], this step's token included
     step: SparseStep
     clustering_s: float  # plan and build of all segments
+    shared: int = 0  # first tokens that all requests have in common
 
     @property
     def scale(self) -> float:
@@ -184,9 +185,10 @@ class Scene:
         return q.to(device, torch.float32 if device == "cpu" else self.dtype)
 
 
-def geometry_of(shape: Shape, layers: int, batch: int, context: int) -> Geometry:
-    """The pool of a scene: whole pages for each request and its next token, and the padding page."""
-    return Geometry(layers, shape.kv_heads, shape.head_dim, PAGE_SIZE, 1 + batch * -(-(context + 1) // PAGE_SIZE))
+def geometry_of(shape: Shape, layers: int, batch: int, context: int, shared: int = 0) -> Geometry:
+    """The pool of a scene: whole pages for each request and its next token, shared ones once, and the padding page."""
+    own = -(-(context + 1) // PAGE_SIZE) - shared // PAGE_SIZE
+    return Geometry(layers, shape.kv_heads, shape.head_dim, PAGE_SIZE, 1 + shared // PAGE_SIZE + batch * own)
 
 
 def scene_bytes(config: ClusterKVConfig, geometry: Geometry, dtype: torch.dtype) -> int:
@@ -204,30 +206,33 @@ def free_bytes(device: str) -> int:
 
 
 def fitting_layers(
-    config: ClusterKVConfig, shape: Shape, layers: int, batch: int, context: int, dtype: torch.dtype, free: int
-) -> int:
+    config: ClusterKVConfig, shape: Shape, layers: int, batch: int, context: int, dtype: torch.dtype, free: int,
+    shared: int = 0,
+) -> int:  # fmt: skip
     """How many of `layers` layers fit in `free` bytes with room to spare; 0 where not one does."""
     for count in range(min(layers, shape.layers), 0, -1):
-        if scene_bytes(config, geometry_of(shape, count, batch, context), dtype) <= MEMORY_SHARE * free:
+        if scene_bytes(config, geometry_of(shape, count, batch, context, shared), dtype) <= MEMORY_SHARE * free:
             return count
     return 0
 
 
 def make_scene(
-    config: ClusterKVConfig, shape: Shape, layers: int, batch: int, context: int, dtype: torch.dtype, device: str
-) -> Scene:
+    config: ClusterKVConfig, shape: Shape, layers: int, batch: int, context: int, dtype: torch.dtype, device: str,
+    shared: int = 0,
+) -> Scene:  # fmt: skip
     """A scene whose keys form clusters; the same for the same arguments.
 
     Args:
         config: of the plugin.
         shape: of the model.
         layers: how many of its layers.
-        batch: requests, each with pages of its own.
+        batch: requests.
         context: tokens of each.
         dtype: of the KV pool.
         device: "cpu" or "cuda".
+        shared: first tokens, whole pages, that all requests have in common: the others find them after the first one's prefill.
     """
-    geometry = geometry_of(shape, layers, batch, context)
+    geometry = geometry_of(shape, layers, batch, context, shared)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*sizes: int) -> torch.Tensor:
@@ -238,25 +243,34 @@ def make_scene(
         return normal(CENTRES)[which].add_(normal(geometry.slots), alpha=0.5).to(dtype)
 
     keys, values = [pool() for _ in range(layers)], [pool() for _ in range(layers)]
-    pages_each = (geometry.pages - 1) // batch
-    table = torch.zeros((batch + 1, pages_each * PAGE_SIZE), dtype=torch.int32)
-    table[1:] = torch.arange(PAGE_SIZE, geometry.slots, dtype=torch.int32).view(batch, -1)
+    slots = torch.arange(PAGE_SIZE, geometry.slots, dtype=torch.int32)
+    own = slots[shared:].view(batch, -1)
+    table = torch.zeros((batch + 1, shared + own.shape[1]), dtype=torch.int32)
+    table[1:, :shared], table[1:, shared:] = slots[:shared], own
     engine = ClusterEngine(ClusterIndex(config, geometry, device), keys, values, table.to(device), HandedOut())
-    engine.begin_extend([Extend(row, str(row), 0, context, context, True) for row in range(1, batch + 1)])
+    prefills = [Extend(row, str(row), shared if row > 1 else 0, context, context, True) for row in range(1, batch + 1)]
     rows, seq_lens = np.arange(1, batch + 1), np.full(batch, context + 1)
     begin = time.perf_counter()
+    if shared:
+        engine.begin_extend(prefills[:1])
+        engine.begin_extend(prefills[1:])
+        engine.begin_decode(
+            rows, seq_lens
+        )  # cuts the segment that the shared tokens end in: its rows are looked at again
+    else:
+        engine.begin_extend(prefills)
     step = engine.begin_decode(rows, seq_lens).sparse
     if device != "cpu":
         torch.cuda.synchronize()
     assert step is not None and step.batch == batch, f"{context} tokens decode densely: {engine.counters.dense_steps}"
     clustering_s = time.perf_counter() - begin
-    return Scene(shape, layers, batch, context, dtype, config, engine, rows, seq_lens, step, clustering_s)
+    return Scene(shape, layers, batch, context, dtype, config, engine, rows, seq_lens, step, clustering_s, shared)
 
 
 def step_bytes(scene: Scene) -> dict[str, float]:
     """Bytes that each operation must read and write for one layer by its definition, whatever its kernels hand on besides.
 
-    What several requests share is counted once per request, for each reads it.
+    What several requests share is counted once per request.
     """
     index, step, shape, config = scene.engine.index, scene.step, scene.shape, scene.config
     kv_bytes = shape.head_dim * scene.dtype.itemsize

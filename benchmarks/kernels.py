@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.kernel_scene import (
     DTYPES,
+    PAGE_SIZE,
     SHAPES,
     STEP,
     Clock,
@@ -72,16 +73,21 @@ TESTS: dict[str, dict[str, list[str]]] = {
 
 
 class Cell(NamedTuple):
-    """Requests, and tokens of each."""
+    """Requests, and tokens of each; the first `shared`, whole pages, are the same for all."""
 
     batch: int
     context: int
+    shared: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Cell:
-        """`8x32768`."""
-        batch, context = text.split("x")
-        return cls(int(batch), int(context))
+        """`8x32768`, or with tokens that are shared `8x7700/7000`."""
+        sizes, _, shared = text.partition("/")
+        batch, context = map(int, sizes.split("x"))
+        whole = int(shared or 0) // PAGE_SIZE * PAGE_SIZE
+        if whole >= context or (whole and batch == 1):
+            raise ValueError(f"{text}: two or more requests share fewer tokens than they have")
+        return cls(batch, context, whole)
 
 
 class Defaults(NamedTuple):
@@ -199,6 +205,7 @@ def measure(
     return {
         "batch": scene.batch,
         "context": scene.context,
+        "shared": scene.shared,
         "layers_measured": scene.layers,
         "operations": [found for found in of_step if found["name"] not in red],
         "clustering": [found for found in of_clustering if found["name"] not in red],
@@ -222,7 +229,7 @@ def table(found: Mapping[str, Any], red: Mapping[str, str]) -> str:
     """One cell as Markdown."""
     model = found["model_ms"]
     lines = [
-        f"### {found['batch']} x {found['context']:,} tokens",
+        f"### {found['batch']} x {found['context']:,} tokens{_sharing(found)}",
         "",
         "| operation | ms per step | share | GB/s | of copy |" + (_MODEL_COLUMNS if model else ""),
         "|---|---|---|---|---|" + ("---|" * len(BANDWIDTHS_TBS) if model else ""),
@@ -242,7 +249,7 @@ def table(found: Mapping[str, Any], red: Mapping[str, str]) -> str:
             f"| {_percent(line['of_copy'])} |"
         )
     if not CLUSTERING & set(red):
-        tokens = found["batch"] * found["context"]
+        tokens = found["batch"] * found["context"] - (found["batch"] - 1) * found["shared"]
         lines.append(
             f"| whole prompts, {found['segments']} segments, planned | {tokens:,} | {found['prefixes_ms']:.2f} | | |"
         )
@@ -264,11 +271,15 @@ def summary(cells: Iterable[Mapping[str, Any]]) -> str:
             continue
         best = min(found["dense"], key=lambda line: line["ms"])
         lines.append(
-            f"| {found['batch']} | {found['context']:,} | {whole['ms']:.3f} | {_number(whole['gbps'])} "
+            f"| {found['batch']} | {found['context']:,}{_sharing(found)} | {whole['ms']:.3f} | {_number(whole['gbps'])} "
             f"| {_percent(whole['of_copy'])} | {best['name']} | {best['ms']:.3f} | {_number(best['gbps'])} "
             f"| {_percent(best['of_copy'])} | {best['ms'] / whole['ms']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def _sharing(found: Mapping[str, Any]) -> str:
+    return f", the first {found['shared']:,} shared" if found["shared"] else ""
 
 
 def _row(line: Mapping[str, Any], model: Mapping[str, Sequence[float]]) -> str:
@@ -292,7 +303,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=DEFAULTS, default="cpu")
     parser.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--cells", type=Cell.parse, nargs="+", help="requests x tokens of each, as in 8x32768")
+    parser.add_argument(
+        "--cells",
+        type=Cell.parse,
+        nargs="+",
+        help="requests x tokens of each, as in 8x32768; 8x7700/7000: the first are shared",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the KV pool")
     parser.add_argument("--centroid-dtype", choices=["int4", "int8", "bf16"], default="int4")
     parser.add_argument("--budget", type=int)
@@ -342,11 +358,13 @@ def main() -> None:
     make_scene(config, shape, 1, 1, args.budget + WARM_UP_TOKENS, dtype, args.device)  # compiles what clusters
     found, left_out = [], []
     for cell in tqdm(args.cells, unit="cell"):
-        layers = fitting_layers(config, shape, args.layers, cell.batch, cell.context, dtype, free_bytes(args.device))
+        layers = fitting_layers(
+            config, shape, args.layers, cell.batch, cell.context, dtype, free_bytes(args.device), cell.shared
+        )
         if not layers:
             left_out.append(f"{cell.batch} x {cell.context:,} tokens do not fit the memory with one layer: left out")
             continue
-        scene = make_scene(config, shape, layers, cell.batch, cell.context, dtype, args.device)
+        scene = make_scene(config, shape, layers, cell.batch, cell.context, dtype, args.device, cell.shared)
         found.append(measure(scene, kernels, clock, args.repeats, bandwidth, red))
         del scene
     body = "\n\n".join(

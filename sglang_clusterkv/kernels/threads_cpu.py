@@ -82,7 +82,9 @@ def run(kernel: Callable[..., None], items: int, *args: Any, most: int | None = 
         most: threads, at most.
     """
     count = min(threads(), items, most or items)
-    counter = np.zeros(2, np.int64)  # of this call: who comes late finds nothing to do
+    counter = np.zeros(
+        4, np.int64
+    )  # of this call: who comes late finds nothing to do; of two stages, where there are two
     _helpers.start(count - 1)
     for number in range(1, count):
         _helpers.call(kernel, (number, counter, items, *args))
@@ -124,11 +126,17 @@ def done(counter: Any) -> None:
 
 
 @part
+def wait(counter: Any, items: int) -> None:
+    """Until all items of a stage are done, which others need; those that are not were taken, by threads that run."""
+    while _read(counter, _DONE) < items:
+        _yield()
+
+
+@part
 def leave(number: int, counter: Any, items: int) -> None:
     """The caller's own thread, number 0, leaves a kernel when all items are done."""
     if number == 0:
-        while _read(counter, _DONE) < items:
-            _yield()
+        wait(counter, items)
 
 
 @functools.cache

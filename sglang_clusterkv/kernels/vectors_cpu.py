@@ -317,6 +317,38 @@ def dot_rows(
 
 
 @intrinsic(prefer_literal=True)
+def unpack_rows(
+    typing_context: Any, row_format: Any, channels: Any, packed: Any, scales: Any, rows: Any, begin: Any, count: Any,
+    head: Any, out: Any,
+) -> Any:  # fmt: skip
+    """out[i] = row rows[begin + i] of a kv head for 0 <= i < count: what `dot_rows` multiplies, to the bit.
+
+    Arguments as for `dot_rows`; out float32 [count or more, 1, D].
+    """
+    number, size = (value.literal_value for value in (row_format, channels))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        b, kinds = _Build.of(context, builder), signature.args
+        last = builder.add(builder.add(args[5], args[6]), b.place(-1))
+        loop = _Loop(b, args[6], 1, [])
+        i = builder.add(loop.i, args[5])
+        row = builder.load(b.address(kinds[4], args[4], i))
+        scale = b.address(kinds[3], args[3], row, args[7]) if number in (INT4, INT8) else None
+        unpacked = _Rows(b, number, size, b.address(kinds[2], args[2], row, args[7]), scale)
+        ahead = builder.add(i, b.place(_AHEAD))
+        within = builder.icmp_signed("<", ahead, last)
+        next_row = builder.load(b.address(kinds[4], args[4], builder.select(within, ahead, last)))
+        b.prefetch(b.address(kinds[2], args[2], next_row, args[7]), _row_bytes(number, size))
+        for channel in range(0, size, b.lanes):
+            b.store(unpacked.vector(channel), b.address(kinds[8], args[8], loop.i, b.place(0), b.place(channel)))
+        loop.end([])
+        return context.get_dummy_value()
+
+    place = types.intp
+    return types.void(row_format, channels, packed, scales, rows, place, place, place, out), codegen
+
+
+@intrinsic(prefer_literal=True)
 def add_rows(
     typing_context: Any, row_format: Any, channels: Any, group: Any, packed: Any, scales: Any, rows: Any, begin: Any,
     count: Any, head: Any, weights: Any, out: Any,

@@ -399,6 +399,10 @@ def test_each_operation_is_timed_on_what_the_ones_before_it_left(measured: tuple
 
 def test_a_cell_is_requests_times_tokens() -> None:
     assert kernels.Cell.parse("8x32768") == kernels.Cell(8, 32768)
+    assert kernels.Cell.parse("8x7700/7010") == kernels.Cell(8, 7700, 7008), "whole pages"
+    for wrong in ("1x7700/7000", "8x100/112"):
+        with pytest.raises(ValueError, match="share"):
+            kernels.Cell.parse(wrong)
 
 
 @pytest.mark.parametrize("free_gb", [1, 4, 16])
@@ -417,6 +421,14 @@ def test_a_scenes_requests_have_their_own_pages() -> None:
     slots = [scene.engine.req_to_token[row, :301] for row in (1, 2)]
     assert len(torch.cat(slots).unique()) == 602
     assert scene.step.batch == 2 and scene.segments == 2
+
+
+def test_a_scenes_requests_share_their_first_pages() -> None:
+    scene = make_scene(CONFIG, TINY, 1, 3, 700, torch.float32, "cpu", shared=640)
+    rows = scene.engine.req_to_token[1:4, :701]
+    assert torch.equal(rows[0, :640], rows[1, :640]) and len(rows.unique()) == 640 + 3 * 61
+    assert scene.step.batch == 3 and scene.step.shared is not None and len(scene.step.shared.request) % 3 == 0
+    assert len(scene.step.shared.request) > 0
 
 
 def test_the_objective_is_the_distance_to_the_clusters_mean() -> None:

@@ -1,8 +1,9 @@
 """The operations of a layer on the CPU as one pass over its pairs (request, kv head).
 
-A thread takes a pair through all operations before the next pair, so that what one of them leaves the next finds in a
-cache. The operations are functions of their own (`score/cpu.py` and so on); a kernel is compiled once, with all of them in
-it, and told which to do: all, in a server, or one, for whoever looks at what each leaves.
+What requests share comes before: items (shared segment, kv head), over the same threads, whose products the pairs find. A
+thread takes a pair through all operations before the next pair, so that what one of them leaves the next finds in a cache.
+The operations are functions of their own (`score/cpu.py` and so on); a kernel is compiled once, with all of them in it, and
+told which to do: all, in a server, or one, for whoever looks at what each leaves.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from sglang_clusterkv.kernels.attend.cpu import attend_pair
 from sglang_clusterkv.kernels.estimate.cpu import estimate_pair
 from sglang_clusterkv.kernels.merge.cpu import merge_pair
 from sglang_clusterkv.kernels.refine.cpu import recall_all_pair, recall_pair, rotate_pair, value_pair
-from sglang_clusterkv.kernels.score.cpu import score_pair
+from sglang_clusterkv.kernels.score.cpu import UNPACKED, score_pair, shared_pair
 from sglang_clusterkv.kernels.select.cpu import select_pair
-from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, take
+from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, take, wait
 from sglang_clusterkv.kernels.threshold_cpu import BINS
 from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
 from sglang_clusterkv.memory.tier import Reads
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # what `cached` gives the kernel
 
     def given(*args: Any) -> None: ...
 
-    score = select = rotate = refine = recall = recall_all = attend = estimate = merge = given
+    shared = score = select = rotate = refine = recall = recall_all = attend = estimate = merge = given
 
 SCORE, SELECT, ROTATE, REFINE, RECALL, RECALL_ALL, ATTEND, ESTIMATE, MERGE = (1 << i for i in range(9))
 
@@ -55,6 +56,10 @@ class Lists(NamedTuple):
     segment_count: np.ndarray
     base_slots: np.ndarray
     base_count: np.ndarray
+    shared_first: np.ndarray  # `memory.sharing.SharedSegments`, as are the following
+    shared_request: np.ndarray
+    shared_ordinal: np.ndarray
+    is_shared: np.ndarray
 
 
 class Buffers(NamedTuple):
@@ -63,6 +68,7 @@ class Buffers(NamedTuple):
 
     size: np.ndarray  # int32 [B, H, C]
     begin: np.ndarray  # int32 [B, H, C]
+    spread: np.ndarray  # float32 [B, H, C]
     taken: np.ndarray  # int32 [B, H, C]: members that are candidates, then tokens recalled
     log_mass: np.ndarray  # float32 [B, H, C]
     dot: np.ndarray  # float32 [B, H, G, C]
@@ -99,9 +105,10 @@ def make_buffers(
     return Buffers(
         size=ints(*by_head, clusters),
         begin=ints(*by_head, clusters),
+        spread=floats(*by_head, clusters),
         taken=ints(*by_head, clusters),
         log_mass=floats(*by_head, clusters),
-        dot=floats(*by_query, clusters + TOGETHER),
+        dot=floats(*by_query, clusters),
         weight=floats(*by_query, clusters),
         base_logit=floats(*by_query, base + TOGETHER),
         peak=floats(*by_query),
@@ -122,10 +129,10 @@ def make_buffers(
 
 
 class Scratch(NamedTuple):
-    """What an operation needs while it runs, for each of T threads; N slots, L keys."""
+    """What an operation needs while it runs, for each of T threads; N slots, L keys, S segments."""
 
-    bonus: np.ndarray  # float32 [T, G, C]
-    chance: np.ndarray  # float32 [T, G, C]
+    left: np.ndarray  # float32 [T, G, C]
+    chance: np.ndarray  # float32 [T, G, C + TOGETHER]
     own: np.ndarray  # float32 [T, G, C]
     rows: np.ndarray  # int64 [T, C + TOGETHER]
     slots: np.ndarray  # int64 [T, N]
@@ -136,15 +143,22 @@ class Scratch(NamedTuple):
     near: np.ndarray  # int32 [T, L]
     bins: np.ndarray  # int32 [T, BINS]
     ones: np.ndarray  # int32 [L]
+    unpacked: np.ndarray  # float32 [T, UNPACKED + TOGETHER, 1, D]
+    order: np.ndarray  # int64 [UNPACKED + TOGETHER], ascending
+    squares: np.ndarray  # float32 [T, G, D]: of a request's queries
+    vectors: np.ndarray  # float32 [T, G, 2 + TOGETHER]: their products with a segment's vectors
+    variances: np.ndarray  # float32 [T, S, G]
 
 
-def make_scratch(threads: int, group: int, clusters: int, base: int, candidates: int, recalled: int) -> Scratch:
+def make_scratch(
+    threads: int, group: int, channels: int, segments: int, clusters: int, base: int, candidates: int, recalled: int
+) -> Scratch:
     """Allocate it."""
     listed, keys = max(base + recalled, candidates) + TOGETHER, max(clusters, candidates)
     by_cluster, by_key = (threads, group, clusters), (threads, keys)
     return Scratch(
-        bonus=np.empty(by_cluster, np.float32),
-        chance=np.empty(by_cluster, np.float32),
+        left=np.empty(by_cluster, np.float32),
+        chance=np.empty((threads, group, clusters + TOGETHER), np.float32),
         own=np.empty(by_cluster, np.float32),
         rows=np.empty((threads, clusters + TOGETHER), np.int64),
         slots=np.empty((threads, listed), np.int64),
@@ -155,6 +169,11 @@ def make_scratch(threads: int, group: int, clusters: int, base: int, candidates:
         near=np.empty(by_key, np.int32),
         bins=np.empty((threads, BINS), np.int32),
         ones=np.ones(keys, np.int32),
+        unpacked=np.zeros((threads, UNPACKED + TOGETHER, 1, channels), np.float32),
+        order=np.arange(UNPACKED + TOGETHER),
+        squares=np.empty((threads, group, channels), np.float32),
+        vectors=np.empty((threads, group, 2 + TOGETHER), np.float32),
+        variances=np.empty((threads, segments, group), np.float32),
     )
 
 
@@ -169,10 +188,21 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, is_
         t: Any, counter: Any, pairs: Any, operations: Any, q: Any, sinks: Any, signs: Any, keys: Any, values: Any, host: Any,
         index: Any, lists: Any, n: Any, u: Any, scratch: Any, output: Any,
     ) -> None:  # fmt: skip
+        heads = q.shape[1]
+        items = (len(lists.shared_first) - 1) * heads if operations & SCORE else 0
+        if items:
+            before = counter[2:]
+            item = take(before)
+            while item < items:
+                k = item // heads
+                shared(k, item - k * heads, t, q, index, lists, n, u, scratch)
+                done(before)
+                item = take(before)
+            wait(before, items)
         pair = take(counter)
         while pair < pairs:
-            b = pair // q.shape[1]
-            h = pair - b * q.shape[1]
+            b = pair // heads
+            h = pair - b * heads
             if operations & SCORE:
                 score(b, h, t, q, sinks, keys, host, index, lists, n, u, scratch)
             if operations & SELECT:
@@ -198,6 +228,7 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, is_
     return cached(
         chain,
         (channels, group, row_format, code_bits, is_bf16),
+        shared=shared_pair(channels, group, row_format),
         score=score_pair(channels, group, row_format, is_bf16),
         select=select_pair,
         rotate=rotate_pair(channels, group),

@@ -17,6 +17,7 @@ from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.threads_cpu import run, threads
 from sglang_clusterkv.kernels.vectors_cpu import ROW_FORMATS
 from sglang_clusterkv.memory.rotation import rotation_signs
+from sglang_clusterkv.memory.sharing import no_shared_segments
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
@@ -112,16 +113,18 @@ class CpuDecoder:
         clusters = _room(step.pages.shape[1] * self.index.clusters_per_page)
         tokens, base = _room(step.recallable_tokens), _room(step.base_slots.shape[1])
         candidates, recalled = min(self.limit, tokens), min(self.config.budget_tokens, tokens)
-        shape = (step.batch, heads, group, channels, clusters, base, candidates, recalled, threads())
+        segments = -(-step.segment_begin.shape[1] // 16) * 16
+        shape = (step.batch, heads, group, channels, clusters, base, candidates, recalled, threads(), segments)
         if shape != self._shape:
             self._shape = ()
-            self.buffers = make_buffers(*shape[:-1])
-            self.scratch = make_scratch(threads(), group, clusters, base, candidates, recalled)
+            self.buffers = make_buffers(*shape[:8])
+            self.scratch = make_scratch(threads(), group, channels, segments, clusters, base, candidates, recalled)
             self._bundle()
             self._shape = shape
+        shared = no_shared_segments(step.batch, step.segment_begin.shape[1]) if step.shared is None else step.shared
         self.lists = Lists(
             step.pages.numpy(), step.page_count.numpy(), step.segment_begin.numpy(), step.segment_count.numpy(),
-            step.base_slots.numpy(), step.base_count.numpy(),
+            step.base_slots.numpy(), step.base_count.numpy(), *shared,
         )  # fmt: skip
         self._lists = bundle_of(self.lists)
         self._step = step
@@ -136,8 +139,9 @@ class CpuDecoder:
         if more > 0:
             self.buffers = u._replace(recalled=np.pad(u.recalled, ((0, 0), (0, 0), (0, more))))
             clusters, base = u.size.shape[2], u.base_logit.shape[3]
+            channels, segments = u.rotated.shape[3], self.scratch.variances.shape[1]
             self.scratch = make_scratch(
-                len(self.scratch.bins), u.dot.shape[2], clusters, base, u.value.shape[2], tokens
+                len(self.scratch.bins), u.dot.shape[2], channels, segments, clusters, base, u.value.shape[2], tokens
             )  # fmt: skip
             self._bundle()
 

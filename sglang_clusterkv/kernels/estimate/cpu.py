@@ -40,7 +40,7 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
     def estimate(b: Any, h: Any, t: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
         clusters = lists.page_count[b] * n.per_page
         size, taken, keys, mass = u.size[b, h], u.taken[b, h], scratch.keys[t], scratch.chance[t, 0]
-        left, rows, own, pages = scratch.bonus[t], scratch.rows[t], scratch.own[t], lists.pages[b]
+        left, rows, own, pages = scratch.left[t], scratch.rows[t], scratch.own[t], lists.pages[b]
         output, rest, sums = u.estimate[b, h], np.empty(group, np.float32), np.empty(group, np.float32)
         mass[:clusters] = 0.0
         for g in range(group):

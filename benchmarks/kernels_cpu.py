@@ -22,7 +22,7 @@ def operations(scene: Scene) -> list[Operation]:
     index = engine.index
     grouped = scene.queries().unflatten(1, (shape.kv_heads, -1)).contiguous()
     q, scale = grouped.numpy(), scene.scale
-    decoder = cpu.decoder_of(index, shape.group, scene.dtype is torch.bfloat16)
+    decoder = cpu.decoder_of(index, shape.group, scene.dtype)
     decoder.prepare(step, shape.kv_heads, shape.group, shape.head_dim)
     out = np.empty_like(q)
     keys, values = [bits(k) for k in engine.key_buffers], [bits(v) for v in engine.value_buffers]

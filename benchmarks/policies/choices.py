@@ -45,7 +45,7 @@ class ChangedChoice(ABC):
         """See `kernels.decode.sparse_decode`; on a CPU, with refining and the estimate."""
         kv_heads, channels = keys.shape[1:]
         grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
-        decoder = decoder_of(index, grouped.shape[2], keys.dtype is torch.bfloat16)
+        decoder = decoder_of(index, grouped.shape[2], keys.dtype)
         decoder.prepare(step, kv_heads, grouped.shape[2], channels)
         output = torch.empty_like(grouped)
         q_rows, key_rows, out = grouped.numpy(), bits(keys), output.numpy()

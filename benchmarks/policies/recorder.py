@@ -121,5 +121,5 @@ def recalled_slots(
     """
     if isinstance(decode, TokenPolicy | ChangedEstimate | StandIns | Reformed):
         return decode.recalled
-    buffers = cpu.decoder_of(index, group, keys.dtype is torch.bfloat16).buffers
+    buffers = cpu.decoder_of(index, group, keys.dtype).buffers
     return torch.from_numpy(buffers.recalled), torch.from_numpy(buffers.recalled_count)

@@ -13,6 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sglang_clusterkv.memory.fp8 import FP8
+
 # All kernels are made by it: a division by zero gives an infinity or NaN, as in the references, and raises nothing.
 njit = functools.partial(numba.njit, error_model="numpy")
 # What only other compiled functions call: it takes no arguments from Python, which would be more than half of what is compiled.
@@ -220,7 +222,9 @@ ROWS_AHEAD = 8  # rows that are being loaded while one is computed
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's memory as numpy: bf16 as uint16, everything else as it is."""
+    """A tensor's memory as numpy: bf16 as uint16, fp8 as uint8, everything else as it is."""
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.uint16).numpy()
+    if tensor.dtype in FP8:
+        return tensor.view(torch.uint8).numpy()
     return tensor.numpy()

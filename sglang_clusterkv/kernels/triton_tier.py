@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_clusterkv.kernels.triton_fp8 import as_argument, widened
+
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.tier import TierLayer
 
@@ -49,12 +51,13 @@ def load_rows(
     """
     mask = listed & (d < CHANNELS)
     if TIER == OFF:
-        tile = tl.load(rows + (at * HEADS + h) * CHANNELS + d, mask=mask, other=0.0).to(DOT)
+        tile = tl.load(rows + (at * HEADS + h) * CHANNELS + d, mask=mask, other=0.0)
+        tile = widened(tile, DOT)
     elif TIER == SAME:
         stored = host + (line + h * PAGE) * (2 * CHANNELS) + PART * CHANNELS
         source = tl.where(away, stored, rows + (at * HEADS + h) * CHANNELS)
         # Rows of 32 bytes or more in either tier, which the choice between two pointers hides: loads of 16 bytes.
-        tile = tl.load(tl.multiple_of(source, [16, 16]) + d, mask=mask, other=0.0).to(DOT)
+        tile = widened(tl.load(tl.multiple_of(source, [16, 16]) + d, mask=mask, other=0.0), DOT)
     else:
         WORDS: tl.constexpr = CHANNELS // 2 + 2  # of a host row, 4 bytes each
         row = line + h * PAGE
@@ -70,7 +73,7 @@ def tier_arguments(tier: TierLayer | None) -> tuple[torch.Tensor | None, ...]:
     if tier is None:
         return None, None, None, None
     tensors = tier.tensors
-    return tensors.device_page, tensors.rows, tensors.scales, tensors.reads
+    return tensors.device_page, as_argument(tensors.rows), tensors.scales, tensors.reads
 
 
 def tier_constants(tier: TierLayer | None) -> dict[str, int]:

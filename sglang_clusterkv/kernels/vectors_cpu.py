@@ -18,10 +18,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from sglang_clusterkv.kernels.cpu_math import element_pointer
+from sglang_clusterkv.kernels.fp8_cpu import floats_of_fp8
 from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL, channels_per_scale
 
 # Formats of a row: of the index's (memory/codec.py), of the pool's, of codes. Those before FLOAT32 have scales per channels.
-INT4, INT8, BF16, FLOAT32, CODES_2, CODES_1 = range(6)
+INT4, INT8, BF16, FLOAT32, E4M3, E5M2, CODES_2, CODES_1 = range(8)
 ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}
 TOGETHER = (
     4  # rows that are computed together at most; lists have room for as many more entries, and so have their results
@@ -138,14 +139,16 @@ class _Rows:
     def vector(self, first: int) -> Any:
         """Channels `first` and following, as many as a vector has."""
         b, lanes = self._build, self._build.lanes
-        if self._format in (INT8, BF16, FLOAT32):
-            kind = {INT8: _BYTE, BF16: _HALF, FLOAT32: _REAL}[self._format]
+        if self._format in (INT8, BF16, FLOAT32, E4M3, E5M2):
+            kind = {INT8: _BYTE, BF16: _HALF, FLOAT32: _REAL, E4M3: _BYTE, E5M2: _BYTE}[self._format]
             at = b.builder.gep(b.builder.bitcast(self._packed, kind.as_pointer()), [_WORD(first)])
             loaded = b.load(at, kind, lanes)
             if self._format == FLOAT32:
                 return loaded
             if self._format == BF16:
                 return b.floats_of_bf16(loaded)
+            if self._format in (E4M3, E5M2):
+                return floats_of_fp8(b.builder, loaded, self._format == E4M3, "f16c" in b.features)
             wide = b.builder.sext(loaded, ir.VectorType(_WORD, lanes))
             return b.builder.fmul(b.builder.sitofp(wide, ir.VectorType(_REAL, lanes)), self._scale(first))
         channels = range(first, first + lanes)
@@ -226,10 +229,11 @@ def _sums(b: _Build, vectors: list[Any]) -> list[Any]:
     return found
 
 
-def _row_bytes(row_format: int, channels: int) -> int:
+def row_bytes(row_format: int, channels: int) -> int:
+    """Of a packed row, without its scales."""
     return {
-        INT4: channels // 2, INT8: channels, BF16: 2 * channels, FLOAT32: 4 * channels, CODES_2: channels // 4,
-        CODES_1: channels // 8,
+        INT4: channels // 2, INT8: channels, BF16: 2 * channels, FLOAT32: 4 * channels, E4M3: channels, E5M2: channels,
+        CODES_2: channels // 4, CODES_1: channels // 8,
     }[row_format]  # fmt: skip
 
 
@@ -295,7 +299,7 @@ def dot_rows(
             i = builder.add(first, b.place(r + _AHEAD))
             within = builder.icmp_signed("<", i, last)
             row = builder.load(b.address(kinds[5], args[5], builder.select(within, i, last)))
-            b.prefetch(b.address(kinds[3], args[3], row, args[8]), _row_bytes(number, size))
+            b.prefetch(b.address(kinds[3], args[3], row, args[8]), row_bytes(number, size))
         zero = ir.Constant(levels_type(b.lanes), None)
         totals = [zero] * (heads * together)
         for channel in range(0, size, b.lanes):
@@ -378,7 +382,7 @@ def add_rows(
             within = builder.icmp_signed("<", ahead, last)
             next_row = builder.load(b.address(kinds[5], args[5], builder.select(within, ahead, last)))
             if begin_at == 0:
-                b.prefetch(b.address(kinds[3], args[3], next_row, args[8]), _row_bytes(number, size))
+                b.prefetch(b.address(kinds[3], args[3], next_row, args[8]), row_bytes(number, size))
             levels = [unpacked.vector(channel) for channel in tile]
             totals = []
             for g in range(heads):

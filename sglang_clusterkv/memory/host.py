@@ -15,6 +15,7 @@ import weakref
 import torch
 
 from sglang_clusterkv.config import ConfigError
+from sglang_clusterkv.memory.fp8 import pool_rows
 
 HOST_DTYPES = ("auto", "int8")
 LEVELS = 127.0
@@ -131,7 +132,7 @@ class HostRows:
         page = torch.div(slots, self.page_size, rounding_mode="floor")
         at = (page, slice(None) if heads is None else heads, slots - page * self.page_size)
         channels = slice(part * self.head_dim, (part + 1) * self.head_dim)
-        rows = self.channels(layer)[..., channels][at]
+        rows = pool_rows(self.channels(layer)[..., channels], *at)
         if self.host_dtype == "int8":
             rows = rows.float() * self.scales(layer)[..., part - 2][at].unsqueeze(-1)
         return rows

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.memory.directory import Directory
+from sglang_clusterkv.memory.fp8 import as_stored, pool_rows
 from sglang_clusterkv.memory.host import HostRows
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class TierArrays(NamedTuple):
     """A layer's tier as the CPU kernels read it."""
 
     device_page: np.ndarray  # int64 [L + 1]
-    rows: np.ndarray  # [L + 1, H * page_size, 2 D or more]: levels (int8), or the pool's dtype (bf16 as uint16)
+    rows: (
+        np.ndarray
+    )  # [L + 1, H * page_size, 2 D or more]: levels (int8), or the pool's dtype (bf16 as uint16, fp8 as uint8)
     scales: np.ndarray  # float32 [L + 1, H * page_size, row_bytes / 4]; int8 rows end with two scales
     page_size: int
     row_bytes: int
@@ -75,7 +78,7 @@ class TierLayer:
         if tier.device == "cpu":
             self._arrays = TierArrays(
                 device_page=tier.directory.device_page.numpy(),
-                rows=(channels.view(torch.uint16) if channels.dtype is torch.bfloat16 else channels)
+                rows=(channels.view(torch.uint16) if channels.dtype is torch.bfloat16 else as_stored(channels))
                 .flatten(1, 2)
                 .numpy(),
                 scales=scales.flatten(1, 2).numpy(),
@@ -109,7 +112,7 @@ class TierLayer:
         page = torch.div(slots, page_size, rounding_mode="floor")
         device = self._directory.device_page[page]
         at = device * page_size + slots - page * page_size
-        rows = buffer[at] if heads is None else buffer[at, heads]
+        rows = pool_rows(buffer, at) if heads is None else pool_rows(buffer, at, heads)
         away = device == 0
         if not bool(away.any()):
             return rows

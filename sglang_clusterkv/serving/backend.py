@@ -21,8 +21,9 @@ from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.kernels.threads_cpu import set_threads
+from sglang_clusterkv.memory.fp8 import FP8
 from sglang_clusterkv.memory.step import DenseStep, dense_step
-from sglang_clusterkv.serving import graphs, layers, prefill_backend, runtime, tier_prefill, trace
+from sglang_clusterkv.serving import graphs, host_tier, layers, prefill_backend, runtime, tier_prefill, trace
 from sglang_clusterkv.serving.active import active_config
 from sglang_clusterkv.serving.model_facts import shares_kv
 from sglang_clusterkv.serving.platform import prefill_threads
@@ -47,10 +48,13 @@ def create_backend(runner: ModelRunner) -> AttentionBackend:
             layer of the model asks for what is not served; or none of them can recall.
     """
     dtype = runner.token_to_kv_pool.dtype
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, *FP8):
         raise ConfigError(
             f"the KV cache is {dtype}, which clusterkv does not cluster yet: start with --kv-cache-dtype bf16"
         )
+    config = active_config()
+    if dtype in FP8 and host_tier.is_on(config) and config is not None and config.host_kv_dtype == "int8":
+        raise ConfigError("rows of an fp8 KV cache are shorter than int8 would make them: leave out host_kv_dtype")
     if trace.is_on() and dtype is torch.float16 and torch.device(runner.device).type == "cpu":
         raise ConfigError(
             "on a CPU no traces are kept of a KV cache in float16: use --dtype float32, or leave out trace"
@@ -171,6 +175,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         output = torch.empty_like(rows)
+        scale, of_values = _scales(layer, keys.dtype)
         begin = 0
         for slots, new in zip(self._extend_slots, forward_batch.extend_seq_lens_cpu, strict=True):
             new = int(new)
@@ -179,14 +184,14 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
                 keys,
                 values,
                 slots,
-                layer.scaling,
+                scale,
                 sliding_window=layer.sliding_window_size,
                 logit_cap=layer.logit_cap,
                 tier=self._tier(layer),
                 sinks=sinks,
             )
             begin += new
-        return output.flatten(1)
+        return _times(output, of_values).flatten(1)
 
     def forward_decode(
         self,
@@ -217,14 +222,15 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         if reason is None and step.sparse is not None:
             assert self.engine is not None
             local = layer.layer_id - self.first_layer
+            scale, of_values = _scales(layer, keys.dtype)
             if self._in_capture:  # a fault ends the capture
                 more = {} if sinks is None else {"sinks": sinks}
                 index, lists = self.engine.index, step.sparse
-                return self.engine.sparse_decode(
-                    rows, keys, values, index, local, lists, layer.scaling, **more
-                ).flatten(1)
-            mixed = self.engine.sparse_layer(rows, keys, values, local, step, layer.scaling, sinks)
+                output = self.engine.sparse_decode(rows, keys, values, index, local, lists, scale, **more)
+                return _times(output, of_values).flatten(1)
+            mixed = self.engine.sparse_layer(rows, keys, values, local, step, scale, sinks)
             if mixed is not None:
+                mixed = _times(mixed, of_values)
                 if step.dense is not None:
                     assert step.dense_at is not None
                     mixed[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense, sinks)
@@ -268,18 +274,20 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         step: DenseStep,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        return dense_decode(
+        scale, of_values = _scales(layer, keys.dtype)
+        output = dense_decode(
             rows,
             keys,
             values,
             step.slots,
             step.seq_lens,
-            layer.scaling,
+            scale,
             sliding_window=layer.sliding_window_size,
             logit_cap=layer.logit_cap,
             tier=self._tier(layer),
             sinks=sinks,
         )
+        return _times(output, of_values)
 
     def _tier(self, layer: RadixAttention) -> TierLayer | None:
         """Where keys and values of the layer are that have no room in its buffers; None: all have."""
@@ -318,7 +326,22 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         save_kv_cache: bool,
     ) -> None:
         if save_kv_cache and k is not None:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+            scales = (layer.k_scale, layer.v_scale) if self.token_to_kv_pool.dtype in FP8 else ()
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v, *scales)
+
+
+def _scales(layer: RadixAttention, pool: torch.dtype) -> tuple[float, float]:
+    """The scale of logits with stored keys, and the factor of outputs from stored values.
+
+    Clusters are of keys and values as stored: k-means and codes are the same in any unit.
+    """
+    of_keys, of_values = layers.kv_scales(layer, pool)
+    return layer.scaling * of_keys, of_values
+
+
+def _times(output: torch.Tensor, factor: float) -> torch.Tensor:
+    """`output`, multiplied where that changes it."""
+    return output if factor == 1.0 else output * factor
 
 
 def _all_dense(rows: np.ndarray, seq_lens: np.ndarray, dense: DenseStep) -> DecodeStep:

@@ -138,8 +138,8 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "quantized KV",
-        lambda a, m: a.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
-        "it clusters keys in bf16, fp16 and fp32: leave out --kv-cache-dtype or use bf16",
+        lambda a, m: a.kv_cache_dtype not in ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+        "it clusters keys in bf16, fp16, fp32 and fp8: leave out --kv-cache-dtype or use bf16, fp8_e4m3 or fp8_e5m2",
     ),
     Refusal(
         "decode context parallelism",

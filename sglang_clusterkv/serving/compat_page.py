@@ -127,12 +127,15 @@ differs: so the cost of a release is known the day it comes.
 ## Served
 
 - Decoder-only models with multi-head or grouped-query attention over one KV pool (Llama, Qwen 2 and 3, Mistral, SmolLM, Phi,
-  ...), key and value heads of one size that is a multiple of 16, KV in bf16, fp16 or fp32. Run here: SmolLM2-135M,
+  ...), key and value heads of one size that is a multiple of 16, KV in bf16, fp16, fp32 or fp8. Run here: SmolLM2-135M,
   Qwen2.5-Coder-1.5B and a random Llama, on the CPU, and tiny models of the architectures in [models.md](models.md). With
   learned attention sinks, too (gpt-oss; on a CPU it takes `--moe-runner-backend triton`).
 - The radix cache, chunked prefill, overlap scheduling, retraction, aborts, streaming, grammars (regex, JSON), `n` > 1,
   tensor parallelism, data parallelism by whole replicas, `sgl.Engine`, SGLang frontend programs, `--enable-metrics`.
 - Not beam search: SGLang answers it with 400 at any page size but 1.
+- `--kv-cache-dtype fp8_e4m3` and `fp8_e5m2`, and fp8 where a checkpoint asks for it, with the factors of keys and values that
+  it brings: half of bf16's bytes, clusters as large as ever ([quality.md](quality.md#a-kv-cache-in-8-bits)). On a GPU SGLang
+  prefills from it as it does without clusterkv. A host tier keeps its bytes as they are.
 - Page sizes from 2; 16 unless set. (Below 8 with a smaller `tokens_per_cluster`.)
 - CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton, clustering and decode on our Triton kernels, without CUDA
   graphs. CUDA has not been run yet.
@@ -175,8 +178,9 @@ The start ends with `--attention-backend {BACKEND} cannot serve this:` and the s
 |---|---|
 {rows}
 
-With a `host_ratio` above 1 ([memory.md](memory.md)) also these, `dense_layers` above 0, and a model whose layers cap their
-logits, which is found once it is loaded. On a CPU HiCache and `--enable-memory-saver` are refused in any case.
+With a `host_ratio` above 1 ([memory.md](memory.md)) also these, `dense_layers` above 0, and, found once the model is loaded,
+layers that cap their logits and `host_kv_dtype` int8 over an fp8 KV cache. On a CPU HiCache and `--enable-memory-saver` are
+refused in any case.
 
 | what | sentence |
 |---|---|

@@ -13,6 +13,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.memory.fp8 import FP8
 
 _clustered: tuple[int, ...] | None = None
 
@@ -64,6 +65,19 @@ def note_clustered(model: torch.nn.Module | None, config: ClusterKVConfig, first
 def clustered() -> tuple[int, ...] | None:
     """The layers of the pool that was sized last which are clustered, counted from its first; None: all of them."""
     return _clustered
+
+
+def kv_scales(layer: RadixAttention, pool: torch.dtype) -> tuple[float, float]:
+    """What stored keys and values of a layer are multiplied by: the checkpoint's factors in an fp8 KV cache, else 1.
+
+    Args:
+        layer: of the model.
+        pool: the KV cache's dtype.
+    """
+    if pool not in FP8:
+        return 1.0, 1.0
+    key, value = layer.k_scale_float, layer.v_scale_float
+    return 1.0 if key is None else key, 1.0 if value is None else value
 
 
 def unserved(model: torch.nn.Module | None) -> str | None:

@@ -91,8 +91,8 @@ class ClusterKVPool(MHATokenToKVPool):
             ranks=ranks,
         )
         self.tier = Tier(
-            self.k_buffer,
-            self.v_buffer,
+            [buffer.view(self.dtype) for buffer in self.k_buffer],  # SGLang keeps fp8 as bytes
+            [buffer.view(self.dtype) for buffer in self.v_buffer],
             page_size=self.page_size,
             pages=self.size // self.page_size + 1,
             ring_pages=ring_target(chunk_tokens, rows, self.page_size),

@@ -243,7 +243,7 @@ def test_a_choice_serves_some_steps_while_queries_are_alike(scene: Scene) -> Non
         found = []
         for q in queries:
             policy(q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
-            buffers = decoder_of(scene.index, 2, False).buffers
+            buffers = decoder_of(scene.index, 2, torch.float32).buffers
             found.append(sorted(buffers.recalled[0, 0, : buffers.recalled_count[0, 0]].tolist()))
         return found
 
@@ -258,7 +258,7 @@ def test_heads_that_share_a_budget_take_the_best_of_all_candidates(scene: Scene)
     for least, most in ((0.0, 9.0), (0.5, 1.25)):
         budget = CONFIG.budget_tokens
         SharedBudget(budget, least, most)(q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
-        u = decoder_of(scene.index, 2, False).buffers
+        u = decoder_of(scene.index, 2, torch.float32).buffers
         assert u.recalled_count.sum(1).tolist() == [2 * budget] * 2
         assert u.recalled_count.min() >= least * budget and u.recalled_count.max() <= most * budget
         assert (u.taken.sum(2) == u.recalled_count).all()
@@ -277,7 +277,7 @@ def test_layers_recall_by_their_errors(scene: Scene) -> None:
     policy = LayerBudgets(CONFIG.budget_tokens, np.array([3.0, 1.0, 2.0]))
     for layer, tokens in ((0, 96), (1, 32)):
         policy(q, scene.keys[layer], scene.values[layer], scene.index, layer, step, SCALE)
-        u = decoder_of(scene.index, 2, False).buffers
+        u = decoder_of(scene.index, 2, torch.float32).buffers
         assert u.recalled_count.tolist() == u.taken.sum(2).tolist() == [[tokens] * 2] * 2
         for b, h in np.ndindex(2, 2):
             place = u.place[b, h, np.argsort(-u.value[b, h, : u.candidates[b, h]], kind="stable")[:tokens]]

@@ -94,7 +94,7 @@ def test_positions_are_those_of_the_recalled_slots(tmp_path: Path) -> None:
     switch(scene.engine, "ours", {}, {"file": str(tmp_path / "places.npz")})
     outputs(scene, 3)
     # What the last layer of the last step left.
-    buffers = decoder_of(scene.index, 2, False).buffers
+    buffers = decoder_of(scene.index, 2, torch.float32).buffers
     slots = [buffers.recalled[0, h, : buffers.recalled_count[0, h]] for h in range(2)]
     switch(scene.engine, "ours", {})
     with np.load(tmp_path / "places.npz") as found:

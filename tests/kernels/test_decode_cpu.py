@@ -21,6 +21,7 @@ from sglang_clusterkv.kernels.decode import cpu, prepare, reference
 from sglang_clusterkv.kernels.refine.reference import candidate_scores
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory.fp8 import FP8
 from sglang_clusterkv.memory.masses import SPREAD_CAP
 from sglang_clusterkv.memory.rotation import rotation_matrix
 from tests.support.scenes import Scene
@@ -72,7 +73,7 @@ def test_a_learned_sink_is_an_attended_token_without_a_value(chain: object, fiel
     with_sinks = chain.sparse_decode(q, keys, values, index, 0, step, SCALE, None, sinks)
     mass = index.mass[0].clone()
     if chain is cpu:
-        base = cpu.last_read(cpu.decoder_of(index, 1, False), 0).base_logit
+        base = cpu.last_read(cpu.decoder_of(index, 1, torch.float32), 0).base_logit
         assert torch.equal(base[..., -1].flatten(), sinks) and base.shape[-1] == int(step.base_count[0]) + 1
 
     keys[0] = q[0] * (sinks / (SCALE * q[0].square().sum(-1))).unsqueeze(-1)  # of the padding page
@@ -91,6 +92,20 @@ def test_a_bf16_pool_gives_what_the_reference_gives() -> None:
     q = scene.queries(3, 4).bfloat16()
     arguments = (q, scene.keys[1], scene.values[1], scene.index, 1, step, SCALE)
     torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_a_pool_in_fp8_gives_what_the_reference_gives_and_what_its_numbers_in_float32_give(dtype: torch.dtype) -> None:
+    scene, step = scene_and_step(config_of(), dtype=dtype)
+    arguments = (scene.index, 1, step, SCALE)
+    q, pool, wide = (
+        scene.queries(3, 4),
+        (scene.keys[1], scene.values[1]),
+        (scene.keys[1].float(), scene.values[1].float()),
+    )
+    output = cpu.sparse_decode(q, *pool, *arguments)
+    torch.testing.assert_close(output, reference.sparse_decode(q, *pool, *arguments), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(output, cpu.sparse_decode(q, *wide, *arguments), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("fields", [{"estimate": False}, {"refine": False}, {"estimate_clusters": 4096}])
@@ -137,7 +152,7 @@ def test_buffers_are_as_large_as_the_step_whatever_the_configuration(refine: boo
         scene.index.config = config
         scene.index.scratch.clear()
         prepare(scene.index, 2, torch.float32, step)
-        decoder = cpu.decoder_of(scene.index, 2, False)
+        decoder = cpu.decoder_of(scene.index, 2, torch.float32)
         buffers = decoder.buffers
         most = step.recallable_tokens + 255
         assert max(buffers.value.shape[2], buffers.place.shape[2], buffers.recalled.shape[2]) <= most
@@ -150,7 +165,7 @@ def test_buffers_are_as_large_as_the_step_whatever_the_configuration(refine: boo
 def test_a_step_that_no_memory_was_found_for_is_not_taken_for_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     scene, step = scene_and_step(config_of())
     other = step._replace(base_slots=step.base_slots.repeat(1, 9))
-    decoder = cpu.decoder_of(scene.index, 2, False)
+    decoder = cpu.decoder_of(scene.index, 2, torch.float32)
     make = cpu.make_buffers
 
     def fails(*_: int) -> cpu.Buffers:
@@ -168,7 +183,7 @@ def test_a_step_that_no_memory_was_found_for_is_not_taken_for_prepared(monkeypat
 def test_each_stage_equals_its_reference() -> None:
     scene, step = scene_and_step(config_of())
     grouped = scene.queries(3, 6).unflatten(1, (2, 3))
-    decoder = cpu.decoder_of(scene.index, 3, False)
+    decoder = cpu.decoder_of(scene.index, 3, torch.float32)
     decoder.prepare(step, 2, 3, 32)
     decoder.score(grouped.numpy(), scene.keys[0].numpy(), 0, SCALE)
     expected = score(grouped, scene.keys[0], scene.index, 0, step, SCALE)
@@ -209,5 +224,5 @@ def test_ties_go_to_the_lower_position() -> None:
     q = scene.queries(1, 2)
     arguments = (q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
     torch.testing.assert_close(cpu.sparse_decode(*arguments), reference.sparse_decode(*arguments), atol=2e-5, rtol=2e-5)
-    decoder = cpu.decoder_of(scene.index, 1, False)
+    decoder = cpu.decoder_of(scene.index, 1, torch.float32)
     assert decoder.buffers.recalled[0, 0].tolist() == scene.slots(1, 601)[16:48].tolist()

@@ -12,6 +12,7 @@ import torch
 from sglang_clusterkv.kernels.attend import cpu as attend_cpu
 from sglang_clusterkv.kernels.attend import reference as attend_reference
 from sglang_clusterkv.kernels.extend import cpu, reference
+from sglang_clusterkv.memory.fp8 import FP8
 
 POOL, KV_HEADS, HEADS, CHANNELS = 900, 3, 9, 64
 SINKS = torch.linspace(-2.0, 8.0, HEADS)
@@ -24,11 +25,14 @@ def pool(dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor,
     return rows[0], rows[1], torch.randperm(POOL, generator=generator)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02), (torch.float8_e4m3fn, 2e-6)]
+)
 @pytest.mark.parametrize(("new", "total"), [(1, 1), (1, 700), (10, 777), (21, 600), (22, 600), (130, 300), (64, 64)])
 def test_new_tokens_see_their_prefix_and_themselves(dtype: torch.dtype, bound: float, new: int, total: int) -> None:
     keys, values, slots = pool(dtype)
-    q = torch.randn(new, HEADS, CHANNELS, generator=torch.Generator().manual_seed(1)).to(dtype)
+    q = torch.randn(new, HEADS, CHANNELS, generator=torch.Generator().manual_seed(1))
+    q = q if dtype in FP8 else q.to(dtype)
     for sinks in (None, SINKS):
         actual = cpu.extend(q, keys, values, slots[:total], 0.125, sinks=sinks)
         expected = reference.extend(q, keys, values, slots[:total], 0.125, sinks=sinks)

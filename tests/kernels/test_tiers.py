@@ -20,6 +20,7 @@ from sglang_clusterkv.kernels.attend import reference as attend_reference
 from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.extend import cpu as extend_cpu
 from sglang_clusterkv.kernels.extend import reference as extend_reference
+from sglang_clusterkv.memory.fp8 import FP8
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
 from sglang_clusterkv.memory.tier import (
@@ -35,7 +36,7 @@ from tests.support.scenes import PAGE, Scene
 from tests.support.tiers import tiered
 
 SCALE, HEADS = 0.2, 4
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
 
 
 @dataclass
@@ -78,7 +79,8 @@ def case_of(dtype: torch.dtype, host_dtype: str = "auto") -> Case:
         scene.prefill(row, length)
     step = scene.decode([1, 2], [length + 1 for length in lengths])
     assert step.sparse is not None and step.dense is None
-    q = scene.queries(2, HEADS).to(dtype)
+    q = scene.queries(2, HEADS)
+    q = q if dtype in FP8 else q.to(dtype)
     return Case(scene, tiered(scene, host_dtype), step.sparse, torch.tensor(lengths) + 1, q)
 
 
@@ -107,7 +109,7 @@ def test_a_dense_layer_is_the_same_bit_for_bit(attend: object, dtype: torch.dtyp
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 40}])
 def test_a_prefill_is_the_same_bit_for_bit(dtype: torch.dtype, new: int, options: dict[str, int]) -> None:
     case = case_of(dtype)
-    q, slots = case.scene.queries(new, HEADS).to(dtype), case.scene.slots(1, 700)
+    q, slots = case.scene.queries(new, HEADS).to(case.q.dtype), case.scene.slots(1, 700)
     for extend in (extend_cpu, extend_reference):
         here = extend.extend(q, *case.buffers(False), slots, SCALE, **options)
         there = extend.extend(q, *case.buffers(True), slots, SCALE, **options, tier=case.tier.layer(1))
@@ -161,7 +163,7 @@ def test_what_is_read_from_the_host_is_counted() -> None:
     case = case_of(torch.float32)
     layer, device_page = case.tier.layer(1), case.tier.directory.device_page
     cpu.sparse_decode(case.q, *case.arguments(True), tier=layer)
-    counts, buffers = case.reads(), cpu.decoder_of(case.scene.index, 2, False).buffers
+    counts, buffers = case.reads(), cpu.decoder_of(case.scene.index, 2, torch.float32).buffers
     recalled, base = [], []
     for b in range(2):
         base += case.step.base_slots[b, : case.step.base_count[b]].tolist()

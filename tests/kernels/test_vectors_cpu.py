@@ -21,6 +21,8 @@ from sglang_clusterkv.kernels.vectors_cpu import (
     BF16,
     CODES_1,
     CODES_2,
+    E4M3,
+    E5M2,
     FLOAT32,
     INT4,
     INT8,
@@ -34,8 +36,9 @@ from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 ROWS, LISTED, HEADS, HEAD = 60, 37, 2, 1
 CASES = [
     (INT4, 64, 3), (INT4, 80, 2), (INT4, 256, 1), (INT8, 64, 7), (BF16, 96, 2), (FLOAT32, 64, 3), (CODES_2, 128, 4),
-    (CODES_2, 80, 1), (CODES_1, 48, 5),
+    (CODES_2, 80, 1), (CODES_1, 48, 5), (E4M3, 64, 3), (E5M2, 80, 2),
 ]  # fmt: skip
+FP8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
 
 def rows_of(row_format: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -44,6 +47,9 @@ def rows_of(row_format: int, channels: int) -> tuple[np.ndarray, np.ndarray, np.
     none = np.zeros((1, 1, 1), np.uint16)
     if row_format == FLOAT32:
         return x.numpy(), none, x.double().numpy()
+    if row_format in FP8:
+        rounded = (x / 100).to(FP8[row_format])  # denormal numbers among them
+        return bits(rounded), none, rounded.double().numpy()
     if row_format in (CODES_1, CODES_2):
         codec = TokenCodec(2 if row_format == CODES_2 else 1, channels)
         codes, _ = codec.encode(x)
@@ -87,6 +93,27 @@ def check(row_format: int, channels: int, group: int) -> None:
     np.testing.assert_array_equal(total, pieces)
 
 
+def check_all_codes(row_format: int) -> None:
+    """Each of the 256 codes of fp8, among zeros: as torch converts it, infinities and what is no number too."""
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 1, 16)
+    channels, listed = 16, np.concatenate([np.arange(16), np.zeros(TOGETHER, np.int64)])
+
+    @njit
+    def sums(packed, scales, listed, weights, out):
+        add_rows(row_format, channels, 1, packed, scales, listed, 0, 1, 0, weights, out)
+
+    expected = torch.from_numpy(codes).view(FP8[row_format]).float().numpy()
+    for row in range(16):
+        total = np.zeros((1, channels), np.float32)
+        sums(codes, np.zeros((1, 1, 1), np.uint16), listed[row:], np.ones((1, 16), np.float32), total)
+        np.testing.assert_array_equal(total[0], expected[row, 0])
+
+
+@pytest.mark.parametrize("row_format", FP8)
+def test_all_codes_of_fp8_are_what_torch_makes_of_them(row_format: int) -> None:
+    check_all_codes(row_format)
+
+
 @pytest.mark.parametrize(("row_format", "channels", "group"), CASES)
 def test_rows_are_what_the_codec_says(row_format: int, channels: int, group: int) -> None:
     check(row_format, channels, group)
@@ -100,7 +127,11 @@ def test_other_targets_compute_the_same(features: str) -> None:
         "NUMBA_CPU_FEATURES": features,
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    code = "from tests.kernels.test_vectors_cpu import *\nfor case in ((INT4, 64, 3), (CODES_2, 80, 2)): check(*case)"
+    code = (
+        "from tests.kernels.test_vectors_cpu import *\n"
+        "for case in ((INT4, 64, 3), (CODES_2, 80, 2)): check(*case)\n"
+        "for row_format in FP8: check_all_codes(row_format)"
+    )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

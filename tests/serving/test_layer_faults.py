@@ -39,8 +39,12 @@ OPERATIONS = ["run", "note_mass"]
 class Served:
     """An engine, and the backend before it, for requests of these lengths."""
 
-    def __init__(self, lengths: list[int], config: ClusterKVConfig = CONFIG) -> None:
-        self.scene = Scene(config, layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, pages=400, context=4096)
+    def __init__(
+        self, lengths: list[int], config: ClusterKVConfig = CONFIG, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.scene = Scene(
+            config, layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, pages=400, context=4096, dtype=dtype
+        )
         self.engine = self.scene.engine
         self.rows = [*range(1, len(lengths) + 1)]
         self.lengths = lengths

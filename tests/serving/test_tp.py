@@ -96,14 +96,14 @@ def test_a_head_recalls_the_same_slots_on_a_rank_of_its_own(
     whole, parts, step = ranks
     q = whole.queries(3, 2 * GROUP)
     output = cpu.sparse_decode(q, whole.keys[layer], whole.values[layer], whole.index, layer, step, SCALE)
-    buffers = cpu.decoder_of(whole.index, GROUP, False).buffers
+    buffers = cpu.decoder_of(whole.index, GROUP, torch.float32).buffers
     recalled, count = buffers.recalled.copy(), buffers.recalled_count.copy()
     assert (count == SMALL.budget_tokens).all()
     assert not np.array_equal(recalled[:, 0], recalled[:, 1]), "two heads that choose alike would show nothing"
     for head, part in enumerate(parts):
         own = q[:, head * GROUP : (head + 1) * GROUP].contiguous()
         of_rank = cpu.sparse_decode(own, part.keys[layer], part.values[layer], part.index, layer, step, SCALE)
-        chosen = cpu.decoder_of(part.index, GROUP, False).buffers
+        chosen = cpu.decoder_of(part.index, GROUP, torch.float32).buffers
         np.testing.assert_array_equal(chosen.recalled_count[:, 0], count[:, head])
         np.testing.assert_array_equal(chosen.recalled[:, 0], recalled[:, head])
         assert torch.equal(of_rank, output[:, head * GROUP : (head + 1) * GROUP])

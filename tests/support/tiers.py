@@ -33,7 +33,7 @@ def tiered(scene: Scene, host_dtype: str) -> Tier:
         moves.refill(tier, count, directory.tail, torch.zeros(0, dtype=torch.int64))
         directory.filled(count)
     for buffer in buffers:
-        buffer.unflatten(0, (-1, PAGE))[directory.page_of < 0] = torch.nan
+        buffer.view(torch.uint8).unflatten(0, (-1, PAGE))[directory.page_of < 0] = 0xFF  # NaN too
         buffer[:PAGE] = 0
     assert 0 < int((directory.device_page > 0).sum()) < pages // 3
     return tier

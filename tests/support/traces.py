@@ -117,7 +117,7 @@ class TracedWorld(World):
 
     def look(self, step: DecodeStep, layer: int, q: torch.Tensor) -> None:
         """Note what the layer that just ran recalled; q [B, heads, D] of the step's sparse requests."""
-        buffers = cpu.decoder_of(self.index, 2, self.scene.keys[0].dtype is torch.bfloat16).buffers
+        buffers = cpu.decoder_of(self.index, 2, self.scene.keys[0].dtype).buffers
         rows = step.rows if step.sparse_at is None else step.rows[step.sparse_at.numpy()]
         for place, row in enumerate(rows.tolist()):
             request = next(request for request in self.running if request.row == row)

@@ -13,9 +13,9 @@ from sglang_clusterkv.kernels.attend import reference
 from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, njit, part
 from sglang_clusterkv.kernels.merge.cpu import sinks_kernel
 from sglang_clusterkv.kernels.merge.reference import by_kv_head
-from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, pool_kernels, prefetch
+from sglang_clusterkv.kernels.row_cpu import KEYS, POOL_FORMATS, VALUES, pool_kernels, prefetch
 from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, run, take
-from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
+from sglang_clusterkv.kernels.vectors_cpu import TOGETHER, row_bytes
 from sglang_clusterkv.memory.tier import DENSE_HOST, RECALLED_DEVICE, RECALLED_HOST, TierLayer
 
 if TYPE_CHECKING:  # what `cached` gives the kernel
@@ -42,12 +42,12 @@ def exponentials_in_place(logits: Any, begin: int, end: int) -> Any:
 
 
 @functools.cache
-def attend_pair(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
+def attend_pair(channels: int, group: int, pool: int) -> Callable[..., None]:
     """Compile attention of one (request b, kv head h) over its always-attended and recalled tokens, and learned sinks.
 
-    For one head_dim, group size and pool dtype. Outputs: output [B, H, G, D] and lse [B, H, G], as `merge.reference.Partial`.
+    For one head_dim, group size and pool format. Outputs: output [B, H, G, D] and lse [B, H, G], as `merge.reference.Partial`.
     """
-    dots, sums = pool_kernels(channels, group, is_bf16)
+    dots, sums = pool_kernels(channels, group, pool)
 
     @part(fastmath=FAST)
     def attend(
@@ -90,15 +90,15 @@ def attend_pair(channels: int, group: int, is_bf16: bool) -> Callable[..., None]
 
 
 @functools.cache
-def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
-    """Compile attention over listed tokens for one head_dim, group size and pool dtype.
+def dense_kernel(channels: int, group: int, pool: int) -> Callable[..., None]:
+    """Compile attention over listed tokens for one head_dim, group size and pool format.
 
     q [B, H, G, D]; slots int64 [B, T]; begins and ends [B]. Blocks of tokens are handed to threads; a block leaves its sums
     relative to its largest logit in part_output [B, blocks, H, G, D] and part_lse [B, blocks, H, G, 2], which are then merged
     in order.
     """
-    row_bytes = channels * (2 if is_bf16 else 4)
-    dots, sums = pool_kernels(channels, group, is_bf16)
+    size = row_bytes(pool, channels)
+    dots, sums = pool_kernels(channels, group, pool)
 
     @part(fastmath=FAST)
     def attend_block(
@@ -112,7 +112,7 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
             rows = min(_NEAR, count - first)
             for h in range(heads):
                 for i in range(rows):
-                    prefetch(keys, host, listed[min(first + _NEAR + i, count - 1)], h, row_bytes)
+                    prefetch(keys, host, listed[min(first + _NEAR + i, count - 1)], h, size)
                 away += dots(keys, host, KEYS, listed, first, rows, h, q[b, h], logits[h])
         for h in range(heads):
             for g in range(group):
@@ -129,7 +129,7 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
             rows = min(_NEAR, count - first)
             for h in range(heads):
                 for i in range(rows):
-                    prefetch(values, host, listed[min(first + _NEAR + i, count - 1)], h, row_bytes)
+                    prefetch(values, host, listed[min(first + _NEAR + i, count - 1)], h, size)
                 sums(values, host, VALUES, listed, first, rows, h, logits[h], output[h])
         return away
 
@@ -154,7 +154,7 @@ def dense_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None
             item = take(counter)
         leave(number, counter, items)
 
-    return cached(dense, (channels, group, is_bf16), block_of=attend_block)
+    return cached(dense, (channels, group, pool), block_of=attend_block)
 
 
 @njit(cache=True, fastmath=FAST, nogil=True)
@@ -194,7 +194,7 @@ def dense_decode(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.dense_decode`."""
-    if keys.dtype not in (torch.bfloat16, torch.float32):
+    if keys.dtype not in POOL_FORMATS:
         return reference.dense_decode(
             q, keys, values, slots, seq_lens, scale, sliding_window=sliding_window, logit_cap=logit_cap, tier=tier,
             sinks=sinks,
@@ -207,7 +207,7 @@ def dense_decode(
     part_output = np.empty((batch, blocks, kv_heads, group, channels), np.float32)
     part_lse = np.empty((batch, blocks, kv_heads, group, 2), np.float32)
     reads = np.zeros((batch, blocks), np.int64)
-    kernel = dense_kernel(channels, group, keys.dtype is torch.bfloat16)
+    kernel = dense_kernel(channels, group, POOL_FORMATS[keys.dtype])
     run(
         kernel, batch * blocks, grouped.numpy(), bits(keys), bits(values), None if tier is None else tier.arrays,
         slots.numpy(), begins.numpy(), seq_lens.numpy(), np.float32(scale), np.float32(logit_cap), reads, part_output,

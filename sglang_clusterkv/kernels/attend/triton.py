@@ -24,6 +24,7 @@ import triton.language as tl
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.merge.triton import merge_parts
+from sglang_clusterkv.kernels.triton_fp8 import as_argument, query_dtype
 from sglang_clusterkv.kernels.triton_rows import dot_dtype, padded_group
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise
 from sglang_clusterkv.kernels.triton_tier import (
@@ -258,7 +259,7 @@ def attend(
     """Attend to sinks, window and recalled tokens, or all tokens of dense requests: the workspace's `exact`.
 
     Args:
-        q: [B, H, G, D], contiguous but for its first dimension, in the pool's dtype.
+        q: [B, H, G, D], contiguous but for its first dimension, in the dtype that `query_dtype` gives.
         keys: [slots, H, D], contiguous.
         values: likewise.
         step: the lists of this step.
@@ -271,7 +272,8 @@ def attend(
     batch, heads, group, channels = q.shape
     constants = _constants(heads, group, channels, q.dtype, tier) | {"PAGE": page_size}
     attend_kernel[(batch * heads, splits)](
-        q, keys, values, *tier_arguments(tier), step.base_slots, step.base_count, w.base_logit, w.recalled, w.recalled_count,
+        q, as_argument(keys), as_argument(values), *tier_arguments(tier),
+        step.base_slots, step.base_count, w.base_logit, w.recalled, w.recalled_count,
         step.pages, step.page_count, step.dense_count, w.exact_output, w.exact_lse, scale, splits, q.stride(0),
         step.base_slots.stride(0), w.shape.base, w.shape.budget, step.pages.stride(0),
         SHARE=max(1, grids.TOKENS_PER_SPLIT // constants["BLOCK_N"]), **constants,
@@ -293,15 +295,16 @@ def dense_decode(
 ) -> torch.Tensor:
     """See `reference.dense_decode`; two launches."""
     batch, heads, channels = q.shape[0], keys.shape[1], keys.shape[2]
-    grouped = q.to(keys.dtype).unflatten(1, (heads, -1))
+    grouped = q.to(query_dtype(keys.dtype, q.dtype)).unflatten(1, (heads, -1))
     group = grouped.shape[2]
     window = sliding_window if sliding_window >= 0 else NO_WINDOW
     splits = grids.split_count(batch * heads, min(slots.shape[1], window + 1))
     output = torch.empty((batch, heads, splits, group, channels), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch, heads, splits, group), dtype=torch.float32, device=q.device)
     dense_kernel[(batch * heads, splits)](
-        grouped, keys, values, *tier_arguments(tier), slots, seq_lens, output, lse, scale, logit_cap, window, splits,
-        grouped.stride(0), slots.stride(0), CAPPED=logit_cap > 0, **_constants(heads, group, channels, keys.dtype, tier),
+        grouped, as_argument(keys), as_argument(values), *tier_arguments(tier),
+        slots, seq_lens, output, lse, scale, logit_cap, window, splits,
+        grouped.stride(0), slots.stride(0), CAPPED=logit_cap > 0, **_constants(heads, group, channels, grouped.dtype, tier),
     )  # fmt: skip
     return merge_parts(output, lse, q.dtype, sinks)
 

@@ -98,7 +98,7 @@ def last_read(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseS
     Args:
         index: that it read.
         group: query heads per kv head.
-        dtype: of the KV pool; on a CPU bf16 or float32, the types with kernels, for references keep nothing.
+        dtype: of the KV pool; on a CPU a type with kernels (`row_cpu.POOL_FORMATS`), for references keep nothing.
         step: its lists.
         place: of the request in the lists.
     """
@@ -108,4 +108,4 @@ def last_read(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseS
         return triton.last_read(triton.decoder_of(index, group), place)
     from sglang_clusterkv.kernels.decode import cpu
 
-    return cpu.last_read(cpu.decoder_of(index, group, dtype is torch.bfloat16), place)
+    return cpu.last_read(cpu.decoder_of(index, group, dtype), place)

@@ -178,8 +178,8 @@ def make_scratch(
 
 
 @functools.cache
-def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, is_bf16: bool) -> Callable[..., None]:
-    """Compile the operations of a layer for one head_dim, group size, row format, code width and pool dtype.
+def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, pool: int) -> Callable[..., None]:
+    """Compile the operations of a layer for one head_dim, group size, row format, code width and pool format.
 
     `operations` is a sum of those above, which are done in this order for each pair.
     """
@@ -227,15 +227,15 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, is_
 
     return cached(
         chain,
-        (channels, group, row_format, code_bits, is_bf16),
+        (channels, group, row_format, code_bits, pool),
         shared=shared_pair(channels, group, row_format),
-        score=score_pair(channels, group, row_format, is_bf16),
+        score=score_pair(channels, group, row_format, pool),
         select=select_pair,
         rotate=rotate_pair(channels, group),
         refine=value_pair(channels, group, code_bits),
         recall=recall_pair,
         recall_all=recall_all_pair,
-        attend=attend_pair(channels, group, is_bf16),
+        attend=attend_pair(channels, group, pool),
         estimate=estimate_pair(channels, group, row_format),
         merge=merge_pair,
     )

@@ -14,6 +14,7 @@ from sglang_clusterkv.kernels.decode.chain_cpu import Buffers, Lists, Numbers, S
 from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.merge.cpu import mass_kernel
 from sglang_clusterkv.kernels.merge.reference import by_kv_head
+from sglang_clusterkv.kernels.row_cpu import POOL_FORMATS
 from sglang_clusterkv.kernels.threads_cpu import run, threads
 from sglang_clusterkv.kernels.vectors_cpu import ROW_FORMATS
 from sglang_clusterkv.memory.rotation import rotation_signs
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.tier import TierArrays, TierLayer
 
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float32)  # of pools that the kernels read; others go by the reference
 _NO_SCALES = np.empty((0, 0, 0), np.uint16)
 
 
@@ -72,13 +72,13 @@ class CpuDecoder:
     Args:
         index: the cluster index.
         group: query heads per kv head.
-        is_bf16: the pool's dtype is bf16 (else float32).
+        pool: the pool's dtype, one of `POOL_FORMATS`.
     """
 
     buffers: Buffers
     scratch: Scratch
 
-    def __init__(self, index: ClusterIndex, group: int, is_bf16: bool) -> None:
+    def __init__(self, index: ClusterIndex, group: int, pool: torch.dtype) -> None:
         config, geometry = index.config, index.geometry
         channels = geometry.head_dim
         self.index = index
@@ -91,8 +91,8 @@ class CpuDecoder:
         # With the rotation's factor.
         self.signs = (rotation_signs(channels) / (channels & -channels) ** 0.5).numpy()
         row_format = ROW_FORMATS[config.centroid_dtype]
-        self._kernel = chain_cpu.chain_kernel(channels, group, row_format, config.code_bits, is_bf16)
-        self._nothing = np.empty((0, 0, 0), np.uint16 if is_bf16 else np.float32)
+        self._kernel = chain_cpu.chain_kernel(channels, group, row_format, config.code_bits, POOL_FORMATS[pool])
+        self._nothing = bits(torch.empty((0, 0, 0), dtype=pool))
         self._operations = (
             chain_cpu.SCORE
             | chain_cpu.SELECT
@@ -183,7 +183,7 @@ class CpuDecoder:
 
         Args:
             q: float32 [B, H, G, D].
-            keys: [slots, H, D], the layer's pool, bf16 as its bits.
+            keys: [slots, H, D], the layer's pool, as `bits` gives it.
             values: likewise.
             layer: counted from this rank's first.
             scale: of the logits.
@@ -250,19 +250,19 @@ class CpuDecoder:
             mass_kernel(mass, u.lse, u.total, True)
 
 
-def decoder_of(index: ClusterIndex, group: int, is_bf16: bool) -> CpuDecoder:
+def decoder_of(index: ClusterIndex, group: int, pool: torch.dtype) -> CpuDecoder:
     """The decoder of an index; made once."""
-    key = (group, is_bf16)
+    key = (group, pool)
     if key not in index.scratch:
-        index.scratch[key] = CpuDecoder(index, group, is_bf16)
+        index.scratch[key] = CpuDecoder(index, group, pool)
     return index.scratch[key]
 
 
 def prepare(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseStep) -> None:
     """See `kernels.decode.prepare`."""
-    if dtype in KERNEL_DTYPES:
+    if dtype in POOL_FORMATS:
         geometry = index.geometry
-        decoder_of(index, group, dtype is torch.bfloat16).prepare(step, geometry.kv_heads, group, geometry.head_dim)
+        decoder_of(index, group, dtype).prepare(step, geometry.kv_heads, group, geometry.head_dim)
 
 
 def sparse_decode(
@@ -277,11 +277,11 @@ def sparse_decode(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode.sparse_decode`."""
-    if keys.dtype not in KERNEL_DTYPES:
+    if keys.dtype not in POOL_FORMATS:
         return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier, sinks)
     kv_heads, channels = keys.shape[1:]
     grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
-    decoder = decoder_of(index, grouped.shape[2], keys.dtype is torch.bfloat16)
+    decoder = decoder_of(index, grouped.shape[2], keys.dtype)
     decoder.prepare(step, kv_heads, grouped.shape[2], channels)
     output = torch.empty_like(grouped)
     host = None if tier is None else tier.arrays

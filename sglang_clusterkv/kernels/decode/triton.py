@@ -26,6 +26,7 @@ from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.refine import triton as refine_triton
 from sglang_clusterkv.kernels.score import triton as score_triton
 from sglang_clusterkv.kernels.select import triton as select_triton
+from sglang_clusterkv.kernels.triton_fp8 import query_dtype
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, Allocate, Workspace, WorkspaceShape, make_workspace
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def sparse_decode(
     """See `kernels.decode.sparse_decode`."""
     # No copies where the queries have the pool's dtype and a request's lie together, as they do while serving: models cut
     # them from one product with keys and values.
-    grouped = q.to(keys.dtype).unflatten(1, (keys.shape[1], -1))
+    grouped = q.to(query_dtype(keys.dtype, q.dtype)).unflatten(1, (keys.shape[1], -1))
     decoder = decoder_of(index, grouped.shape[2])
     decoder.use_engine(keys.dtype)
     decoder.prepare(step)

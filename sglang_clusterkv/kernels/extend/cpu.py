@@ -18,7 +18,7 @@ from sglang_clusterkv.kernels.attend.cpu import exponentials_in_place, merge_blo
 from sglang_clusterkv.kernels.cpu_math import FAST, bits, part
 from sglang_clusterkv.kernels.extend import reference
 from sglang_clusterkv.kernels.merge.reference import Partial, add_sinks, by_kv_head
-from sglang_clusterkv.kernels.row_cpu import KEYS, VALUES, pool_kernels
+from sglang_clusterkv.kernels.row_cpu import KEYS, POOL_FORMATS, VALUES, pool_kernels
 from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, run, take
 from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
 from sglang_clusterkv.memory.tier import PREFILL_HOST, TierLayer
@@ -35,13 +35,13 @@ _TILE = 4  # query rows that a row of the pool meets at a time
 
 
 @functools.cache
-def prefix_kernel(channels: int, is_bf16: bool) -> Callable[..., None]:
-    """Compile attention of many query rows per kv head over listed tokens, for one head_dim and pool dtype.
+def prefix_kernel(channels: int, pool: int) -> Callable[..., None]:
+    """Compile attention of many query rows per kv head over listed tokens, for one head_dim and pool format.
 
     q [H, R, D] float32, R a multiple of `_TILE`; slots [T]. Blocks of tokens are handed to threads, and each leaves its part of
     a softmax, as `attend.cpu.dense_kernel` does: part_output [H, blocks, 1, R, D], part_lse [H, blocks, 1, R, 2].
     """
-    dots, sums = pool_kernels(channels, _TILE, is_bf16)
+    dots, sums = pool_kernels(channels, _TILE, pool)
 
     @part(fastmath=FAST)
     def attend_block(
@@ -84,7 +84,7 @@ def prefix_kernel(channels: int, is_bf16: bool) -> Callable[..., None]:
             item = take(counter)
         leave(number, counter, items)
 
-    return cached(prefix, (channels, is_bf16), block_of=attend_block)
+    return cached(prefix, (channels, pool), block_of=attend_block)
 
 
 def _gather(
@@ -108,7 +108,7 @@ def _attend_prefix(
     tier: TierLayer | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of query rows [H, R, D] over the prefix at `slots`: (output [H, R, D] float32, lse [H, R])."""
-    if rows.shape[1] <= _FEW_ROWS and keys.dtype in (torch.bfloat16, torch.float32):
+    if rows.shape[1] <= _FEW_ROWS and keys.dtype in POOL_FORMATS:
         q = torch.nn.functional.pad(rows.float(), (0, 0, 0, -rows.shape[1] % _TILE)).contiguous()
         heads, lines, channels = q.shape
         blocks = -(-slots.numel() // _BLOCK)
@@ -116,7 +116,7 @@ def _attend_prefix(
         part_lse = np.empty((heads, blocks, 1, lines, 2), np.float32)
         reads = np.zeros((heads, blocks), np.int64)
         run(
-            prefix_kernel(channels, keys.dtype is torch.bfloat16), heads * blocks, q.numpy(), bits(keys), bits(values),
+            prefix_kernel(channels, POOL_FORMATS[keys.dtype]), heads * blocks, q.numpy(), bits(keys), bits(values),
             None if tier is None else tier.arrays, slots.numpy(), np.float32(scale), reads, part_output, part_lse,
         )  # fmt: skip
         output, lse = torch.empty((heads, 1, lines, channels)), torch.empty((heads, 1, lines))

@@ -86,8 +86,8 @@ def shared_pair(channels: int, group: int, row_format: int) -> Callable[..., Non
 
 
 @functools.cache
-def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Callable[..., None]:
-    """Compile the scores of one (request b, kv head h) for one head_dim, group size, row format and pool dtype.
+def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callable[..., None]:
+    """Compile the scores of one (request b, kv head h) for one head_dim, group size, row format and pool format.
 
     Its outputs, for query head g and cluster c: size [B, H, C], begin [B, H, C] (in the request's list of recallable
     tokens), dot [B, H, G, C] (scale q.centroid), weight [B, H, G, C] (size times exp(estimate logit less size - peak)),
@@ -96,7 +96,7 @@ def score_pair(channels: int, group: int, row_format: int, is_bf16: bool) -> Cal
     """
     quarter = channels // 4
     cap, least = np.float32(SPREAD_CAP), np.float32(NO_MASS)
-    dots, _ = pool_kernels(channels, group, is_bf16)
+    dots, _ = pool_kernels(channels, group, pool)
 
     @part(fastmath=FAST)
     def of_segment(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sglang_clusterkv.memory.codec import rows_at
+from sglang_clusterkv.memory.fp8 import pool_rows
 from sglang_clusterkv.memory.masses import SPREAD_CAP
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def gather_heads(
     if tier is not None:
         rows = tier.gather(buffer, part, slots, heads)
     else:
-        rows = buffer[slots] if heads is None else buffer[slots, heads]
+        rows = pool_rows(buffer, slots) if heads is None else pool_rows(buffer, slots, heads)
     return (rows.transpose(1, 2) if heads is None else rows).float()
 
 

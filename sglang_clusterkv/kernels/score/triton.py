@@ -16,6 +16,7 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.triton_fp8 import as_argument
 from sglang_clusterkv.kernels.triton_rows import (
     BF16,
     INT4,
@@ -375,7 +376,7 @@ def score(
     """Score all clusters and always-attended tokens of a step; writes what `Workspace` says score writes.
 
     Args:
-        q: [B, H, G, D], contiguous but for its first dimension, in the pool's dtype.
+        q: [B, H, G, D], contiguous but for its first dimension, in the dtype that `query_dtype` gives.
         keys: [slots, H, D], the layer's pool, contiguous.
         index: the cluster index.
         layer: counted from this rank's first.
@@ -390,7 +391,7 @@ def score(
     longest = step.pages.shape[1] * index.clusters_per_page
     programs = grids.score_programs(heads, step.batch, step.base_slots.shape[1], longest)
     score_kernel[(heads, int(config.refine) + sum(programs), step.batch)](
-        q, keys, *tier_arguments(tier), arrays.key_rows, arrays.key_scales, arrays.spread, arrays.cluster_end,
+        q, as_argument(keys), *tier_arguments(tier), arrays.key_rows, arrays.key_scales, arrays.spread, arrays.cluster_end,
         arrays.vectors, signs,
         step.pages, step.segment_of_page, step.segment_begin, step.page_count, step.base_slots, step.base_count, w.offset,
         w.rotated, w.segment_bonus, w.dot, w.spread, w.base_logit, w.base_lse, w.choice_lse, w.estimate_lse, w.left,

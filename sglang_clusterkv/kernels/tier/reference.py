@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_clusterkv.memory.fp8 import as_stored
+
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.tier import Tier
 
@@ -27,7 +29,7 @@ def fetch(tier: Tier, pages: torch.Tensor, device_pages: torch.Tensor) -> None:
         return
     for layer, buffers in enumerate(zip(tier.keys, tier.values, strict=True)):
         for buffer, rows in zip(buffers, tier.host.load(layer, pages[read]), strict=True):
-            _pages(tier, buffer).index_copy_(0, device_pages[read], rows)
+            as_stored(_pages(tier, buffer)).index_copy_(0, device_pages[read], as_stored(rows))
 
 
 def gather(

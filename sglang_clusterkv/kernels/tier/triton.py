@@ -16,6 +16,7 @@ import triton.language as tl
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.encode.triton.rows import round_even
 from sglang_clusterkv.kernels.kmeans.triton.segments import Pool, pool_of
+from sglang_clusterkv.kernels.triton_fp8 import as_argument
 from sglang_clusterkv.kernels.triton_tier import ROUNDED, SAME, find_slots, load_rows, tier_case, tier_constants
 from sglang_clusterkv.memory.host import LEVELS
 
@@ -156,7 +157,7 @@ def _arguments(tier: Tier) -> _Arguments:
     if "triton" not in tier.scratch:
         assert all(buffer.is_contiguous() for buffer in (*tier.keys, *tier.values)), "a host tier's buffers have gaps"
         first = tier.layer(0)
-        host, scales = first.tensors.rows, first.tensors.scales
+        host, scales = as_argument(first.tensors.rows), first.tensors.scales
         heads, channels = tier.keys[0].shape[1:]
         tier.scratch["triton"] = _Arguments(
             pool_of(tier.keys),
@@ -204,7 +205,7 @@ def gather(
     """See `kernels.tier.gather`."""
     assert keys[0].is_contiguous() and keys.stride() == values.stride(), "rows are written one after the other"
     if slots.numel():
-        out = keys, values, None, None
+        out = as_argument(keys), as_argument(values), None, None
         _load(
             tier, first_layer, len(keys), tier.directory.device_page, slots, None, out, tier.reads, kind, keys.stride(0)
         )

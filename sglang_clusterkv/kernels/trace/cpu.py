@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.kernels.cpu_math import bits, fast_exp, njit
-from sglang_clusterkv.kernels.row_cpu import KEYS, pool_kernels
+from sglang_clusterkv.kernels.row_cpu import KEYS, POOL_FORMATS, pool_kernels
 from sglang_clusterkv.kernels.threads_cpu import cached
 from sglang_clusterkv.kernels.trace.reference import LEVELS_PER_OCTAVE, NOWHERE, Shares
 from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def shares_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., None]:
-    """Compile `reference.shares` for one head_dim, group size and pool dtype; outputs: slots, share and mass."""
-    pool_dots, _ = pool_kernels(channels, group, is_bf16)
+def shares_kernel(channels: int, group: int, pool: int) -> Callable[..., None]:
+    """Compile `reference.shares` for one head_dim, group size and pool format; outputs: slots, share and mass."""
+    pool_dots, _ = pool_kernels(channels, group, pool)
 
     def shares_of(
         q: Any, keys: Any, host: Any, recalled: Any, count: Any, base_logit: Any, exact_lse: Any, whole_lse: Any,
@@ -57,7 +57,7 @@ def shares_kernel(channels: int, group: int, is_bf16: bool) -> Callable[..., Non
                     mass[h, 1] += (exact - base) * each
                     mass[h, 2] += (one - exact) * each
 
-    return cached(shares_of, (channels, group, is_bf16), dots=pool_dots)
+    return cached(shares_of, (channels, group, pool), dots=pool_dots)
 
 
 def shares(read: LastRead, q: torch.Tensor, keys: torch.Tensor, scale: float, tier: TierLayer | None = None) -> Shares:
@@ -67,7 +67,7 @@ def shares(read: LastRead, q: torch.Tensor, keys: torch.Tensor, scale: float, ti
     share = np.zeros(read.recalled.shape, np.float32)
     mass = np.zeros((heads, 3), np.float32)
     count = read.count.numpy()
-    kernel = shares_kernel(channels, group, keys.dtype is torch.bfloat16)
+    kernel = shares_kernel(channels, group, POOL_FORMATS[keys.dtype])
     kernel(
         q.float().contiguous().numpy(), bits(keys), None if tier is None else tier.arrays, read.recalled.numpy(), count,
         read.base_logit.numpy(), read.exact_lse.numpy(), read.whole_lse.numpy(), np.float32(scale), slots, share, mass,

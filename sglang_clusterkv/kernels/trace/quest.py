@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sglang_clusterkv.memory.fp8 import pool_rows
 from sglang_clusterkv.memory.step import to_device
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class PageBounds:
             return
         device = keys.device.type
         slots = pages[to_device(new, device), None] * self._page_size + torch.arange(self._page_size, device=device)
-        rows = keys[slots] if tier is None else tier.gather(keys, 0, slots)
+        rows = pool_rows(keys, slots) if tier is None else tier.gather(keys, 0, slots)
         rows = rows.float()
         self._bounds[to_device(numbers[new], device)] = torch.stack((rows.amin(1), rows.amax(1)), 1)
         self._known[numbers[new]] = True

@@ -150,7 +150,7 @@ def test_what_was_read_of_a_request_is_in_the_workspace(fields: dict[str, object
     cpu.sparse_decode(chain.q.cpu(), *(buffer.cpu() for buffer in chain.pool), host, 0, step, SCALE)
     for place in range(chain.step.batch):
         found = last_read(decoder_of(chain.index, chain.group), place)
-        expected = cpu.last_read(cpu.decoder_of(host, chain.group, False), place)
+        expected = cpu.last_read(cpu.decoder_of(host, chain.group, torch.float32), place)
         assert found.count.tolist() == expected.count.tolist()
         for head, count in enumerate(expected.count.tolist()):
             assert set(found.recalled[head, :count].tolist()) == set(expected.recalled[head, :count].tolist())

@@ -101,6 +101,14 @@ ARCHITECTURES = (
         },
         every_change=True,
     ),
+    *(
+        Architecture(
+            f"Qwen 3, KV cache in {dtype}", "Qwen3ForCausalLM", "qwen3", 128, "keys and values in 8 bits",
+            {"head_dim": 128, "hidden_size": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+            arguments={"kv_cache_dtype": dtype}, every_change=dtype == "fp8_e4m3",
+        )
+        for dtype in ("fp8_e4m3", "fp8_e5m2")
+    ),
     Architecture(
         "Qwen 3 MoE", "Qwen3MoeForCausalLM", "qwen3_moe", 128, "norms of queries and keys",
         {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_clusterkv.kernels.triton_fp8 import widened
+
 
 @triton.jit
 def bf16_bits(x):
@@ -43,7 +45,9 @@ def sliced_channels(columns, D: tl.constexpr, PAD: tl.constexpr):
 @triton.jit
 def load_columns(layer_ptr, slots, channels, mask, slot_stride):
     """Rows of one head at these slots, fp32 [rows, columns]; zero outside of the mask."""
-    return tl.load(layer_ptr + slots[:, None] * slot_stride + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+    return widened(
+        tl.load(layer_ptr + slots[:, None] * slot_stride + channels[None, :], mask=mask, other=0.0), tl.float32
+    )
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.kmeans.reference import outlier_count
+from sglang_clusterkv.kernels.triton_fp8 import as_argument, widened
 
 # These differ from call to call: no variant for 1 and multiples of 16.
 LENGTHS = ("tokens_of_call", "clusters", "outliers", "length", "tiles")
@@ -27,7 +28,7 @@ class Pool(NamedTuple):
     Every layer's buffer has the strides of the first, and lies a whole number of 16 bytes from it.
     """
 
-    first: torch.Tensor  # [slots, H, D], fp32, fp16 or bf16; channels are contiguous
+    first: torch.Tensor  # [slots, H, D], as `as_argument` gives them; channels are contiguous
     layer_offsets: torch.Tensor  # int64 [L], elements from the first layer's buffer to each
 
 
@@ -70,12 +71,14 @@ def pool_of(buffers: list[torch.Tensor]) -> Pool:
     )
     strides = {buffer.stride() for buffer in buffers}
     assert len(strides) == 1 and first.stride(2) == 1, f"layers' buffers have strides {sorted(strides)}"
-    return Pool(first, torch.tensor([offset // item for offset in offsets], dtype=torch.int64).to(first.device))
+    return Pool(
+        as_argument(first), torch.tensor([offset // item for offset in offsets], dtype=torch.int64).to(first.device)
+    )
 
 
 def stacked(rows: torch.Tensor) -> Pool:
     """Address rows [L, n, H, D] of all layers, which lie together, from the first layer's; does not wait for the device."""
-    return Pool(rows[0], torch.arange(len(rows), device=rows.device) * rows.stride(0))
+    return Pool(as_argument(rows[0]), torch.arange(len(rows), device=rows.device) * rows.stride(0))
 
 
 def segments_of(
@@ -132,4 +135,6 @@ def head_pointer(first_ptr, layer_offsets_ptr, n, head_stride, H: tl.constexpr):
 def load_rows(layer_ptr, slots, channels, row_mask, slot_stride, D: tl.constexpr):
     """Rows of one head at these slots, as fp32 [rows, channels]; zero outside of the mask."""
     mask = row_mask[:, None] & (channels < D)[None, :]
-    return tl.load(layer_ptr + slots[:, None] * slot_stride + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+    return widened(
+        tl.load(layer_ptr + slots[:, None] * slot_stride + channels[None, :], mask=mask, other=0.0), tl.float32
+    )

@@ -1,11 +1,13 @@
-"""What bf16 costs: the server's own, and that of the tables we store, against the same server in float32.
+"""What bf16 costs: the server's own, and that of the tables we store, against the same server in float32;
+or what a KV cache in fewer bits costs.
 
-    python -m benchmarks.quality.precision [--tokens 3000] [--natural 128] [--budget 256]
+    python -m benchmarks.quality.precision [--tokens 3000] [--natural 128] [--budget 256] [--kv]
 
 One document, as in model_level, is decoded by a server in float32 and by one in bf16 (weights, KV cache, products), each dense
 and sparse; and sparse in float32 with `centroid_dtype` "bf16". KL of each to dense in float32, and of sparse to dense in bf16:
-what is lost on top of what bf16 loses by itself. Writes JSON and Markdown to
-benchmarks/results/. A CPU without bf16 instructions takes minutes for a bf16 prefill of 3,000 tokens.
+what is lost on top of what bf16 loses by itself. With `--kv` all servers are in float32 but for their KV
+caches: float32, bf16, fp8_e4m3 and fp8_e5m2. Writes JSON and Markdown to benchmarks/results/. A CPU without bf16 instructions
+takes minutes for a bf16 prefill of 3,000 tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ class Run(NamedTuple):
     dtype: str
     config: dict[str, Any]
     policies: tuple[str, ...]
+    kv: str = "auto"  # --kv-cache-dtype
 
+
+Comparison = tuple[
+    str, tuple[int, str], tuple[int, str]
+]  # (what is told, reference, compared): places in runs, and policies
 
 RUNS = [
     Run("float32", {}, ("dense", "ours")),
@@ -41,21 +48,29 @@ RUNS = [
     Run("bfloat16", {}, ("dense", "ours")),
 ]
 FLOAT32, ROWS_BF16, BFLOAT16 = range(3)
-# (what is told, reference, compared), each a place in RUNS and a policy
-COMPARISONS = [
+COMPARISONS: list[Comparison] = [
     ("ours, float32 server", (FLOAT32, "dense"), (FLOAT32, "ours")),
     ("ours with bf16 centroids and mean values, float32 server", (FLOAT32, "dense"), (ROWS_BF16, "ours")),
     ("dense, bf16 server", (FLOAT32, "dense"), (BFLOAT16, "dense")),
     ("ours, bf16 server", (FLOAT32, "dense"), (BFLOAT16, "ours")),
     ("ours, bf16 server, against dense in bf16", (BFLOAT16, "dense"), (BFLOAT16, "ours")),
 ]
+KV_DTYPES = ("auto", "bf16", "fp8_e4m3", "fp8_e5m2")
+KV_RUNS = [Run("float32", {}, ("dense", "ours"), kv) for kv in KV_DTYPES]
+KV_COMPARISONS: list[Comparison] = [("ours", (0, "dense"), (0, "ours"))]
+for _at, _kv in enumerate(KV_DTYPES[1:], 1):
+    KV_COMPARISONS += [
+        (f"dense, KV in {_kv}", (0, "dense"), (_at, "dense")),
+        (f"ours, KV in {_kv}", (0, "dense"), (_at, "ours")),
+        (f"ours, KV in {_kv}, against dense with KV in {_kv}", (_at, "dense"), (_at, "ours")),
+    ]
 
 
 def decode(run: Run, document: Document, budget: int) -> dict[str, np.ndarray]:
     """Log-probabilities of the continuation under each policy of a run, without the row of the prefill."""
     log = Path(tempfile.mkdtemp(prefix="precision-")) / "server.log"
-    print(f"starting a {run.dtype} server with {run.config}; its log: {log}", flush=True)
-    flags = ("--device", "cpu", "--dtype", run.dtype)
+    print(f"starting a {run.dtype} server, KV in {run.kv}, with {run.config}; its log: {log}", flush=True)
+    flags = ("--device", "cpu", "--dtype", run.dtype, "--kv-cache-dtype", run.kv)
     found = {}
     with serve(default_out(), log, *SERVER_FLAGS, config=run.config, device_flags=flags) as server:
         use(server, "dense")
@@ -66,10 +81,10 @@ def decode(run: Run, document: Document, budget: int) -> dict[str, np.ndarray]:
     return found
 
 
-def lines(rows: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+def lines(rows: list[dict[str, np.ndarray]], comparisons: list[Comparison] = COMPARISONS) -> list[dict[str, Any]]:
     """KL and agreement of each comparison."""
     found = []
-    for title, (reference, reference_policy), (compared, compared_policy) in COMPARISONS:
+    for title, (reference, reference_policy), (compared, compared_policy) in comparisons:
         p, q = rows[reference][reference_policy], rows[compared][compared_policy]
         kl = kl_divergence(p, q)
         found.append(
@@ -99,16 +114,18 @@ def main() -> None:
     parser.add_argument("--natural", type=int, default=128, help="tokens of the continuation")
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--text", help="another text, a file")
+    parser.add_argument("--kv", action="store_true", help="KV caches of other types in a float32 server")
     args = parser.parse_args()
     source, text = read_text(args.text)
     tokenizer = AutoTokenizer.from_pretrained(default_out())
     (document,) = make_documents(tokenizer, text, 1, args.tokens, args.natural)
-    found = lines([decode(run, document, args.budget) for run in RUNS])
+    runs, comparisons = (KV_RUNS, KV_COMPARISONS) if args.kv else (RUNS, COMPARISONS)
+    found = lines([decode(run, document, args.budget) for run in runs], comparisons)
     body = table(found)
     print(f"\n{body}\n")
     write_results(
-        "quality-precision",
-        title="What bf16 costs",
+        "quality-kv" if args.kv else "quality-precision",
+        title="What a KV cache in fewer bits costs" if args.kv else "What bf16 costs",
         setting=f"SmolLM2-135M-Instruct, {source}, {args.tokens} tokens, budget {args.budget}",
         command=command_of("benchmarks.quality.precision"),
         body=body,

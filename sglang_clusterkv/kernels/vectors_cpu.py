@@ -342,7 +342,7 @@ def unpack_rows(
         ahead = builder.add(i, b.place(_AHEAD))
         within = builder.icmp_signed("<", ahead, last)
         next_row = builder.load(b.address(kinds[4], args[4], builder.select(within, ahead, last)))
-        b.prefetch(b.address(kinds[2], args[2], next_row, args[7]), _row_bytes(number, size))
+        b.prefetch(b.address(kinds[2], args[2], next_row, args[7]), row_bytes(number, size))
         for channel in range(0, size, b.lanes):
             b.store(unpacked.vector(channel), b.address(kinds[8], args[8], loop.i, b.place(0), b.place(channel)))
         loop.end([])

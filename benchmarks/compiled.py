@@ -184,6 +184,8 @@ def lines(
     earlier = read_kept(kept) if kept else {}
     hashes = {(name, target): hash_of(cases[name], target) for name, target in todo} if kept else {}
     known = [one for one in todo if one in earlier and earlier[one].hash == hashes[one]]
+    if keep:  # what was kept before instructions were counted is counted now
+        known = [one for one in known if earlier[one].result.instructions is not None]
     again = set(random.sample(known, min(RECHECKED, len(known))))
     skipped = set(known) - again
     results = _results(modules, [one for one in todo if one not in skipped])

@@ -23,6 +23,8 @@ from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
 from sglang_clusterkv.kernels.trace.cpu import shares_kernel
 from sglang_clusterkv.kernels.vectors_cpu import INT4
 
+MOST_AT_START, MOST_OF_LONG_CONTEXTS = 26, 28  # kernels
+
 
 @pytest.mark.parametrize(
     "fields",
@@ -78,4 +80,7 @@ def test_triton_compiles_nothing_after_the_warm_up() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["late"] == [] and found["at_start"] > 15
+    assert found["late"] == []
+    first, *_, longest = found["at_start"]
+    # A start waits for them, some two seconds of a core each: docs/gpu.md has how many.
+    assert 15 < first <= MOST_AT_START and first + longest <= MOST_OF_LONG_CONTEXTS

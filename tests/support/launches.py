@@ -4,7 +4,8 @@ Run as a process of its own, in which kernels are not interpreted:
 
     python -m tests.support.launches
 
-prints, as JSON, how many kernels the warm-up of a server compiles, and which are compiled after it: [occasion, kernel].
+prints, as JSON, how many kernels the warm-up of each server compiles that none before it has, and which are compiled after
+these: [occasion, kernel]. The first server has the defaults and a short context, the last one a context of a million tokens.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def cluster(config: ClusterKVConfig, lengths: list[int]) -> None:
 
 
 def warm_up(
-    config: ClusterKVConfig, query_dtype: torch.dtype, host_dtype: str | None = None, sinks: bool = False
-) -> None:
+    config: ClusterKVConfig, query_dtype: torch.dtype, host_dtype: str | None = None, sinks: bool = False,
+    context_tokens: int = CONTEXT,
+) -> None:  # fmt: skip
     """What a server does at start."""
     warmup.compile_kernels(
         config,
@@ -135,7 +137,7 @@ def warm_up(
         group=GROUP,
         head_dim=HEAD_DIM,
         dtype=DTYPE,
-        context_tokens=CONTEXT,
+        context_tokens=context_tokens,
         query_dtype=query_dtype,
         host_dtype=host_dtype,
         sinks=sinks,
@@ -145,12 +147,13 @@ def warm_up(
 def main() -> None:
     """Warm up, then everything else."""
     compiled = Compiled()
-    at_start, late = 0, []
+    at_start: list[int] = []
+    late: list[tuple[str, str]] = []
     own, half = ClusterKVConfig(estimate_clusters=100), torch.float16
     # Requests with fewer clusters than have their own mean value, and more; a model in another dtype than its KV.
     for config, dtype in ((ClusterKVConfig(), DTYPE), (own, DTYPE), (ClusterKVConfig(), half)):
         warm_up(config, dtype)
-        at_start += len(compiled.late)
+        at_start.append(len(compiled.late))
         compiled.late.clear()
         for lengths in ([700], [3001], [9000], [701, 1500], [2000, 900, 5017], [1000] * 8, [777] * 33):
             compiled.occasion = (
@@ -161,7 +164,7 @@ def main() -> None:
         compiled.late.clear()
     for host_dtype in HOST_DTYPES:
         warm_up(ClusterKVConfig(), DTYPE, host_dtype)
-        at_start += len(compiled.late)
+        at_start.append(len(compiled.late))
         compiled.late.clear()
         for lengths in ([700], [9000], [701, 1500]):
             compiled.occasion = f"decode {lengths} over a host tier, {host_dtype}"
@@ -169,7 +172,7 @@ def main() -> None:
         late += compiled.late
         compiled.late.clear()
     warm_up(ClusterKVConfig(), DTYPE, sinks=True)
-    at_start += len(compiled.late)
+    at_start.append(len(compiled.late))
     compiled.late.clear()
     for lengths in ([700], [701, 1500]):
         compiled.occasion = f"decode {lengths} with sinks"
@@ -184,6 +187,9 @@ def main() -> None:
         compiled.occasion = f"cluster {lengths}"
         cluster(ClusterKVConfig(), lengths)
     late += compiled.late
+    compiled.late.clear()
+    warm_up(ClusterKVConfig(), DTYPE, context_tokens=1 << 20)
+    at_start.append(len(compiled.late))
     print(json.dumps({"at_start": at_start, "late": late}))
 
 

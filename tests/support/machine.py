@@ -81,7 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         lags=st.booleans(),
         host=st.sampled_from(["no", "HiCache", 1, 2, 4]),
         pages_per_call=st.sampled_from([0, 40]),
-        graphs=st.sampled_from([0, 3]),
+        graphs=st.sampled_from([0, 2, 6]),
     )
     def begin(
         self,

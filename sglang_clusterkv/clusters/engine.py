@@ -363,10 +363,14 @@ class ClusterEngine:
                 record.rid, record.prompt_len, record.cached_tokens, record.clustered_tokens, record.reused_tokens,
             )  # fmt: skip
 
+    def tell_violations(self) -> None:
+        """Count and log what the device noticed that never may be; waits for it."""
+        self.counters.note_violations(*self.index.violations.tolist())
+
     def server_info(self) -> dict[str, object]:
         """Counts for /server_info, the demo and the tests: plain integers, and dictionaries by reason, operation or layers."""
         self.count_step()
-        self.counters.note_violations(*self.index.violations.tolist())
+        self.tell_violations()
         return (
             self.counters.server_info()
             | self.residency.server_info()

@@ -30,6 +30,7 @@ _engine: ClusterEngine | None = None
 _step: DecodeStep | None = None  # made when a decode batch is launched, taken by its init_forward_metadata
 _inserted_until: int | None = None  # InsertResult.prefix_len of the first insert of the checkpoint under way
 _in_checkpoint = False
+_launched = False  # a forward, since the scheduler was idle
 
 
 class _RowEvents:
@@ -120,10 +121,11 @@ def _announce(pool: Any) -> None:
 
 def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwargs: Any) -> None:
     """A real batch is launched; the current stream is the forward stream (BEFORE forward_batch_generation)."""
-    global _step
+    global _step, _launched
     _step = None
     if _engine is None or batch is None or worker.is_draft_worker:
         return
+    _launched = True
     _engine.stream.launched()
     worker.model_runner.token_to_kv_pool.wait_for_loads()
     if batch.forward_mode.is_decode():
@@ -143,6 +145,14 @@ def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwarg
                 for req, prefix in zip(batch.reqs, batch.prefix_lens, strict=True)
             ]
         )
+
+
+def idle() -> None:
+    """The scheduler has nothing to do, as it says again and again: once after a forward, tell what the device noticed."""
+    global _launched
+    if _launched and _engine is not None:
+        _engine.tell_violations()
+    _launched = False
 
 
 def engine() -> ClusterEngine | None:

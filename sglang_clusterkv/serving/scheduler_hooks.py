@@ -146,8 +146,9 @@ def _after_batch(result: None, reporter: Any, *args: Any, **kwargs: Any) -> None
 
 def _after_idle(result: None, reporter: Any) -> None:
     if active.active_config() is not None:
-        from sglang_clusterkv.serving import metrics
+        from sglang_clusterkv.serving import metrics, runtime
 
+        runtime.idle()
         metrics.idle(reporter)
 
 

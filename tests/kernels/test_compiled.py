@@ -3,7 +3,7 @@
 Red when: it misses that a kernel spills, uses local memory, divides integers in a loop, needs more registers or fits fewer
 programs on an SM than its case states, or lost its tensor cores or 16-byte loads; or it leaves a kernel of the package
 out; a case is taken from the file of earlier results although something that it is made from has changed, or a wrong entry
-stays unnoticed.
+stays unnoticed; or a kernel may have more instructions than it had, unnoticed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.compiled import KEPT as KEPT_FILE
+from benchmarks.compiled import read_kept
 from benchmarks.machine_code import programs_per_sm
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +132,12 @@ def test_what_is_known_by_its_hash_is_taken_from_the_file_and_a_few_are_compiled
     assert all(tables[name][0][1] for name in ("raised", "allowed", "not counted"))
     assert hashes[0] == kept == stated, "what a case states is compared anew"
     assert len(set(hashes)) == len(hashes), hashes
+
+
+def test_every_kernel_for_the_models_gpu_has_a_limit_of_instructions() -> None:
+    """That of the generation that the model of a step counts for."""
+    kept = {name: one for (name, target), one in read_kept(KEPT_FILE).items() if target == 90}
+    assert len(kept) > 90
+    for name, one in kept.items():
+        assert one.most_instructions is not None and one.result.instructions is not None, name
+        assert one.result.instructions <= one.most_instructions, name

@@ -20,6 +20,7 @@ import requests
 import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from benchmarks.servers import Server
 from sglang_clusterkv.clusters import building, residency
@@ -29,7 +30,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.mass import mean_by_group
 from sglang_clusterkv.memory.tier import Tier
-from sglang_clusterkv.serving import metrics
+from sglang_clusterkv.serving import active, metrics, runtime, scheduler_hooks
 from sglang_clusterkv.serving.metrics import Exporter
 from tests.support.scenes import Scene
 
@@ -230,6 +231,32 @@ def test_a_failure_costs_the_series_and_not_the_server(
         metrics.batch_done(reporter)
         metrics.idle(reporter)
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "stand still" in caplog.text
+
+
+def test_what_the_device_noticed_is_told_when_the_scheduler_is_idle(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether or not anybody asks for metrics; once after a forward, for it waits for the device."""
+    monkeypatch.setattr(runtime, "_engine", rank.engine)
+    monkeypatch.setattr(metrics, "_exporter", None)
+    monkeypatch.setattr(active, "active_config", lambda: ClusterKVConfig())
+    worker: Any = SimpleNamespace(
+        is_draft_worker=False,
+        model_runner=SimpleNamespace(token_to_kv_pool=SimpleNamespace(wait_for_loads=lambda: None)),
+    )
+    batch: Any = SimpleNamespace(forward_mode=ForwardMode.IDLE)
+    reporter: Any = SimpleNamespace(current_scheduler_metrics_enabled=False)
+    told = []
+    for violations in (0, 2, 0, 1):
+        rank.scene.index.violations[0] += violations
+        runtime.before_forward(worker, batch)
+        for _ in range(3):
+            scheduler_hooks._after_idle(None, reporter)
+            told.append(rank.engine.counters.build_conflicts)
+            rank.scene.index.violations[1] += 1  # not looked at before the next forward
+    assert told == [0, 0, 0, 2, 2, 2, 2, 2, 2, 3, 3, 3]
+    assert rank.engine.counters.index_violations == 9
+    assert "2 pages were clustered while they were another segment's" in caplog.text
 
 
 def test_a_pool_that_is_not_ours_has_no_series(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
 from sglang_clusterkv.kernels.trace.cpu import shares_kernel
 from sglang_clusterkv.kernels.vectors_cpu import INT4
 
-MOST_AT_START, MOST_OF_LONG_CONTEXTS = 26, 28  # kernels
+MOST_AT_START, MOST_OF_LONG_CONTEXTS = 32, 36  # kernels
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import triton as decode_triton
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
+from sglang_clusterkv.kernels.score.triton import score_kernel
 from sglang_clusterkv.kernels.select import triton as select_triton
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
@@ -101,15 +102,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     return FakeLayer(ClusterKVConfig(), monkeypatch)
 
 
-def test_a_captured_layer_is_its_launches(fake: FakeLayer) -> None:
-    assert len(fake.capture()) == 7
-
-
-@pytest.mark.parametrize(("fields", "launches"), [({"refine": False}, 6), ({"estimate": False}, 6)])
-def test_so_is_one_of_another_configuration(
-    fields: dict[str, Any], launches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert len(FakeLayer(ClusterKVConfig(**fields), monkeypatch).capture()) == launches
+@pytest.mark.parametrize("fields", [{}, {"refine": False}, {"estimate": False}])
+def test_a_captured_layer_is_its_launches(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = FakeLayer(ClusterKVConfig(**fields), monkeypatch).capture()
+    assert len(launches) > 5 and launches[0][0] is score_kernel and launches[-1][0] is merge_kernel
 
 
 UNSAFE: dict[str, Callable[[SparseStep], object]] = {

@@ -200,9 +200,9 @@ _LOOPS = {
     "segments": "while s <= last_segment",
     "token_tiles": "for range(part, ",
     "lses": "for range(0, tiles, AT_ONCE)",
-    "masses": "for range(0, clusters, BLOCK) @ _masses(",
+    "masses": "for range(begin, end, BLOCK)",
     "firsts": "for range(0, clusters, BLOCK) @ count = _list_firsts(",
-    "halvings": "while (high - low > 1) & (from_low - above > 1) @ low, high, room = bracket(",
+    "halvings": "while (high - low > 1) & (from_low - above > 1) @ low, high, room, between = bracket(",
     "own_list": "for range(0, clusters, BLOCK) @ list_own(",
     "base_rows": "for range(begin_tile, ",
     "recalled_rows": "for range(tl.maximum(begin_tile, base_tiles), ",
@@ -220,7 +220,8 @@ _MANY_HELD = {
     "if clusters == 0": 0, "if clusters <= FEW": 0, "if clusters <= SOME": 0, "if clusters <= MANY": 1,
     "else clusters <= MANY": 0, "else LARGE": 0,
 }  # fmt: skip
-_NO_TIES = {"if tl.sum(tied": 0}
+_NO_TIES = {"if between > room": 0}
+_MASSES = {"if clusters == 0": 0}
 _OWN = {"else part < own_parts": 0}
 _REST = {"if part < own_parts": 0}
 
@@ -235,13 +236,17 @@ PIECES = {
     "score, a rotation": Piece(_SCORE, _ROTATION),
     **{
         f"{name}{text}": piece
-        for text, case, held in (("", "select C=4096 G=4", _HELD), (", large", "select C=131072 G=4", _MANY_HELD))
+        for text, masses, case, held in (
+            ("", "select masses C=4096 G=4", "select C=4096 K=2048", _HELD),
+            (", large", "select masses C=131072 G=4", "select C=131072 K=2048", _MANY_HELD),
+        )
         for name, piece in {
-            "select, a program": Piece(case, held),
-            "select, tiles of log-sum-exps": _added(case, held, lses=1),
-            "select, a block of masses": _added(case, held, masses=1),
-            "select, a halving": _added(case, held, halvings=1),
-            "select, a block of the list": _added(case, held, firsts=1),
+            "masses, a program": Piece(masses, _MASSES),
+            "masses, tiles of log-sum-exps": _added(masses, _MASSES, lses=1),
+            "masses, a block": _added(masses, _MASSES, masses=1),
+            "select, a program": Piece(case, held | {"if between > 1": 0}),
+            "select, a halving": _added(case, held | {"if between > 1": 0}, halvings=1),
+            "select, a block of the list": _added(case, held | {"if between > 1": 0}, firsts=1),
         }.items()
     },
     "values, 64": Piece("refine values 2 bits D=128 G=4 x64", {}),

@@ -32,9 +32,11 @@ from sglang_clusterkv.kernels.step_model import BANDWIDTHS_TBS, Launch, StepShap
 KV_SPLITS = (8, 16, 32, 64)  # of SGLang's decode; its server's default is 8
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
 OF_LAUNCH = {
+    "select: masses": "select",
+    "select: clusters": "select",
     "refine: values": "refine",
     "refine: choice": "recall",
-}  # the model's names of operations, where they differ
+}  # launches of the model: the operations that they belong to, where these have other names
 MOST_DIFFERENCE = 0.02  # between dense outputs of about 1 in bf16: more is not rounding
 
 Attention = Callable[[int], torch.Tensor]
@@ -227,5 +229,6 @@ def model_ms(scene: Scene) -> dict[str, list[float]]:
     def of(launches: list[Launch]) -> list[float]:
         return [shape.layers * sum(launch.microseconds(tbs) for launch in launches) / 1000 for tbs in BANDWIDTHS_TBS]
 
-    alone = {OF_LAUNCH.get(launch.name, launch.name): of([launch]) for launch in sparse}
+    names = dict.fromkeys(OF_LAUNCH.get(launch.name, launch.name) for launch in sparse)
+    alone = {name: of([one for one in sparse if OF_LAUNCH.get(one.name, one.name) == name]) for name in names}
     return alone | {STEP: of(sparse), OUR_DENSE: of(dense)}

@@ -12,13 +12,17 @@ from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS
 
 TOKENS_PER_SPLIT = 128  # of attend's list; fewer are not worth a program
 LEAST_OWN = 128  # clusters, each with its own mean value, that are worth a program of the estimate
-LEAST_REST = 512  # clusters that share their segment's mean value, likewise
+LEAST_REST = 256  # clusters that share their segment's mean value, likewise
+OWN_WORK = 4  # instructions of a cluster with its own mean value, for each of one without
 ATTEND_PROGRAMS = 264  # two for each of an H100's SMs
 SCORE_PROGRAMS = 528  # four, for clusters
+MASS_BLOCK = 512  # clusters at a time of a program of select's masses
+MASS_PROGRAMS = 528  # four
 MOST_BASE = 16  # programs for the always-attended tokens of a (request, kv head); usual are 10 tiles of them
 FEW_CANDIDATES, MANY_CANDIDATES = 64, 256  # per program of refine's values
 CANDIDATE_PROGRAMS = 264  # two: then a program takes many candidates
-ESTIMATE_PROGRAMS = 528  # four: these wait for memory more than they compute
+ESTIMATE_PROGRAMS = 528  # four, of both kinds together
+MOST_ESTIMATE_PARTS = 32  # of a (request, kv head)
 
 
 class ScorePrograms(NamedTuple):
@@ -34,6 +38,16 @@ def score_programs(heads: int, batch: int, base: int, clusters: int) -> ScorePro
         max(1, min(-(-base // SCORE_TOKENS), MOST_BASE)),
         share_count(heads * batch, clusters, SCORE_CLUSTERS, SCORE_PROGRAMS),
     )
+
+
+def mass_parts(pairs: int, clusters: int) -> int:
+    """Programs of select's masses per (request, kv head), for up to `clusters` clusters."""
+    return share_count(pairs, clusters, MASS_BLOCK, MASS_PROGRAMS)
+
+
+def select_block(large: bool) -> int:
+    """Clusters that select lists at a time; large: it may have more than 4,096."""
+    return 4096 if large else 1024
 
 
 def candidate_tile(pairs: int, candidates: int) -> int:
@@ -64,7 +78,12 @@ def split_count(pairs: int, tokens: int) -> int:
 
 
 def estimate_parts(pairs: int, clusters: int, estimate_clusters: int) -> EstimateParts:
-    """Programs of the estimate, for up to `clusters` clusters."""
-    own = share_count(pairs, min(clusters, estimate_clusters), LEAST_OWN, ESTIMATE_PROGRAMS)
-    rest = share_count(pairs, clusters, LEAST_REST, ESTIMATE_PROGRAMS) if clusters > estimate_clusters else 0
-    return EstimateParts(own, rest)
+    """Programs of the estimate, for up to `clusters` clusters: together no more than are resident at once, nor than merge takes at
+    once; both kinds with about as much to do."""
+    own_clusters = min(clusters, estimate_clusters)
+    if clusters <= estimate_clusters:
+        return EstimateParts(share_count(pairs, own_clusters, LEAST_OWN, ESTIMATE_PROGRAMS), 0)
+    parts = max(2, min(ESTIMATE_PROGRAMS // pairs, MOST_ESTIMATE_PARTS))
+    share = OWN_WORK * own_clusters / (OWN_WORK * own_clusters + clusters)
+    own = max(1, min(round(parts * share), -(-own_clusters // LEAST_OWN)))
+    return EstimateParts(own, min(parts - own, -(-clusters // LEAST_REST)))

@@ -115,7 +115,7 @@ def sparse_launches(shape: StepShape, config: ClusterKVConfig) -> list[Launch]:
     if config.estimate:
         parts = grids.estimate_parts(shape.pairs, lists.clusters, config.estimate_clusters)
     splits = grids.split_count(shape.pairs, lists.base + config.budget_tokens)
-    launches = [_score(shape, config, lists), _select(shape, config, lists)]
+    launches = [_score(shape, config, lists), *_select(shape, config, lists)]
     chosen = _own_bytes(shape, config, lists) if parts.rest else 0
     launches += _refine(shape, config, lists, chosen) if config.refine else _recall_all(shape, config, lists, chosen)
     launches.append(_attend(shape, lists, splits))
@@ -192,12 +192,16 @@ def _score(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
     return Launch("score", shape.pairs * programs, own + _logit_bytes(shape, lists) + shared)
 
 
-def _select(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> Launch:
+def _select(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> list[Launch]:
     tokens, clusters = _tiles(lists)
-    sums = (tokens + 2 * clusters + 1) * shape.group * _FLOAT
-    written = 2 * lists.clusters * _FLOAT + lists.candidates * _LONG
-    segments = shape.batch * lists.pages * _LONG
-    return Launch("select", shape.pairs, _logit_bytes(shape, lists) + shape.pairs * (sums + written) + segments)
+    parts = grids.mass_parts(shape.pairs, lists.clusters)
+    sums = (parts * (tokens + 2 * clusters) + 1) * shape.group * _FLOAT
+    masses = shape.pairs * (sums + 2 * lists.clusters * _FLOAT) + shape.batch * lists.pages * _LONG
+    chosen = lists.clusters * (_FLOAT + _INT) + lists.candidates * (_INT + _LONG)
+    return [
+        Launch("select: masses", shape.pairs * parts, _logit_bytes(shape, lists) + masses),
+        Launch("select: clusters", shape.pairs, shape.pairs * chosen),
+    ]
 
 
 def _own_bytes(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> int:

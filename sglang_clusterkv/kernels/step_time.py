@@ -68,21 +68,27 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
     """What the launches of one layer execute, by name. Counted at head_dim 128; other sizes are taken as proportional."""
     lists, pairs = lists_of(shape, config), shape.pairs
     large = ", large" if lists.clusters > 4096 else ""
-    block, warps = (2048, 16) if large else (1024, 8)
+    warps, listed, tiles = (16, 4096, 64) if large else (8, 2048, 16)
     score = _score(shape, config, lists)
+    parts = grids.mass_parts(pairs, lists.clusters)
+    masses = (
+        PIECES[f"masses, a program{large}"] * parts
+        + PIECES[f"masses, tiles of log-sum-exps{large}"]
+        * parts
+        * -(-lists.clusters // (SCORE_CLUSTERS * (64 if large else 16)))
+        + PIECES[f"masses, a block{large}"] * max(parts, -(-lists.clusters // grids.MASS_BLOCK))
+    )
     select = (
         PIECES[f"select, a program{large}"]
-        + PIECES[f"select, tiles of log-sum-exps{large}"] * -(-lists.clusters // (32 * SCORE_CLUSTERS))
         + PIECES[f"select, a halving{large}"] * HALVINGS
-        + (PIECES[f"select, a block of masses{large}"] + PIECES[f"select, a block of the list{large}"])
-        * -(-lists.clusters // block)
+        + PIECES[f"select, a block of the list{large}"] * -(-lists.clusters // grids.select_block(bool(large)))
     )
     tile = grids.candidate_tile(pairs, config.candidate_tokens)
     values = PIECES[f"values, {tile}"] * -(-config.candidate_tokens // tile)
     choice = (
         PIECES[f"choice, a program{large}"]
         + PIECES[f"choice, a halving of each{large}"] * HALVINGS
-        + PIECES[f"choice, a block of the list{large}"] * -(-lists.clusters // 2048)
+        + PIECES[f"choice, a block of the list{large}"] * -(-lists.clusters // listed)
     )
     splits = grids.split_count(pairs, lists.base + lists.recalled)
     attend = (
@@ -103,12 +109,13 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
     scaled = shape.head_dim / 128
     return {
         "score": Work(score * 4 * scaled, 4, 3),
-        "select": Work(pairs * select * warps, warps, 1 if large else 2),
-        "refine: values": Work(pairs * values * 4 * scaled, 4, 9 if tile == grids.FEW_CANDIDATES else 3),
+        "select: masses": Work(pairs * masses * 4, 4, 8),
+        "select: clusters": Work(pairs * select * warps, warps, 1 if large else 2),
+        "refine: values": Work(pairs * values * 4 * scaled, 4, 10 if tile == grids.FEW_CANDIDATES else 4),
         "refine: choice": Work(pairs * choice * warps, warps, 1 if large else 3),
         "attend": Work(pairs * attend * 4 * scaled, 4, 4),
         "estimate": Work(pairs * estimate * 4 * scaled, 4, 4),
-        "merge": Work(pairs * shape.group * PIECES["merge, a program"] * 4, 4, 9),
+        "merge": Work(pairs * shape.group * PIECES["merge, a program"] * 4, 4, 8),
     }
 
 

@@ -9,6 +9,7 @@ Triton's interpreter multiplies the raw bits of bf16 in `tl.dot`, so it computes
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -58,6 +59,33 @@ _BF16_LEVELS = tl.constexpr(_int4_assembly(0x4300, 0xC308, "fma.rn.bf16x2"))
 _FP16_LEVELS = tl.constexpr(_int4_assembly(0x6400, 0xE408, "fma.rn.f16x2"))
 
 
+def _code_assembly() -> str:
+    """PTX that makes the float16 levels of two words of 2-bit codes: slice j of both in the j-th register.
+
+    A byte permutation looks them up: of the four levels' eight bytes it takes those that four digits name, which are 2c and
+    2c + 1 for a crumb c. Crumbs of both words come into the bytes of one number first; 0x22 doubles each into two digits.
+    """
+    inner, outer = (struct.unpack("<H", struct.pack("<e", level))[0] for level in (INNER_LEVEL, OUTER_LEVEL))
+    sign = 0x8000
+    lines = [
+        ".reg .b32 plus, minus, bytes, high, moved;",
+        f"mov.b32 plus, 0x{outer << 16 | inner:08x};",
+        f"mov.b32 minus, 0x{(outer | sign) << 16 | inner | sign:08x};",
+        "prmt.b32 bytes, $8, $8, 0x3120;",
+        "shr.u32 high, bytes, 16;",
+    ]
+    for j in range(8):
+        half, shift = ("bytes", "high")[j // 4], 2 * (j % 4)
+        lines.append(f"shr.u32 moved, {half}, {shift};" if shift else f"mov.b32 moved, {half};")
+        lines.append("and.b32 moved, moved, 0x0303;")
+        lines.append("mad.lo.u32 moved, moved, 0x22, 0x1010;")
+        lines.append(f"prmt.b32 ${j}, plus, minus, moved;")
+    return "{" + " ".join(lines) + "}"
+
+
+_CODE_LEVELS = tl.constexpr(_code_assembly())
+
+
 @triton.jit
 def int4_slices(words, DOT: tl.constexpr):
     """Levels of the eight slices of int4 rows, -8 to 7, exact in every `DOT` dtype. words: int32, any shape.
@@ -94,6 +122,23 @@ def _int4_level(words, SLICE: tl.constexpr):
 
 
 @triton.jit
+def code_slices(words, BITS: tl.constexpr, DOT: tl.constexpr):
+    """Levels of the eight slices of codes, in units of the code's scale. words: int16 of two bits, uint8 of one; any shape."""
+    if BITS == 2 and tl.float16 == DOT:
+        return tl.inline_asm_elementwise(
+            _CODE_LEVELS, "=r,=r,=r,=r,=r,=r,=r,=r,r", [words],
+            (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
+        )  # fmt: skip
+    else:
+        wide = words.to(tl.int32)
+        return (
+            code_levels(wide, 0, BITS, DOT), code_levels(wide, 1, BITS, DOT), code_levels(wide, 2, BITS, DOT),
+            code_levels(wide, 3, BITS, DOT), code_levels(wide, 4, BITS, DOT), code_levels(wide, 5, BITS, DOT),
+            code_levels(wide, 6, BITS, DOT), code_levels(wide, 7, BITS, DOT),
+        )  # fmt: skip
+
+
+@triton.jit
 def code_levels(words, SLICE: tl.constexpr, BITS: tl.constexpr, DOT: tl.constexpr):
     """Levels of one slice of codes, in units of the code's scale. words: int32 (16 bits used, or 8), any shape."""
     if BITS == 1:
@@ -124,6 +169,17 @@ def load_slice(
     """Levels of slice `SLICE` of int8 or bf16 rows, without their scale; arguments as of `load_words`."""
     at = row * CHANNELS + SLICE * (CHANNELS // _SLICES) + channel
     return tl.load(rows + at, mask=mask, other=0).to(DOT)
+
+
+@triton.jit
+def first_columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr):
+    """The first KEPT of COLUMNS columns, both powers of two: without what `tl.dot` padded."""
+    if COLUMNS > KEPT:
+        halves = tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+        first, _ = tl.split(halves)
+        return first_columns(first, ROWS, COLUMNS // 2, KEPT)
+    else:
+        return x
 
 
 @triton.jit

@@ -61,16 +61,19 @@ def narrowed(low, high, from_low, above, step, first, second, third, limit):
 
 
 @triton.jit
-def bracket(keys, weights, limit):
-    """Between which keys the `limit` highest end: (low, high, room).
+def bracket(keys, weights, limit, BITS: tl.constexpr = 0):
+    """Between which keys the `limit` highest end: (low, high, room, between).
 
     Everything from `high` on weighs less than `limit` and is taken whole. What lies in [low, high) takes the remaining
-    `room`, and is one element or several that tie. Where all weigh no more than `limit`, both are 0: all is taken whole.
+    `room`, and is one element or several that tie: `between` elements. Where all weigh no more than `limit`, both are 0: all
+    is taken whole.
 
     Args:
         keys: int32 [n], below 2^31 - 1; negative ones never count.
         weights: int32 [n], not negative, their sum below 2^31; None: each weighs 1.
         limit: int32, at least 1.
+        BITS: that the sum of all weights has at most, where what is left of 32 can tell how many elements there are but one:
+            weights and elements are summed as one number then. 0: they are not.
     """
     # Besides the weights elements are counted: the search ends as soon as one is left, which is usual.
     from_low = tl.sum((keys >= 0).to(tl.int32), 0)
@@ -86,8 +89,13 @@ def bracket(keys, weights, limit):
         taken = weight
     while (high - low > 1) & (from_low - above > 1):
         middle = low + (high - low) // 2  # above 0, so that negative keys need no other test
-        upper = tl.sum((keys >= middle).to(tl.int32), 0)
-        weight = upper if weights is None else tl.sum(tl.where(keys >= middle, weights, 0), 0)
+        if BITS:  # the lowest key is below the middle
+            both = tl.sum(tl.where(keys >= middle, weights + (1 << BITS), 0).to(tl.uint32), 0)
+            upper = (both >> BITS).to(tl.int32)
+            weight = (both & ((1 << BITS) - 1)).to(tl.int32)
+        else:
+            upper = tl.sum((keys >= middle).to(tl.int32), 0)
+            weight = upper if weights is None else tl.sum(tl.where(keys >= middle, weights, 0), 0)
         if weight >= limit:
             low = middle
             from_low = upper
@@ -95,7 +103,7 @@ def bracket(keys, weights, limit):
             high = middle
             above = upper
             taken = weight
-    return low, high, tl.maximum(limit - taken, 0)
+    return low, high, tl.maximum(limit - taken, 0), from_low - above
 
 
 @triton.jit

@@ -110,7 +110,7 @@ class Workspace:
 
     # Written by refine.
     value: torch.Tensor  # float32 [B, H, K], mean over the group of exp(logit - total)
-    position: torch.Tensor  # int32 [B, H, K], of the candidate's token
+    position: torch.Tensor  # int32 [B, H, K], of the candidate's token; select's before
     recalled: torch.Tensor  # int64 [B, H, R], slots, in the order of `candidates`: by cluster, then by position
     recalled_count: torch.Tensor  # int32 [B, H]
 

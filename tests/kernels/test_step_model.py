@@ -37,7 +37,7 @@ def test_a_short_request_recalls_what_it_has() -> None:
 
 def by_name(shape: StepShape, config: ClusterKVConfig = CONFIG) -> dict[str, Launch]:
     launches = sparse_launches(shape, config)
-    assert len(launches) <= 7
+    assert len(launches) <= 8
     return {launch.name: launch for launch in launches}
 
 
@@ -55,8 +55,11 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     assert launches["score"].programs == pairs * (1 + 2 + 8)
     assert launches["score"].bytes == logits + pages + 8 * 80 * 8 + pairs * (rows + vectors + tokens + queries + sums)
 
-    assert launches["select"].programs == pairs
-    assert launches["select"].bytes == logits + pages // 2 + pairs * ((2 + 2 * 16 + 1) * 16 + 2 * 4086 * 4 + 2048 * 8)
+    assert launches["select: masses"].programs == pairs * 8
+    masses = (8 * (2 + 2 * 16) + 1) * 16 + 2 * 4086 * 4
+    assert launches["select: masses"].bytes == logits + pages // 2 + pairs * masses
+    assert launches["select: clusters"].programs == pairs
+    assert launches["select: clusters"].bytes == pairs * (4086 * 8 + 2048 * 12)
 
     code = 32 + 2 + 2  # two bits a channel, scale, member
     values = 2048 * (code + 8 + 4 + 4) + 256 * 16 + 4 * 128 * 4
@@ -70,12 +73,12 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     assert launches["attend"].bytes == (
         8 * 80 * 8 + pairs * (512 * (512 + 8) + 80 * (256 + 16) + group * 256 + 4 * part)
     )  # fmt: skip
-    assert launches["estimate"].programs == pairs * (4 + 8)
+    assert launches["estimate"].programs == pairs * (3 + 5)
     assert launches["estimate"].bytes == (
-        logits + pages + pairs * (512 * 72 + 32 * 256 + 4086 * 4 + 515 * 4 + 12 * part)
+        logits + pages + pairs * (512 * 72 + 32 * 256 + 4086 * 4 + 515 * 4 + 8 * part)
     )  # fmt: skip
     assert launches["merge"].programs == pairs * group
-    assert launches["merge"].bytes == pairs * (16 * part + group * 256)
+    assert launches["merge"].bytes == pairs * (12 * part + group * 256)
 
 
 def test_a_dense_step_reads_every_token_once() -> None:
@@ -87,7 +90,8 @@ def test_a_dense_step_reads_every_token_once() -> None:
 
 def test_switches_change_the_launches() -> None:
     whole_clusters = by_name(LLAMA, msgspec.structs.replace(CONFIG, refine=False))
-    assert list(whole_clusters) == ["score", "select", "recall", "own clusters", "attend", "estimate", "merge"]
+    select = ["select: masses", "select: clusters"]
+    assert list(whole_clusters) == ["score", *select, "recall", "own clusters", "attend", "estimate", "merge"]
     assert whole_clusters["recall"].programs == 64 * 8
     assert whole_clusters["score"].programs == 64 * (2 + 8)
     assert whole_clusters["recall"].bytes == 64 * 512 * (8 + 2 + 8 + 8) + 8 * 2 * 2043 * 8
@@ -106,9 +110,9 @@ def test_time_is_bytes_over_bandwidth_and_a_launch() -> None:
 
 def test_the_table_adds_up() -> None:
     lines = table(LLAMA, CONFIG, bandwidths_tbs=(4.8,)).splitlines()
-    assert len(lines) == 1 + 7 + 2 + 2 + 2 + 1
+    assert len(lines) == 1 + 8 + 2 + 2 + 2 + 1
     sparse = sum(launch.microseconds(4.8) for launch in sparse_launches(LLAMA, CONFIG))
     dense = sum(launch.microseconds(4.8) for launch in dense_launches(LLAMA))
-    assert lines[10].split()[-1] == f"{sparse:.1f}" and lines[11].split()[-1] == f"{dense:.1f}"
-    assert lines[12].split()[-1] == f"{32 * sparse / 1e3:.3f}"
+    assert lines[11].split()[-1] == f"{sparse:.1f}" and lines[12].split()[-1] == f"{dense:.1f}"
+    assert lines[13].split()[-1] == f"{32 * sparse / 1e3:.3f}"
     assert lines[-1].split()[-1] == f"{dense / sparse:.1f}"

@@ -1,6 +1,6 @@
-"""The chain on a GPU: seven launches per layer, and nothing that waits for the device.
+"""The chain on a GPU: eight launches per layer, and nothing that waits for the device.
 
-    score | select | refine: values | refine: choice | attend | estimate | merge, with the mass read
+    score | masses | select | refine: values | refine: choice | attend | estimate | merge, with the mass read
 
 What the launches hand to each other lies in one workspace per index, which grows to the largest step and is never initialised.
 Grids depend on the shapes of the step's lists alone, so a captured graph may be replayed with other contents.

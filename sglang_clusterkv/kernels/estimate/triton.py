@@ -29,7 +29,7 @@ from sglang_clusterkv.kernels.triton_rows import (
     row_arguments,
     row_constants,
 )
-from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise, raise_peak
+from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, log2, natural_lse, normalise, raise_peak
 from sglang_clusterkv.memory.codec import RowCodec
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def left_logits(
     logits = tl.load(dot + g[:, None] * clusters_stride + c[None, :], mask=real, other=0.0)
     bonus = tl.load(segment_bonus + g[:, None] * segments_stride + segment[None, :], mask=real, other=0.0)
     bonus = estimate_spread * tl.minimum(wide[None, :] * bonus, CAP)
-    logits = (logits + bonus) * LOG2_E + tl.log2(tl.maximum(tokens, 1).to(tl.float32))[None, :]
+    logits = (logits + bonus) * LOG2_E + log2(tl.maximum(tokens, 1).to(tl.float32))[None, :]
     return tl.where(live[None, :], logits, float("-inf"))
 
 
@@ -142,7 +142,7 @@ def rest_part(
     for first in range(begin, end, BLOCK):
         c = first + tl.arange(0, BLOCK)
         listed = c < end
-        bits = masses_of(mass, left, c, listed)
+        bits = masses_of(mass, left, c, listed, listed)
         tokens = tl.load(left + c, mask=listed, other=0)
         live = (tokens > 0) & ~in_list(bits, c, low, high, last)
         segment = tl.load(segment_of_page + c // PER_PAGE, mask=listed, other=0).to(tl.int32)

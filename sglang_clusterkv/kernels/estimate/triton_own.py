@@ -14,6 +14,7 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.triton_threshold import bracket, bracket_in_memory
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS
 from sglang_clusterkv.memory.masses import NO_MASS
 
 if TYPE_CHECKING:
@@ -24,14 +25,26 @@ if TYPE_CHECKING:
 HELD = (1024, 4096, 16384)  # masses that are held in registers: the first that a request's clusters fit into
 BLOCK, LARGE_BLOCK = 2048, 4096  # clusters at a time: ptxas spills with less of many clusters, and with more of few
 LEAST_MASS = tl.constexpr(NO_MASS)
+TILE = tl.constexpr(SCORE_CLUSTERS)  # a request's clusters begin at multiples of it
 _LAST = tl.constexpr(2**30)  # beyond every cluster
 
 
 @triton.jit
-def masses_of(mass, left, c, listed):
-    """Bits of the masses that are left of clusters c; they order as the masses do. -1 where a cluster is not listed."""
-    tokens = tl.load(left + c, mask=listed, other=0)
-    masses = tl.load(mass + c, mask=listed & (tokens > 0), other=0.0) * tokens.to(tl.float32)
+def within(c, clusters):
+    """Whether clusters c lie before the end of the tile in which a request's `clusters` end: there is memory, and loads that
+    end with a tile are wide ones."""
+    return c < tl.cdiv(clusters, TILE) * TILE
+
+
+@triton.jit
+def masses_of(mass, left, c, inside, listed):
+    """Bits of the masses that are left of clusters c; they order as the masses do. -1 where a cluster is not listed.
+
+    inside: of which there is memory.
+    """
+    tokens = tl.load(left + c, mask=inside, other=0)
+    masses = tl.load(mass + c, mask=inside, other=0.0)
+    masses = tl.where(tokens > 0, masses * tokens.to(tl.float32), 0.0)
     # A GPU's NaN has all bits set, and the list is made by bits: an edge could not lie above it.
     masses = tl.where(masses == masses, masses, float("inf"))
     masses = tl.where(masses < LEAST_MASS, 0.0, masses)
@@ -49,12 +62,12 @@ def _held_edge(mass, left, clusters, limit, HELD: tl.constexpr):
     """(low, high, last): the `limit` largest masses are those whose bits are `high` or more, or `low` or more up to cluster
     `last`. Of HELD clusters at most."""
     c = tl.arange(0, HELD)
-    bits = masses_of(mass, left, c, c < clusters)
-    low, high, room = bracket(bits, None, limit)
-    tied = (bits >= low) & (bits < high)
+    bits = masses_of(mass, left, c, within(c, clusters), c < clusters)
+    low, high, room, between = bracket(bits, None, limit)
     last = _LAST
-    if tl.sum(tied.to(tl.int32), 0) > room:
-        lowest, _, _ = bracket(tl.where(tied, _LAST - c, -1), None, room)
+    if between > room:
+        tied = (bits >= low) & (bits < high)
+        lowest, _, _, _ = bracket(tl.where(tied, _LAST - c, -1), None, room)
         last = _LAST - lowest
     return low, high, last
 
@@ -64,7 +77,7 @@ def _read_bits(arguments, first, BLOCK: tl.constexpr):
     """For `bracket_in_memory`: bits of masses, and ones."""
     mass, left, clusters = arguments
     c = first + tl.arange(0, BLOCK)
-    return masses_of(mass, left, c, c < clusters), tl.full((BLOCK,), 1, tl.int32)
+    return masses_of(mass, left, c, within(c, clusters), c < clusters), tl.full((BLOCK,), 1, tl.int32)
 
 
 @triton.jit
@@ -72,7 +85,7 @@ def _read_tied(arguments, first, BLOCK: tl.constexpr):
     """For `bracket_in_memory`: places, the lower the higher, of those whose bits are in [low, high), and ones."""
     mass, left, clusters, low, high = arguments
     c = first + tl.arange(0, BLOCK)
-    bits = masses_of(mass, left, c, c < clusters)
+    bits = masses_of(mass, left, c, within(c, clusters), c < clusters)
     return tl.where((bits >= low) & (bits < high), _LAST - c, -1), tl.full((BLOCK,), 1, tl.int32)
 
 
@@ -105,7 +118,8 @@ def list_own(
     passed = 0
     for first in range(0, clusters, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        chosen = in_list(masses_of(mass, left, c, c < clusters), c, low, high, last) & (c < clusters)
+        bits = masses_of(mass, left, c, within(c, clusters), c < clusters)
+        chosen = in_list(bits, c, low, high, last) & (c < clusters)
         one = chosen.to(tl.int32)
         tl.store(own + passed + tl.cumsum(one, 0) - 1, c, mask=chosen)
         passed += tl.sum(one, 0)
@@ -121,7 +135,7 @@ def own_kernel(
     head, request = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = request * HEADS + head
     clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-    at = head.to(tl.int64) * clusters_stride + tl.load(offset + request)
+    at = head.to(tl.int64) * clusters_stride + tl.load(offset + request) // TILE * TILE
     list_own(
         mass + at, left + at, clusters, limit, own + pair * own_stride, edge + pair * 3, FEW, SOME, MANY, BLOCK, LARGE
     )

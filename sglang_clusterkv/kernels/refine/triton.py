@@ -14,9 +14,17 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.estimate.triton_own import is_limited, list_own, own_constants, own_warps
+from sglang_clusterkv.kernels.estimate.triton_own import TILE, is_limited, list_own, own_constants, own_warps
 from sglang_clusterkv.kernels.grids import FEW_CANDIDATES, MANY_CANDIDATES
-from sglang_clusterkv.kernels.triton_rows import code_levels, layer_arrays, padded_group, padded_slice
+from sglang_clusterkv.kernels.triton_rows import (
+    code_slices,
+    first_columns,
+    is_interpreted,
+    layer_arrays,
+    padded_group,
+    padded_slice,
+)
+from sglang_clusterkv.kernels.triton_softmax import LOG2_E, exp2
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
 from sglang_clusterkv.kernels.workspace import Workspace
 from sglang_clusterkv.memory.masses import NO_MASS
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 
 LEAST_BLOCK = 64  # candidates
 LEAST_MASS = tl.constexpr(NO_MASS)
+MOST_HALF = tl.constexpr(65504.0)  # the largest float16
 
 
 @triton.jit
@@ -51,12 +60,12 @@ def value_kernel(
     rotated, codes, code_scales, members, pages, segment_of_page, segment_begin, offset,
     dot, total, candidates, candidate_count, value, position,
     pages_stride, segment_begin_stride, clusters_stride, candidates_stride, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, SLICE_PAD: tl.constexpr,
-    BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, GROUP_KEPT: tl.constexpr, CHANNELS: tl.constexpr,
+    SLICE_PAD: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, tiles of `BLOCK` candidates, requests): each candidate's value and position.
 
-    codes: [S, H, D / 8], int16 for two bits, uint8 for one. PRECISION: of the products, "ieee" or "tf32".
+    codes: [S, H, D / 8], int16 for two bits, uint8 for one. DOT: dtype of the products, float16 or float32.
     """
     EIGHTH: tl.constexpr = CHANNELS // 8
     head = tl.program_id(0)
@@ -73,25 +82,28 @@ def value_kernel(
         row = _slot(pages, entry, live, PAGE) * HEADS + head
 
         i = tl.arange(0, SLICE_PAD)
-        g = tl.arange(0, GROUP_PAD)
-        real_head = g < GROUP
-        word_mask = live[None, :] & (i < EIGHTH)[:, None]
-        words = tl.load(codes + row[None, :] * EIGHTH + i[:, None], mask=word_mask, other=0).to(tl.int32)
+        g, h = tl.arange(0, GROUP_PAD), tl.arange(0, GROUP_KEPT)
+        word_mask = live[:, None] & (i < EIGHTH)[None, :]
+        words = tl.load(codes + row[:, None] * EIGHTH + i[None, :], mask=word_mask, other=0)
         code_scale = tl.load(code_scales + row, mask=live, other=0.0).to(tl.float32)
         rotated += pair * GROUP * CHANNELS
-        query_mask = real_head[:, None] & (i < EIGHTH)[None, :]
-        dots = tl.zeros((GROUP_PAD, BLOCK), tl.float32)
+        query_mask = (i < EIGHTH)[:, None] & (g < GROUP)[None, :]
+        slices = code_slices(words, BITS, DOT)
+        dots = tl.zeros((BLOCK, GROUP_PAD), tl.float32)
         for j in tl.static_range(8):
-            query = tl.load(rotated + g[:, None] * CHANNELS + j * EIGHTH + i[None, :], mask=query_mask, other=0.0)
-            dots = tl.dot(query, code_levels(words, j, BITS, tl.float32), dots, input_precision=PRECISION)
+            query = tl.load(rotated + g[None, :] * CHANNELS + j * EIGHTH + i[:, None], mask=query_mask, other=0.0)
+            if tl.float16 == DOT:
+                query = tl.minimum(tl.maximum(query, -MOST_HALF), MOST_HALF)
+            dots = tl.dot(slices[j], query.to(DOT), dots, input_precision="ieee")
 
-        mask = real_head[:, None] & live[None, :]
+        real_head = h < GROUP
+        mask = live[:, None] & real_head[None, :]
         at = head.to(tl.int64) * GROUP * clusters_stride + tl.load(offset + request)
-        of_cluster = tl.load(dot + at + g[:, None] * clusters_stride + cluster[None, :], mask=mask, other=0.0)
-        whole = tl.load(total + pair * GROUP + g, mask=real_head, other=0.0)
-        logit = of_cluster + (scale * code_scale)[None, :] * dots
-        share = tl.where(real_head[:, None], tl.exp(logit - whole[:, None]), 0.0)
-        mean = tl.sum(share, 0) * (1.0 / GROUP)
+        of_cluster = tl.load(dot + at + h[None, :] * clusters_stride + cluster[:, None], mask=mask, other=0.0)
+        whole = tl.load(total + pair * GROUP + h, mask=real_head, other=0.0)
+        logit = of_cluster + (scale * code_scale)[:, None] * first_columns(dots, BLOCK, GROUP_PAD, GROUP_KEPT)
+        share = tl.where(real_head[None, :], exp2((logit - whole[None, :]) * LOG2_E), 0.0)
+        mean = tl.sum(share, 1) * (1.0 / GROUP)
         tl.store(value + pair * candidates_stride + k, tl.where(mean < LEAST_MASS, 0.0, mean), mask=live)
         at = _position(
             members, pages, segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
@@ -117,27 +129,28 @@ def recall_kernel(
     count = tl.load(candidate_count + pair)
     k = tl.arange(0, CANDIDATES)
     live = k < count
-    at = tl.load(position + pair * candidates_stride + k, mask=live, other=0)
-    best = tl.load(value + pair * candidates_stride + k, mask=live, other=0.0)
+    there = k < candidates_stride  # what lies between is nothing, but loaded: what ends anywhere is loaded one by one
+    at = tl.load(position + pair * candidates_stride + k, mask=there, other=0)
+    best = tl.load(value + pair * candidates_stride + k, mask=there, other=0.0)
     keys = tl.where(live, order_of(best), -1)
-    low, high, room = bracket(keys, None, budget)
+    low, high, room, between = bracket(keys, None, budget)
     chosen = live & (keys >= high)
     tied = live & (keys >= low) & (keys < high)
-    if tl.sum(tied.to(tl.int32), 0) > room:
-        low, high, room = bracket(tl.where(tied, 0x7FFFFFFE - at, -1), None, room)
+    if between > room:
+        low, high, room, _ = bracket(tl.where(tied, 0x7FFFFFFE - at, -1), None, room)
         tied = tied & (0x7FFFFFFE - at >= low)
     chosen = chosen | tied
     rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
     slot = _slot(pages + request * pages_stride, at, chosen, PAGE)
     tl.store(recalled + pair * recalled_stride + rank, slot, mask=chosen)
-    cluster = (tl.load(candidates + pair * candidates_stride + k, mask=live, other=0) >> 32).to(tl.int32)
-    left += head.to(tl.int64) * clusters_stride + tl.load(offset + request)
+    cluster = (tl.load(candidates + pair * candidates_stride + k, mask=there, other=0) >> 32).to(tl.int32)
+    left += head.to(tl.int64) * clusters_stride + tl.load(offset + request) // TILE * TILE
     tl.atomic_add(left + cluster, -1, mask=chosen, sem="relaxed")
     tl.store(recalled_count + pair, tl.minimum(count, budget))
     if OWN:
         tl.debug_barrier()  # what is left of a cluster is read by other threads than changed it
         clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-        mass += head.to(tl.int64) * clusters_stride + tl.load(offset + request)
+        mass += head.to(tl.int64) * clusters_stride + tl.load(offset + request) // TILE * TILE
         list_own(
             mass,
             left,
@@ -182,17 +195,18 @@ def recall_all_kernel(
 def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dtype, tile: int) -> dict[str, Any]:
     """Constants of the values' kernel but for the page size, by argument name; tile: candidates of a program.
 
-    Queries in 16 bits are multiplied in TF32, which has more of them than the queries had before they were rotated.
+    Queries of 16 bits are multiplied in float16 once they are rotated: it has no fewer digits than they had before.
     """
     return {
         "HEADS": heads,
         "GROUP": group,
         "GROUP_PAD": padded_group(group, 8),
+        "GROUP_KEPT": triton.next_power_of_2(group),
         "CHANNELS": channels,
         "SLICE_PAD": padded_slice(channels),
         "BITS": bits,
         "BLOCK": tile,
-        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
+        "DOT": tl.float32 if is_interpreted() or dtype is torch.float32 else tl.float16,
     }
 
 
@@ -291,7 +305,7 @@ COMPILE_CASES = [
         _case(
             f"values {bits} bits D={channels} G={group} x{tile}", value_kernel,
             constants(8, group, channels, bits, torch.bfloat16, tile),
-            tensor_cores=16, programs_per_sm=4 if tile == FEW_CANDIDATES else 2, num_warps=value_warps(channels, tile),
+            tensor_cores=8, programs_per_sm=4 if tile == FEW_CANDIDATES else 2, num_warps=value_warps(channels, tile),
         )
         for bits, channels, group, tile in (
             *((2, channels, group, MANY_CANDIDATES) for channels, group in ((64, 3), (96, 4), (128, 4), (128, 8), (256, 4))),

@@ -21,6 +21,7 @@ from sglang_clusterkv.kernels.triton_rows import (
     BF16,
     INT4,
     dot_dtype,
+    first_columns,
     int4_slices,
     layer_arrays,
     load_slice,
@@ -31,7 +32,7 @@ from sglang_clusterkv.kernels.triton_rows import (
     row_constants,
     slice_scales,
 )
-from sglang_clusterkv.kernels.triton_softmax import LOG2_E, exp2
+from sglang_clusterkv.kernels.triton_softmax import LN_2, LOG2_E, exp2, log2
 from sglang_clusterkv.kernels.triton_tier import (
     OFF,
     ROUNDED,
@@ -63,18 +64,7 @@ def log_sum_exp(x, AXIS: tl.constexpr):
     peak = tl.max(x, AXIS)
     finite = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(exp2((x - tl.expand_dims(finite, AXIS)) * LOG2_E), AXIS)
-    return tl.where(total > 0, finite + tl.log(tl.maximum(total, 1e-37)), float("-inf"))
-
-
-@triton.jit
-def _first_columns(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr):
-    """The first KEPT of COLUMNS columns, both powers of two: without what `tl.dot` padded."""
-    if COLUMNS > KEPT:
-        halves = tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
-        first, _ = tl.split(halves)
-        return _first_columns(first, ROWS, COLUMNS // 2, KEPT)
-    else:
-        return x
+    return tl.where(total > 0, finite + log2(tl.maximum(total, 1e-37)) * LN_2, float("-inf"))
 
 
 @triton.jit
@@ -160,9 +150,9 @@ def _score_clusters(
             part = tl.zeros((BLOCK, GROUP_PAD), tl.float32)
     dots += part
 
-    logit = (_first_columns(dots, BLOCK, GROUP_PAD, GROUP_KEPT) + of_segment) * scale
+    logit = (first_columns(dots, BLOCK, GROUP_PAD, GROUP_KEPT) + of_segment) * scale
     filled = live & (size > 0)
-    log_size = tl.where(filled, tl.log(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+    log_size = tl.where(filled, log2(tl.maximum(size, 1).to(tl.float32)) * LN_2, float("-inf"))
     bonus = bonus * wide.to(tl.float32)[:, None]
     counted = log_size[:, None] + logit
     tl.store(choice_lse + h * lse_stride, log_sum_exp(counted + choice_spread * bonus, 0), mask=real_query)

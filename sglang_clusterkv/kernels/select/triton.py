@@ -1,8 +1,11 @@
-"""Select on a GPU: totals, masses, the clusters whose tokens are candidates, and the list of these tokens.
+"""Select on a GPU: masses, the clusters whose tokens are candidates, and the list of these tokens.
 
-One launch, one program per (request, kv head). It holds the masses in registers while it looks for their threshold, in as
-many as the request's clusters need; beyond 16,384 it reads them again in each round. Before and after, clusters are taken in
-blocks.
+Two launches: the masses, by many programs (triton_masses.py); then one program per (request, kv head), which holds them in
+registers while it looks for their threshold, in as many as the request's clusters need. Beyond 16,384 it reads them again in
+each round. To list the candidates it takes clusters in blocks.
+
+Where a request's clusters end, those of the next begin at a multiple of score's tile. What lies between is loaded too, and
+counts as nothing: a load that ends anywhere would be made element by element.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from sglang_clusterkv.config import MAX_SEGMENT_TOKENS
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.score.triton import CAP, log_sum_exp
-from sglang_clusterkv.kernels.triton_softmax import LN_2, LOG2_E, exp2
+from sglang_clusterkv.kernels.select.triton_masses import masses
 from sglang_clusterkv.kernels.triton_threshold import bracket, bracket_in_memory, order_of_log
-from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, Workspace
+from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +28,9 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
 
-BASE_TILES = 8  # of always-attended tokens at a time: half as many are usual
-CLUSTER_TILES = 32  # of clusters at a time
 HELD = (1024, 4096, 16384)  # clusters that are held in registers: the first that a request's fit into
 _LAST = tl.constexpr(2**30)  # beyond every cluster
+_TILE = tl.constexpr(SCORE_CLUSTERS)
 
 
 @triton.jit
@@ -36,66 +39,43 @@ def _later(a, b):
 
 
 @triton.jit
-def _tiles_lse(lse, stride, tiles, whole, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Log-sum-exp [GROUP_PAD] of `whole` and of so many tiles, from `lse` on; query heads are `stride` apart."""
-    g = tl.arange(0, GROUP_PAD)[:, None]
-    for first in range(0, tiles, AT_ONCE):
-        tile = (first + tl.arange(0, AT_ONCE))[None, :]
-        more = tl.load(lse + g * stride + tile, mask=(g < GROUP) & (tile < tiles), other=float("-inf"))
-        whole = log_sum_exp(tl.join(whole, log_sum_exp(more, 1)), 1)
-    return whole
-
-
-@triton.jit
-def _masses(
-    segment_of_page, segment_bonus, dot, spread, left, log_mass, estimate_mass, normaliser, whole, clusters, clusters_stride,
-    segments_stride, choice_spread, estimate_spread,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write both masses of one (request, kv head), whose pointers are given. normaliser, whole: [GROUP_PAD].
-
-    The choice's is a log, of a sum that is relative to the largest query head.
-    """
-    g = tl.arange(0, GROUP_PAD)[:, None]
-    for first in range(0, clusters, BLOCK):
-        c = first + tl.arange(0, BLOCK)
-        live = c < clusters
-        size = tl.load(left + c, mask=live, other=0)
-        wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32)
-        segment = tl.load(segment_of_page + c // PER_PAGE, mask=live, other=0).to(tl.int32)
-        real = (g < GROUP) & live[None, :]
-        bonus = tl.load(segment_bonus + g * segments_stride + segment[None, :], mask=real, other=0.0) * wide[None, :]
-        logit = tl.load(dot + g * clusters_stride + c[None, :], mask=real, other=0.0)
-        chance = (logit + choice_spread * bonus - normaliser[:, None]) * LOG2_E
-        mass = exp2((logit + estimate_spread * tl.minimum(bonus, CAP) - whole[:, None]) * LOG2_E)
-        if GROUP != GROUP_PAD:
-            chance = tl.where(g < GROUP, chance, float("-inf"))
-            mass = tl.where(g < GROUP, mass, 0.0)
-        peak = tl.max(chance, 0)
-        share = exp2(chance - peak[None, :])
-        if GROUP != GROUP_PAD:
-            share = tl.where(g < GROUP, share, 0.0)
-        found = (peak + tl.log2(tl.sum(share, 0) * (1.0 / GROUP))) * LN_2
-        tl.store(log_mass + c, tl.where(size > 0, found, float("-inf")), mask=live)
-        tl.store(estimate_mass + c, tl.where(size > 0, tl.sum(mass, 0) * (1.0 / GROUP), 0.0), mask=live)
-
-
-@triton.jit
 def _load_keys(log_mass, left, c, clusters):
     """(keys, sizes) of clusters `c`; keys are -1 where there is no cluster or an empty one."""
-    size = tl.load(left + c, mask=c < clusters, other=0)
-    share = tl.load(log_mass + c, mask=c < clusters, other=0.0)
+    inside = c < tl.cdiv(clusters, _TILE) * _TILE
+    size = tl.load(left + c, mask=inside, other=0)
+    size = tl.where(c < clusters, size, 0)
+    share = tl.load(log_mass + c, mask=inside, other=0.0)
     return tl.where(size > 0, order_of_log(share), -1), size
 
 
+@triton.constexpr_function
+def sum_bits(clusters, per_cluster):
+    """Bits of the sizes' sum of so many clusters, with so many tokens on average, if the clusters' number fits beside it into
+    32 bits; else 0."""
+    bits = (clusters * per_cluster).bit_length()
+    return bits if bits + (clusters - 1).bit_length() <= 32 else 0
+
+
+@triton.constexpr_function
+def block_bits(block, per_cluster, candidates):
+    """Bits of the sizes' sum of a block of clusters, which may end within a segment, if the candidates' number fits beside it
+    into 31 bits; else 0."""
+    bits = (block * per_cluster + MAX_SEGMENT_TOKENS).bit_length()
+    return bits if bits + candidates.bit_length() <= 31 else 0
+
+
 @triton.jit
-def _choose(log_mass, left, clusters, limit, HELD: tl.constexpr):
-    """The bracket of the masses, and that of the places of those which tie: `bracket` twice, of HELD clusters at most."""
+def _choose(log_mass, left, clusters, limit, HELD: tl.constexpr, PER_CLUSTER: tl.constexpr):
+    """The bracket of the masses, and that of the places of those which tie: `bracket` twice, of HELD clusters at most, which
+    have PER_CLUSTER tokens on average."""
     c = tl.arange(0, HELD)
     keys, size = _load_keys(log_mass, left, c, clusters)
-    low, high, room = bracket(keys, size, limit)
-    tied = (keys >= low) & (keys < high)
-    tie_low, tie_high, tie_room = bracket(tl.where(tied, _LAST - c, -1), size, room)
+    BITS: tl.constexpr = sum_bits(HELD, PER_CLUSTER)
+    low, high, room, between = bracket(keys, size, limit, BITS)
+    tie_low, tie_high, tie_room = 0, _LAST + 1, room
+    if between > 1:
+        tied = (keys >= low) & (keys < high)
+        tie_low, tie_high, tie_room, _ = bracket(tl.where(tied, _LAST - c, -1), size, room)
     return low, high, room, tie_low, tie_high, tie_room
 
 
@@ -116,10 +96,14 @@ def _read_tied(arguments, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK: tl.constexpr):
-    """Write each chosen cluster at the place of its first candidate; the number of candidates.
+def _list_firsts(
+    log_mass, left, firsts, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Write each chosen cluster at the place of its first candidate, and this place; the number of candidates.
 
-    With it goes what must be added to a place to get an entry: the members of earlier clusters that are none.
+    With it goes what must be added to a place to get an entry: the members of earlier clusters that are none. BITS: of a
+    block's tokens, where its candidates fit beside them into 31 bits; else 0.
     """
     listed = 0
     passed = 0
@@ -130,121 +114,99 @@ def _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_h
         order = _LAST - c
         cut = tl.where(tied & (order >= tie_low), tl.minimum(size, tie_room), 0)
         taken = tl.where((keys >= high) | (tied & (order >= tie_high)), size, cut)
-        place = listed + tl.cumsum(taken, 0) - taken
-        skipped = size - taken
-        before = passed + tl.cumsum(skipped, 0) - skipped
-        tl.store(candidates + place, (c.to(tl.int64) << 32) + before, mask=taken > 0)
-        listed += tl.sum(taken, 0)
-        passed += tl.sum(skipped, 0)
+        if BITS:
+            both = (taken << BITS) + size
+            before = tl.cumsum(both, 0) - both
+            place, entry = before >> BITS, before & ((1 << BITS) - 1)
+            whole = tl.sum(both, 0)
+            taken_here, here = whole >> BITS, whole & ((1 << BITS) - 1)
+        else:
+            place, entry = tl.cumsum(taken, 0) - taken, tl.cumsum(size, 0) - size
+            taken_here, here = tl.sum(taken, 0), tl.sum(size, 0)
+        place += listed
+        skipped = passed + entry - place
+        tl.store(candidates + place, (c.to(tl.int64) << 32) + skipped, mask=taken > 0)
+        tl.store(firsts + place, place, mask=taken > 0)
+        listed += taken_here
+        passed += here
     return listed
 
 
-@triton.jit(do_not_specialize=["pages_stride", "base_lse_stride", "lse_stride"])
+@triton.jit
 def select_kernel(
-    page_count, base_count, offset, segment_of_page, segment_bonus, dot, spread, base_lse, sinks, choice_lse, estimate_lse,
-    left, log_mass, estimate_mass, total, candidates, candidate_count,
-    pages_stride, clusters_stride, segments_stride, base_lse_stride, lse_stride, candidates_stride, limit, choice_spread,
-    estimate_spread,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr,
-    SOME: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, BASE_TILES: tl.constexpr,
-    CANDIDATES: tl.constexpr, CLUSTERS: tl.constexpr, TOKENS: tl.constexpr, LARGE: tl.constexpr,
+    page_count, offset, left, log_mass, firsts, candidates, candidate_count, clusters_stride, candidates_stride, limit,
+    HEADS: tl.constexpr, PER_PAGE: tl.constexpr, PER_CLUSTER: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr,
+    MANY: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, requests).
 
-    Candidates are written as `cluster << 32 | entry`: first each chosen cluster at the place of its first candidate, then a
-    running maximum carries it to its other candidates, for both halves ascend from cluster to cluster.
+    Candidates are written as `cluster << 32 | entry`: first each chosen cluster at the place of its first candidate, and that
+    place into `firsts`. Then a running maximum of places tells every other candidate where its cluster's first one is.
 
     Args, beside the arrays of the step and the workspace:
+        firsts: int32 [B, H, K], of which nothing is kept.
         limit: candidates at most.
-        sinks: [H * GROUP], learned logits without a token; None: there are none.
+        PER_CLUSTER: tokens of a cluster on average, of each segment.
         FEW, SOME, MANY: clusters that are held. LARGE: a request may have more than SOME.
-        BLOCK: clusters at a time. TILES, BASE_TILES: score's tiles at a time, of clusters and of always-attended tokens.
-        CANDIDATES: `limit`, padded. CLUSTERS, TOKENS: of one tile of score.
+        BLOCK: clusters at a time. CANDIDATES: `limit`, padded.
     """
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     pair = request * HEADS + head
-    queries = pair * GROUP
     clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-    g = tl.arange(0, GROUP_PAD)
-    normaliser = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
     if clusters == 0:
-        tl.store(total + queries + g, normaliser, mask=g < GROUP)
         tl.store(candidate_count + pair, 0)
         return
-    if sinks is not None:
-        normaliser = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=float("-inf")).to(tl.float32)
-    tokens = tl.load(base_count + request).to(tl.int32)
-    first_tile = tl.load(offset + request) // CLUSTERS
-    lse_at = head.to(tl.int64) * GROUP * lse_stride + first_tile
-    normaliser = _tiles_lse(
-        base_lse + queries * base_lse_stride,
-        base_lse_stride,
-        tl.cdiv(tokens, TOKENS),
-        normaliser,
-        GROUP,
-        GROUP_PAD,
-        BASE_TILES,
-    )
-    tiles = tl.cdiv(clusters, CLUSTERS)
-    whole = _tiles_lse(estimate_lse + lse_at, lse_stride, tiles, normaliser, GROUP, GROUP_PAD, TILES)
-    normaliser = _tiles_lse(choice_lse + lse_at, lse_stride, tiles, normaliser, GROUP, GROUP_PAD, TILES)
-    tl.store(total + queries + g, whole, mask=g < GROUP)
-
-    at = head.to(tl.int64) * clusters_stride + first_tile.to(tl.int64) * CLUSTERS
+    at = head.to(tl.int64) * clusters_stride + tl.load(offset + request) // _TILE * _TILE
     log_mass += at
     left += at
     candidates += pair * candidates_stride
-    _masses(
-        segment_of_page + request * pages_stride, segment_bonus + queries * segments_stride,
-        dot + head.to(tl.int64) * (GROUP - 1) * clusters_stride + at, spread + at, left, log_mass, estimate_mass + at,
-        normaliser, whole, clusters, clusters_stride, segments_stride, choice_spread, estimate_spread, GROUP, GROUP_PAD,
-        PER_PAGE, BLOCK,
-    )  # fmt: skip
+    firsts += pair * candidates_stride
     k = tl.arange(0, CANDIDATES)
-    tl.store(candidates + k, tl.zeros((CANDIDATES,), tl.int64), mask=k < limit)
+    room_for = k < candidates_stride
+    tl.store(firsts + k, tl.zeros((CANDIDATES,), tl.int32), mask=room_for)
     tl.debug_barrier()
 
     if clusters <= FEW:
-        low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, FEW)
+        low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, FEW, PER_CLUSTER)
     elif clusters <= SOME:
-        low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, SOME)
+        low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, SOME, PER_CLUSTER)
     elif LARGE:
         if clusters <= MANY:
-            low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, MANY)
+            low, high, room, tie_low, tie_high, tie_room = _choose(log_mass, left, clusters, limit, MANY, PER_CLUSTER)
         else:
             low, high, room = bracket_in_memory(_read_masses, (log_mass, left, clusters), clusters, limit, BLOCK)
             tied = (log_mass, left, clusters, low, high)
             tie_low, tie_high, tie_room = bracket_in_memory(_read_tied, tied, clusters, room, BLOCK)
     else:
         low, high, room, tie_low, tie_high, tie_room = 0, 0, 0, 0, 0, 0
-    count = _list_firsts(log_mass, left, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK)
+    count = _list_firsts(
+        log_mass, left, firsts, candidates, clusters, low, high, tie_low, tie_high, tie_room, BLOCK,
+        block_bits(BLOCK, PER_CLUSTER, CANDIDATES),
+    )  # fmt: skip
     tl.debug_barrier()
-    firsts = tl.load(candidates + k, mask=k < count, other=0)
+    live = k < count
+    place = tl.associative_scan(tl.load(firsts + k, mask=room_for, other=0), 0, _later)
+    first = tl.load(candidates + place, mask=live, other=0)
     tl.debug_barrier()
-    tl.store(candidates + k, tl.associative_scan(firsts, 0, _later) + k, mask=k < count)
+    tl.store(candidates + k, first + k, mask=room_for)
     tl.store(candidate_count + pair, count)
 
 
-def constants(heads: int, group: int, per_page: int, clusters: int, limit: int) -> dict[str, Any]:
+def constants(heads: int, per_page: int, per_cluster: int, clusters: int, limit: int) -> dict[str, Any]:
     """The kernel's constants, by argument name; clusters: most of a request."""
     few, some, many = HELD
     large = clusters > some
     return {
         "HEADS": heads,
-        "GROUP": group,
-        "GROUP_PAD": triton.next_power_of_2(group),
         "PER_PAGE": per_page,
+        "PER_CLUSTER": per_cluster,
         "FEW": few,
         "SOME": some,
         "MANY": many,
         "LARGE": large,
-        "BLOCK": 64 * warps(large),  # two per thread: with four ptxas spills on sm_100
-        "TILES": CLUSTER_TILES,
-        "BASE_TILES": BASE_TILES,
+        "BLOCK": grids.select_block(large),
         "CANDIDATES": triton.next_power_of_2(limit),
-        "CLUSTERS": SCORE_CLUSTERS,
-        "TOKENS": SCORE_TOKENS,
     }
 
 
@@ -264,43 +226,30 @@ def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace, sink
         sinks: [heads], learned logits that have no token; None: there are none.
     """
     assert limit <= w.shape.candidates, (limit, w.shape)
+    masses(index, step, w, sinks)
     clusters = step.pages.shape[1] * index.clusters_per_page
-    fixed = constants(w.shape.heads, w.shape.group, index.clusters_per_page, clusters, limit)
+    fixed = constants(w.shape.heads, index.clusters_per_page, index.config.tokens_per_cluster, clusters, limit)
     select_kernel[(w.shape.heads, step.batch)](
-        step.page_count, step.base_count, w.offset, step.segment_of_page, w.segment_bonus, w.dot, w.spread, w.base_lse,
-        sinks, w.choice_lse, w.estimate_lse, w.left, w.log_mass, w.estimate_mass, w.total, w.candidates, w.candidate_count,
-        step.segment_of_page.stride(0), w.shape.clusters, w.shape.segments, w.shape.base_tiles, w.shape.cluster_tiles,
-        w.shape.candidates, limit, index.config.choice_spread, index.config.estimate_spread,
-        **fixed, num_warps=warps(fixed["LARGE"]),
+        step.page_count, w.offset, w.left, w.log_mass, w.position, w.candidates, w.candidate_count, w.shape.clusters,
+        w.shape.candidates, limit, **fixed, num_warps=warps(fixed["LARGE"]),
     )  # fmt: skip
 
 
 _TYPES = {
-    **dict.fromkeys(("page_count", "base_count", "segment_of_page", "candidates"), "*i64"),
-    **dict.fromkeys(
-        ("segment_bonus", "dot", "base_lse", "choice_lse", "estimate_lse", "log_mass", "estimate_mass", "total"),
-        "*fp32",
-    ),
-    **{
-        "spread": "*bf16",
-        "left": "*i32",
-        "candidate_count": "*i32",
-        "offset": "*i32",
-        "choice_spread": "fp32",
-        "estimate_spread": "fp32",
-    },
-    **dict.fromkeys(("pages_stride", "base_lse_stride", "lse_stride"), "i32"),
-    **dict.fromkeys(("clusters_stride", "segments_stride", "candidates_stride", "limit"), "i32"),
+    **dict.fromkeys(("page_count", "candidates"), "*i64"),
+    **dict.fromkeys(("offset", "left", "firsts", "candidate_count"), "*i32"),
+    **{"log_mass": "*fp32"},
+    **dict.fromkeys(("clusters_stride", "candidates_stride", "limit"), "i32"),
 }
 _ALIGNED = (
     *(name for name, kind in _TYPES.items() if kind[0] == "*"),
-    *("clusters_stride", "segments_stride", "candidates_stride", "limit"),
+    *("clusters_stride", "candidates_stride", "limit"),
 )
 
 COMPILE_CASES = [
     CompileCase(
-        f"select C={clusters} G={group}", select_kernel, _TYPES, constants(8, group, 2, clusters, 2048) | {"sinks": None},
-        _ALIGNED, num_warps=warps(clusters > HELD[1]), programs_per_sm=2 if clusters <= HELD[1] and group < 8 else 1,
+        f"select C={clusters} K={limit}", select_kernel, _TYPES, constants(8, 2, 8, clusters, limit), _ALIGNED,
+        num_warps=warps(clusters > HELD[1]), programs_per_sm=2 if clusters <= HELD[1] else 1,
     )
-    for clusters, group in ((4096, 3), (4096, 4), (4096, 8), (131072, 4), (131072, 8))
+    for clusters, limit in ((4096, 512), (4096, 2048), (131072, 2048))
 ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""The assembly that unpacks int4 rows on a GPU, read as PTX defines its instructions.
+"""The assembly that unpacks int4 rows and 2-bit codes on a GPU, read as PTX defines its instructions.
 
-Red when: a nibble gets into another slice or word, a sign is lost, or a level is not exact. (Triton's interpreter does not run
-assembly: it unpacks word by word, which the kernels' tests compare with the references.)
+Red when: a nibble or a crumb gets into another slice or word, a sign is lost, or a level is not exact. (Triton's interpreter
+does not run assembly: it unpacks word by word, which the kernels' tests compare with the references.)
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_clusterkv.kernels.triton_rows import _int4_assembly
-from sglang_clusterkv.memory.codec import RowCodec
+from sglang_clusterkv.kernels.triton_rows import _code_assembly, _int4_assembly
+from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 
-def run(assembly: str, first: np.ndarray, second: np.ndarray, dtype: torch.dtype) -> list[np.ndarray]:
-    """The eight result registers, uint32 [n], for two input registers."""
-    registers = {"$8": first.astype(np.uint64), "$9": second.astype(np.uint64)}
+def run(assembly: str, inputs: list[np.ndarray], dtype: torch.dtype) -> list[np.ndarray]:
+    """The eight result registers, uint32 [n], for one or two input registers."""
+    registers = {f"${8 + at}": values.astype(np.uint64) for at, values in enumerate(inputs)}
 
     def value(name: str) -> np.ndarray:
         return registers[name] if name in registers else np.full_like(registers["$8"], int(name, 0))
@@ -34,11 +34,17 @@ def run(assembly: str, first: np.ndarray, second: np.ndarray, dtype: torch.dtype
         if name == "mov.b32":
             result = value(sources[0])
         elif name == "prmt.b32":
-            both, chosen = value(sources[0]) | value(sources[1]) << np.uint64(32), int(sources[2], 0)
-            taken = [both >> np.uint64(8 * (chosen >> 4 * byte & 7)) & np.uint64(255) for byte in range(4)]
+            both, chosen = value(sources[0]) | value(sources[1]) << np.uint64(32), value(sources[2])
+            digits = [chosen >> np.uint64(4 * byte) & np.uint64(15) for byte in range(4)]
+            assert all((digit < 8).all() for digit in digits), "a digit above 7 repeats a sign"
+            taken = [both >> np.uint64(8) * digit & np.uint64(255) for digit in digits]
             result = sum(part << np.uint64(8 * byte) for byte, part in enumerate(taken))
         elif name == "shr.u32":
             result = value(sources[0]) >> value(sources[1])
+        elif name == "and.b32":
+            result = value(sources[0]) & value(sources[1])
+        elif name == "mad.lo.u32":
+            result = value(sources[0]) * value(sources[1]) + value(sources[2]) & np.uint64(0xFFFFFFFF)
         elif name == "lop3.b32":
             a, b, c = map(value, sources[:3])
             table, result = int(sources[3], 0), np.zeros_like(a)
@@ -68,7 +74,20 @@ def test_the_assembly_unpacks_all_levels_of_two_words(dtype: torch.dtype, assemb
     expected = RowCodec("int4", 128).decode(packed, torch.ones(64, 4, dtype=torch.bfloat16))
     assert expected.unique().tolist() == list(range(-8, 8))
     words = packed.view(torch.int32).numpy().view(np.uint32)
-    for j, register in enumerate(run(assembly, words[0::2].ravel(), words[1::2].ravel(), dtype)):
+    for j, register in enumerate(run(assembly, [words[0::2].ravel(), words[1::2].ravel()], dtype)):
         for half, rows in ((0, expected[0::2]), (16, expected[1::2])):
             found = torch.from_numpy((register >> np.uint64(half) & np.uint64(0xFFFF)).astype(np.uint16)).view(dtype)
             assert torch.equal(found.float(), rows.unflatten(1, (8, 16))[:, j].flatten()), (j, half)
+
+
+def test_the_assembly_looks_up_all_levels_of_two_codes() -> None:
+    packed = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = TokenCodec(2, 128).decode(packed, torch.ones(64, dtype=torch.bfloat16)).half()
+    assert len(expected.unique()) == 4
+    pairs = packed.view(torch.int32).numpy().view(np.uint32)  # a code's words i and i + 1, for even i
+    for j, register in enumerate(run(_code_assembly(), [pairs.ravel()], torch.float16)):
+        for half, at in ((0, 0), (16, 1)):
+            found = torch.from_numpy((register >> np.uint64(half) & np.uint64(0xFFFF)).astype(np.uint16)).view(
+                torch.float16
+            )
+            assert torch.equal(found, expected.unflatten(1, (8, 16))[:, j, at::2].flatten()), (j, half)

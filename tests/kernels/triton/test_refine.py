@@ -84,7 +84,7 @@ def test_values_equal_the_reference(head_dim: int, group: int, bits: int, kv_hea
     for (b, h), order in chosen.order.items():
         count = len(order)
         assert torch.equal(w.position[b, h, :count], chosen.candidates.position[b, h][order].int())
-        # On a GPU products are made in TF32.
+        # On a GPU products are made in float16.
         tolerance = 1e-4 if device == "cpu" else 2e-2
         torch.testing.assert_close(w.value[b, h, :count], expected[b, h][order], rtol=tolerance, atol=0)
         assert w.value[b, h, count:].isnan().all(), "values beyond the candidates"

@@ -18,7 +18,7 @@ import triton.language as tl
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.score.reference import Scores
 from sglang_clusterkv.kernels.select.reference import select as reference_select
-from sglang_clusterkv.kernels.select.triton import select
+from sglang_clusterkv.kernels.select.triton import HELD, block_bits, select, sum_bits
 from sglang_clusterkv.kernels.triton_threshold import bracket
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, WorkspaceShape, make_workspace
 from sglang_clusterkv.memory.device import Geometry
@@ -34,33 +34,36 @@ Logits = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
 
 @triton.jit
-def bracket_kernel(keys, weights, limit, out, BLOCK: tl.constexpr):
+def bracket_kernel(keys, weights, limit, out, BLOCK: tl.constexpr, BITS: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    low, high, room = bracket(tl.load(keys + i), tl.load(weights + i), limit)
+    low, high, room, between = bracket(tl.load(keys + i), tl.load(weights + i), limit, BITS)
     tl.store(out, low)
     tl.store(out + 1, high)
     tl.store(out + 2, room)
+    tl.store(out + 3, between)
 
 
 @pytest.mark.parametrize("distinct", [1, 3, 1000, 2**31 - 2])
 @pytest.mark.parametrize("limit", [1, 100, 1999])
-def test_the_bracket_holds_the_border_and_nothing_else(distinct: int, limit: int, device: str) -> None:
+@pytest.mark.parametrize("bits", [0, 12, 23])
+def test_the_bracket_holds_the_border_and_nothing_else(distinct: int, limit: int, bits: int, device: str) -> None:
     generator = torch.Generator().manual_seed(limit)
     keys = torch.randint(0, distinct, (512,), generator=generator, dtype=torch.int32)
     weights = torch.randint(0, 9, (512,), generator=generator, dtype=torch.int32)
     keys[::7], weights[::7] = -1, 5  # never count
-    out = torch.zeros(3, dtype=torch.int32, device=device)
-    bracket_kernel[(1,)](keys.to(device), weights.to(device), limit, out, BLOCK=512)
-    low, high, room = out.tolist()
+    out = torch.zeros(4, dtype=torch.int32, device=device)
+    bracket_kernel[(1,)](keys.to(device), weights.to(device), limit, out, BLOCK=512, BITS=bits)
+    low, high, room, between = out.tolist()
     real = keys >= 0
     inside = real & (keys >= low) & (keys < high)
     above = int(weights[real & (keys >= high)].sum())
     if weights[real].sum() <= limit:
-        assert (low, high) == (0, 0)
+        assert (low, high, between) == (0, 0, 0)
     else:
         assert room == limit - above > 0
         assert above + int(weights[inside].sum()) >= limit
-        assert inside.sum() == 1 or len(set(keys[inside].tolist())) == 1
+        assert inside.sum() == between
+        assert between == 1 or len(set(keys[inside].tolist())) == 1
 
 
 class Case:
@@ -200,6 +203,13 @@ def uneven(clusters: int, tokens: int, generator: torch.Generator) -> torch.Tens
     chance = torch.rand(clusters, generator=generator).sub(0.4).clamp(min=0) + 1e-9
     which = chance.multinomial(tokens, replacement=True, generator=generator)
     return which.bincount(minlength=clusters)
+
+
+def test_elements_are_summed_beside_weights_where_both_fit() -> None:
+    """In a list they may fill 31 bits, in a bracket all of 32 but for one element."""
+    assert [sum_bits(clusters, 8) for clusters in HELD] == [14, 16, 18]
+    assert sum_bits(16384, 16) == 0 and sum_bits(4096, 256) == 0
+    assert block_bits(4096, 8, 2048) == 16 and block_bits(4096, 8, 16384) == 16 and block_bits(4096, 8, 32768) == 0
 
 
 def one_only(clusters: int, tokens: int, generator: torch.Generator) -> torch.Tensor:

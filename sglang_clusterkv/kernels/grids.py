@@ -78,8 +78,8 @@ def split_count(pairs: int, tokens: int) -> int:
 
 
 def estimate_parts(pairs: int, clusters: int, estimate_clusters: int) -> EstimateParts:
-    """Programs of the estimate, for up to `clusters` clusters: together no more than are resident at once, nor than merge takes at
-    once; both kinds with about as much to do."""
+    """Programs of the estimate, for up to `clusters` clusters: together no more than are resident at once, nor than merge takes
+    at once; both kinds with about as much to do."""
     own_clusters = min(clusters, estimate_clusters)
     if clusters <= estimate_clusters:
         return EstimateParts(share_count(pairs, own_clusters, LEAST_OWN, ESTIMATE_PROGRAMS), 0)

@@ -70,13 +70,13 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
     large = ", large" if lists.clusters > 4096 else ""
     warps, listed, tiles = (16, 4096, 64) if large else (8, 2048, 16)
     score = _score(shape, config, lists)
-    parts = grids.mass_parts(pairs, lists.clusters)
+    shares = grids.mass_parts(pairs, lists.clusters)
     masses = (
-        PIECES[f"masses, a program{large}"] * parts
+        PIECES[f"masses, a program{large}"] * shares
         + PIECES[f"masses, tiles of log-sum-exps{large}"]
         * parts
         * -(-lists.clusters // (SCORE_CLUSTERS * (64 if large else 16)))
-        + PIECES[f"masses, a block{large}"] * max(parts, -(-lists.clusters // grids.MASS_BLOCK))
+        + PIECES[f"masses, a block{large}"] * max(shares, -(-lists.clusters // grids.MASS_BLOCK))
     )
     select = (
         PIECES[f"select, a program{large}"]

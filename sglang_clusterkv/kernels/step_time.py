@@ -73,9 +73,7 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
     shares = grids.mass_parts(pairs, lists.clusters)
     masses = (
         PIECES[f"masses, a program{large}"] * shares
-        + PIECES[f"masses, tiles of log-sum-exps{large}"]
-        * parts
-        * -(-lists.clusters // (SCORE_CLUSTERS * (64 if large else 16)))
+        + PIECES[f"masses, tiles of log-sum-exps{large}"] * shares * -(-lists.clusters // (SCORE_CLUSTERS * tiles))
         + PIECES[f"masses, a block{large}"] * max(shares, -(-lists.clusters // grids.MASS_BLOCK))
     )
     select = (

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from sglang_clusterkv.memory.fp8 import FP8
 
+POINTERS = {"e4m3": "*u8", "e5m2": "*fp8e5"}  # types of such a pool in compile cases
+
 
 @tl.core.builtin
 def _knows_e4m3(_semantic: Any = None) -> tl.constexpr:

@@ -24,7 +24,7 @@ import triton.language as tl
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.merge.triton import merge_parts
-from sglang_clusterkv.kernels.triton_fp8 import as_argument, query_dtype
+from sglang_clusterkv.kernels.triton_fp8 import POINTERS, as_argument, query_dtype
 from sglang_clusterkv.kernels.triton_rows import dot_dtype, padded_group
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, natural_lse, normalise
 from sglang_clusterkv.kernels.triton_tier import (
@@ -321,21 +321,24 @@ _TYPES = {
 }
 
 
-def _case(name: str, kernel: Any, channels: int, group: int, tier: int = OFF.value, **holds: Any) -> CompileCase:
-    """A case of 8 kv heads in bf16; tier: a value of TIER."""
-    tier_types, tier_values = tier_case(tier)
+def _case(
+    name: str, kernel: Any, channels: int, group: int, tier: int = OFF.value, pool: str = "bf16", **holds: Any
+) -> CompileCase:
+    """A case of 8 kv heads, queries in bf16; tier: a value of TIER; pool: bf16 or one of `triton_fp8.POINTERS`."""
+    pointer = POINTERS.get(pool, "*bf16")
+    tier_types, tier_values = tier_case(tier, pointer)
     constants = tile_constants(8, group, channels, torch.bfloat16, tier)
     share = max(1, grids.TOKENS_PER_SPLIT // constants["BLOCK_N"])
     constants |= {"DOT": tl.bfloat16, "CAPPED": False, "SHARE": share, **tier_values}
     if kernel is attend_kernel:
         constants["PAGE"] = 16
-    types = _TYPES | tier_types
+    types = _TYPES | dict.fromkeys(("keys", "values"), pointer) | tier_types
     signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
     aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a in ("logit_stride", "q_stride"))
     used = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     where = {OFF.value: "", SAME.value: " tier", ROUNDED.value: " int8 tier"}[tier]
     return CompileCase(
-        f"{name} D={channels} G={group}{where}",
+        f"{name} D={channels} G={group}{where}" + ("" if pool == "bf16" else f" {pool}"),
         kernel,
         signature,
         used,
@@ -363,5 +366,13 @@ COMPILE_CASES = [
         _case(name, kernel, d, g, ROUNDED.value, tensor_cores=8, async_loads_128=8, programs_per_sm=2)
         for name, kernel in (("attend", attend_kernel), ("attend dense", dense_kernel))
         for d, g in ((64, 3), (128, 4), (256, 4))
+    ),
+    *(
+        _case("attend", attend_kernel, 128, 4, OFF.value, pool, tensor_cores=16, async_loads_128=8, programs_per_sm=2)
+        for pool in POINTERS
+    ),
+    _case("attend", attend_kernel, 128, 4, SAME.value, "e4m3", tensor_cores=16, async_loads_128=8, programs_per_sm=2),
+    _case(
+        "attend dense", dense_kernel, 128, 4, OFF.value, "e4m3", tensor_cores=16, async_loads_128=8, programs_per_sm=2
     ),
 ]

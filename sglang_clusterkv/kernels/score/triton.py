@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.triton_fp8 import as_argument
+from sglang_clusterkv.kernels.triton_fp8 import POINTERS, as_argument
 from sglang_clusterkv.kernels.triton_rows import (
     BF16,
     INT4,
@@ -406,15 +406,16 @@ _TYPES = {
 }
 
 
-def _case(codec: RowCodec, group: int, tier: int = OFF.value, **holds: Any) -> CompileCase:
-    """A case of 2 clusters per page that rotates the query; tier: a value of TIER."""
+def _case(codec: RowCodec, group: int, tier: int = OFF.value, pool: str = "bf16", **holds: Any) -> CompileCase:
+    """A case of 2 clusters per page that rotates the query; tier: a value of TIER; pool: as for attend."""
     row_types, no_scales = row_arguments(codec)
-    tier_types, tier_values = tier_case(tier)
-    types = _TYPES | row_types | tier_types
+    pointer = POINTERS.get(pool, "*bf16")
+    tier_types, tier_values = tier_case(tier, pointer)
+    types = _TYPES | {"keys": pointer} | row_types | tier_types
     strides = ("q_stride", "clusters_stride", "segments_stride", "base_stride")
     where = {OFF.value: "", SAME.value: " tier", ROUNDED.value: " int8 tier"}[tier]
     return CompileCase(
-        f"score {codec.name} D={codec.head_dim} G={group}{where}",
+        f"score {codec.name} D={codec.head_dim} G={group}{where}" + ("" if pool == "bf16" else f" {pool}"),
         score_kernel,
         types,
         constants(codec, 8, group, 2, True) | no_scales | tier_values | {"DOT": tl.bfloat16},
@@ -439,4 +440,5 @@ COMPILE_CASES = [
         for tier in (SAME.value, ROUNDED.value)
         for d, g, programs in ((64, 3, 2), (128, 4, 2), (256, 4, 1))
     ),
+    _case(RowCodec("int4", 128), 4, OFF.value, "e4m3", loads_128=16, programs_per_sm=2),
 ]

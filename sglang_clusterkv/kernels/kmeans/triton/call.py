@@ -9,6 +9,7 @@ import triton
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.kmeans.triton.segments import Clustering, Pool, Segments
+from sglang_clusterkv.kernels.triton_fp8 import POINTERS
 
 ROWS = 64  # keys, or centroids to be compared with all others, per program
 MEANS = 16  # clusters per program where centroids are made of keys
@@ -85,10 +86,10 @@ def call_of(keys: Pool, segments: Segments) -> Call:
     )
 
 
-def case(kernel: Any, head_dim: int, tiles: dict[str, Any], **holds: Any) -> CompileCase:
-    """A case of one kernel at Llama's shape, or at another head_dim."""
+def case(kernel: Any, head_dim: int, tiles: dict[str, Any], pool: str = "bf16", **holds: Any) -> CompileCase:
+    """A case of one kernel at Llama's shape, or at another head_dim; pool: bf16 or one of `triton_fp8.POINTERS`."""
     types = {
-        "keys_ptr": "*bf16", "layer_offsets_ptr": "*i64", "slot_stride": "i32", "head_stride": "i32",
+        "keys_ptr": POINTERS.get(pool, "*bf16"), "layer_offsets_ptr": "*i64", "slot_stride": "i32", "head_stride": "i32",
         "slots_ptr": "*i64", "token_begin_ptr": "*i32", "cluster_begin_ptr": "*i32", "center_ptr": "*fp32",
         "centroids_ptr": "*bf16", "norms_ptr": "*fp32", "labels_ptr": "*i16", "members_ptr": "*i16", "cluster_end_ptr": "*i32",
         "distance_ptr": "*fp32", "cheapness_ptr": "*fp32", "numbers_ptr": "*fp32", "begin_ptr": "*i32",
@@ -98,7 +99,7 @@ def case(kernel: Any, head_dim: int, tiles: dict[str, Any], **holds: Any) -> Com
     sizes = {"H": 8, **channels_of(head_dim), **tiles}
     signature = {name: types[name] for name in kernel.arg_names if name in types}
     return CompileCase(
-        f"kmeans {kernel.__name__.removesuffix('_kernel')} D={head_dim}",
+        f"kmeans {kernel.__name__.removesuffix('_kernel')} D={head_dim}" + ("" if pool == "bf16" else f" {pool}"),
         kernel,
         signature,
         {name: sizes[name] for name in kernel.arg_names if name in sizes},

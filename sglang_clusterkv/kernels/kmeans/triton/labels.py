@@ -76,4 +76,5 @@ COMPILE_CASES = [
     _case(64, async_loads_128=8, programs_per_sm=2),
     _case(128, async_loads_128=16, programs_per_sm=2),
     _case(256, async_loads_128=8),
+    _case(128, pool="e4m3", async_loads_128=16, programs_per_sm=2),
 ]

@@ -91,7 +91,7 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument(
         "--dtype",
-        choices=["auto", "bfloat16", "float16", "float32"],
+        choices=["auto", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2"],
         default="auto",
         help="of the KV cache, default: the model's",
     )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.kernels.attend.triton_index import list_always, list_recalled
+from sglang_clusterkv.memory.fp8 import FP8
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig
@@ -49,6 +50,8 @@ def why_not(config: ClusterKVConfig, heads: int, channels: int, dtype: torch.dty
         return "traces are made from what our own kernels leave"
     if config.host_ratio > 1:
         return "it reads keys and values on the device only, and host_ratio is above 1"
+    if dtype in FP8:
+        return "it is planned here for queries and a KV cache of one type, and the cache is in fp8"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it has no kernels for a KV cache in {str(dtype).removeprefix('torch.')}"
     if channels not in HEAD_DIMS:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sglang_clusterkv.serving.model_facts import ModelFacts
 
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _DEFAULT_SLIDING_PATTERN = {"gemma3": 6, "gemma3_text": 6}  # every sixth layer sees everything, unless said otherwise
 _LINEAR_KINDS = {"linear_attention", "mamba", "mamba2", "conv", "recurrent"}
 
@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
         heads: query heads.
         kv_heads: key and value heads.
         head_dim: channels of a key and of a value.
-        dtype: of the weights, and so of the KV cache unless one says otherwise: bfloat16, float16 or float32.
+        dtype: of the weights, and so of the KV cache unless one says otherwise, by `ITEM_BYTES`.
         weight_bytes: of all files, None where there are none.
         table_bytes: of the embeddings that a step looks up and does not read: 0 where they are the last layer too.
         most_tokens: the longest context that the configuration names, None where it names none.

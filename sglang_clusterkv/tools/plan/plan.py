@@ -18,11 +18,13 @@ from sglang_clusterkv.kernels.break_even import MODELLED
 from sglang_clusterkv.kernels.step_model import StepShape, lists_of, sparse_launches
 from sglang_clusterkv.kernels.step_time import dense_us, layer_time, least_us
 from sglang_clusterkv.memory.device import metadata_bytes_per_token
+from sglang_clusterkv.memory.fp8 import FP8
 from sglang_clusterkv.memory.host import host_row_bytes
 from sglang_clusterkv.serving.compat import BACKEND, HOST_TIER_REFUSALS, MODEL_REFUSALS
 from sglang_clusterkv.tools.plan.checkpoint import Checkpoint, PlanError
 from sglang_clusterkv.tools.plan.devices import REACHED
 
+_FP8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}  # as SGLang and as torch name them
 _MOST_RATIO = 8  # beyond it the clusters are most of what is left on the device (docs/memory.md)
 
 
@@ -260,9 +262,10 @@ def _host_tier(model: Checkpoint, config: ClusterKVConfig, wish: Wish, free_byte
         return "not needed: all requests fit the device"
     tokens = wish.concurrency * wish.context
     kv_heads = max(1, model.kv_heads // wish.tp)
-    row_bytes = (
-        model.layers * kv_heads * host_row_bytes(model.head_dim, getattr(torch, model.dtype), config.host_kv_dtype)
-    )
+    kv_dtype = getattr(torch, _FP8.get(model.dtype, model.dtype))
+    if kv_dtype in FP8 and config.host_kv_dtype == "int8":
+        return "refused: rows of an fp8 KV cache are shorter than int8 would make them: leave out host_kv_dtype"
+    row_bytes = model.layers * kv_heads * host_row_bytes(model.head_dim, kv_dtype, config.host_kv_dtype)
     # On a CPU host rows lie in the same memory.
     left = free_bytes / tokens - side.index_bytes - (row_bytes if wish.tbs is None else 0)
     ratio = math.ceil(2 * side.token_bytes / left) / 2 if left > 0 else math.inf

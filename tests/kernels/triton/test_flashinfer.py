@@ -204,6 +204,7 @@ DEFAULT = ClusterKVConfig()
         (DEFAULT, 128, torch.bfloat16, 1 << 20, None),
         (DEFAULT, 64, torch.float16, 1 << 20, None),
         (DEFAULT, 128, torch.float32, 1 << 20, "no kernels for a KV cache in float32"),
+        (DEFAULT, 128, torch.float8_e4m3fn, 1 << 20, "queries and a KV cache of one type"),
         (DEFAULT, 96, torch.bfloat16, 1 << 20, "heads of 64, 128, 256 channels, not of 96"),
         (DEFAULT, 128, torch.bfloat16, 1 << 28, "268,435,456 slots of 8 kv heads"),
         (ClusterKVConfig(trace=True), 128, torch.bfloat16, 1 << 20, "traces"),

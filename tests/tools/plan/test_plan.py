@@ -189,6 +189,16 @@ def test_a_host_tier_that_is_advised_lets_them_in(tmp_path: Path) -> None:
     assert "none helps" in plan_of(tmp_path, WISH._replace(concurrency=1000)).host_tier
 
 
+def test_a_cache_in_8_bits_takes_half_and_its_host_rows_no_less_as_int8(tmp_path: Path) -> None:
+    model, wish = read_checkpoint(folder(tmp_path))._replace(dtype="fp8_e4m3"), WISH._replace(concurrency=120)
+    plan = make_plan(model, 16.0, CONFIG, wish)
+    whole = plan_of(tmp_path)
+    assert 2 * plan.sparse.token_bytes == whole.sparse.token_bytes
+    assert plan.sparse.index_bytes == whole.sparse.index_bytes and plan.sparse.fits > whole.sparse.fits
+    assert f"{120 * 32_768 * 65_536 / 1e9:.1f} GB of host memory" in plan.host_tier
+    assert "refused" in make_plan(model, 16.0, ClusterKVConfig(host_kv_dtype="int8"), wish).host_tier
+
+
 def test_the_table_and_the_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "plan",

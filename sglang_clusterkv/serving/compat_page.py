@@ -170,6 +170,20 @@ Exact, counted in `dense_steps` or `dense_layer_calls` (`/server_info`, `/metric
 
 {SPECULATIVE}
 
+## Values and keys of different size
+
+Refused (`different value size`). Of the models that SGLang 0.5.23 has without MLA one has them, MiMo-V2: keys of 192
+channels, values of 128 (read in its source, not run). Most of its layers slide, with kv heads of their own number, so SGLang
+keeps their KV in a second pool, which is refused on its own account (`hybrid SWA`); one pool for all has no room for both
+numbers. So a width of values would let no model in by itself. What it takes beside two pools:
+
+- a second width in the index's geometry: value rows and their codec, and the mean value of a segment, which lies in quarters
+  on the same pages as the mean key and the variance;
+- in host rows, which are a key and a value side by side, and in the moves between tiers;
+- in attend, estimate, merge and encode, their outputs and the workspace: of values `CHANNELS` in Triton and `channels` in
+  numba are a constant of their own there. Score, select, refine, codes and k-means see keys alone;
+- in the bytes per token that SGLang sizes its pool by.
+
 ## Refused
 
 The start ends with `--attention-backend {BACKEND} cannot serve this:` and the sentence.

@@ -61,6 +61,8 @@ class FakeLayer:
         )  # fmt: skip
 
     # The pool's.
+    dtype = torch.bfloat16
+
     def get_kv_buffer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.keys, self.values
 

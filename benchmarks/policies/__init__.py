@@ -259,6 +259,12 @@ FORMATS: dict[str, tuple[str, Format]] = {
         "the same, candidates' codes in the estimate",
         Format(code_bits=1, scale="cluster", centroid_bits=3, turned=True, vector_bits=8, codes_in_estimate=True),
     ),
+    "ours-8-percent-codes-rank-4": (
+        "the same, values move with keys, rank 4",
+        Format(
+            code_bits=1, scale="cluster", centroid_bits=3, turned=True, vector_bits=8, codes_in_estimate=True, rank=4
+        ),
+    ),
     "ours-codes-rank-8": (
         "candidates' codes in the estimate, values move with keys",
         Format(codes_in_estimate=True, rank=8),

@@ -55,6 +55,40 @@ def quality_against_bytes(lines: list[dict[str, Any]]) -> Any:
     return figure
 
 
+def frontier(lines: list[dict[str, Any]], shares: list[float], beside: list[dict[str, Any]]) -> Any:
+    """KL to dense over KiB read per step, and over the index's share of the KV cache; a point per line, by its policy's name.
+
+    Args:
+        lines: of `model_level.summary`, of ours in other formats.
+        shares: of each line, of the index at head_dim 128.
+        beside: lines of another result, drawn as curves over KiB.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, panels = _pyplot().subplots(1, 2, figsize=(13, 6.5), sharey=True, layout="constrained")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in beside:
+        curves.setdefault(line["policy"], []).append((line["bytes"] / 1024, line["kl"]))
+    for name, points in curves.items():
+        panels[0].plot(*zip(*sorted(points), strict=True), linestyle=":", marker="o", label=POLICIES[name].title)
+    for line, share in zip(lines, shares, strict=True):
+        label = line["policy"].removeprefix("ours-") + (f" {line['change']}" if line["change"] else "")
+        for axes, x in zip(panels, (line["bytes"] / 1024, 100 * share), strict=True):
+            axes.plot(x, line["kl"], "s" if line["policy"] == "ours" else "x", color="black")
+            axes.annotate(label, (x, line["kl"]), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    panels[0].set(xscale="log", yscale="log", xlabel="KiB read per decode step, layer and kv head (bf16 KV)")
+    panels[0].xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
+    panels[0].xaxis.set_major_formatter("{x:.0f}")
+    panels[0].xaxis.set_minor_formatter(NullFormatter())
+    panels[0].set_ylabel("mean KL(dense || policy) per token, nats")
+    panels[1].set_xlabel("index, % of the KV cache at head_dim 128")
+    for axes in panels:
+        axes.grid(which="both", alpha=0.3)
+    if curves:
+        panels[0].legend(fontsize=8)
+    return figure
+
+
 def kl_over_answer(kl: np.ndarray, afresh: dict[str, float], tail: int, width: int = 100) -> Any:
     """Running mean of the KL over an answer's tokens, and the mean of its tail, so and over fresh prefixes.
 

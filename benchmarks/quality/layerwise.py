@@ -9,8 +9,11 @@ clusters that the engine's k-means makes of the same prompt. So a policy costs s
 compared with model_level's. What a step does is benchmarks/policies/steps.py, whose default is the kernels' definition.
 
 `--prefill FILE` keeps the prompts' keys and values (46 KB a token for the demo model) for the next run. Writes JSON, Markdown
-and SVG to benchmarks/results/, of the policies that are done where it is interrupted; `model_level --join` puts such files
-together.
+and SVG to benchmarks/results/, of the policies that are done where it is interrupted.
+
+    python -m benchmarks.quality.layerwise --join RESULT.json ... [--beside RESULT.json]
+
+puts several of its results together, as model_level's `--join` does; the picture has the curves of model_level's result beside.
 """
 
 from __future__ import annotations
@@ -30,9 +33,20 @@ from benchmarks.policies.formats import Bytes, Format
 from benchmarks.policies.reformed import Tables, clustered_anew, make
 from benchmarks.policies.steps import Step, dots, mix
 from benchmarks.quality.documents import PROSE, Document, make_documents, read_kind
-from benchmarks.quality.figures import quality_against_bytes
+from benchmarks.quality.figures import frontier
 from benchmarks.quality.llama_layers import LayeredModel
-from benchmarks.quality.model_level import OURS, Arm, Sizes, arms_of, compare, entropy, step_bytes, summary, title_of
+from benchmarks.quality.model_level import (
+    OURS,
+    Arm,
+    Sizes,
+    arms_of,
+    compare,
+    entropy,
+    join,
+    step_bytes,
+    summary,
+    title_of,
+)
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import model_folder
 from sglang_clusterkv.config import ClusterKVConfig
@@ -212,7 +226,27 @@ def main() -> None:
     parser.add_argument("--changes", type=json.loads, nargs="+", default=[], help="step options of ours, JSON each")
     parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     parser.add_argument("--prefill", type=Path, help="a file for keys and values of the prompts")
+    parser.add_argument("--join", nargs="+", type=Path, help="results of runs to put together; runs nothing")
+    parser.add_argument("--beside", type=Path, help="a result of model_level, drawn in the picture")
     args = parser.parse_args()
+    documents, setting = join(args.join) if args.join else run(args)
+    beside, _ = join([args.beside]) if args.beside else ([], "")
+    lines = summary(documents)
+    body = table(documents)
+    print(f"\n{body}\n")
+    write_results(
+        "quality-layerwise",
+        title="Ours in other formats: KL to dense against bytes per decode step",
+        setting=setting,
+        command=command_of("benchmarks.quality.layerwise"),
+        body=body,
+        data={"documents": documents, "summary": lines},
+        figure=frontier(lines, [index_share(line["policy"], 128) for line in lines], summary(beside) if beside else []),
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Every document, and the setting in words; SystemExit where it was interrupted before anything was measured."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     source, text = read_kind(PROSE)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -236,17 +270,7 @@ def main() -> None:
         documents = documents or under_way
     if not documents:
         raise SystemExit("interrupted before anything was measured: let it run longer")
-    body = table(documents)
-    print(f"\n{body}\n")
-    write_results(
-        "quality-layerwise",
-        title="Ours in other formats: KL to dense against bytes per decode step",
-        setting=f"{args.model.name}, float32, {source}, {args.tokens} tokens",
-        command=command_of("benchmarks.quality.layerwise"),
-        body=body,
-        data={"documents": documents, "summary": summary(documents)},
-        figure=quality_against_bytes(summary(documents)),
-    )
+    return documents, f"{args.model.name}, float32, {source}, {args.tokens} tokens"
 
 
 if __name__ == "__main__":

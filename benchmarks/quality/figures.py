@@ -82,6 +82,8 @@ def frontier(lines: list[dict[str, Any]], shares: list[float], beside: list[dict
     panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("mean KL(dense || policy) per token, nats")
     panels[1].set_xlabel("index, % of the KV cache at head_dim 128")
+    least, most = (f(line["kl"] for line in lines) for f in (min, max))
+    panels[0].set_ylim(least / 2, most * 2)  # what lies far above is cut off
     for axes in panels:
         axes.grid(which="both", alpha=0.3)
     if curves:

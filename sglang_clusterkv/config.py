@@ -37,6 +37,7 @@ STEP_OPTIONS = (
     "dense_layers",
     "dense_below_tokens",
     "dense_below",
+    "recall_extend_tokens",
 )
 
 
@@ -65,6 +66,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dense_layers: int = 0
     dense_below_tokens: int = 0
     dense_below: Literal["auto", "never"] = "auto"
+    recall_extend_tokens: int = 0
     recluster_every: int = 256
     merge_segments: bool = True
     reproducible: bool = False
@@ -97,6 +99,9 @@ FIELD_DOCS: dict[str, str] = {
     "dense_below_tokens": "Sequences shorter than this, in tokens, attend to everything.",
     "dense_below": "auto: on a GPU a step attends to everything where its batch has so few clustered tokens that this is "
     "likely faster, never with a host tier; never: each request by itself. See [gpu.md](gpu.md).",
+    "recall_extend_tokens": "Prompts of which all but so many tokens, or fewer, come from the prefix cache "
+    "recall for these as a decode step does, instead of attending to everything; 0 is off. On a CPU alone. See "
+    "[design.md](design.md#recalled-extends).",
     "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
     "pages, four or more, at most segment_tokens.",
     "merge_segments": "Cluster neighbouring segments that one running request alone sees again as one, when that at least "
@@ -146,6 +151,7 @@ LIMITS: dict[str, Limit] = {
     "estimate_clusters": Limit(1, 65536, "a step on a GPU keeps a list of them for each head"),
     "dense_layers": Limit(0, 1024, "no model has so many layers"),
     "dense_below_tokens": Limit(0, 2**31 - 1, "positions have 32 bits"),
+    "recall_extend_tokens": Limit(0, 1024, "each of them costs as much as a decode step"),
     "recluster_every": Limit(MIN_SEGMENT_PAGES, MAX_SEGMENT_TOKENS, _SEGMENT, pages=True),
     "trace_tokens": Limit(1, 4096, "the server keeps them in memory until the answer ends, and sends them with it"),
     "host_ratio": Limit(
@@ -254,6 +260,11 @@ def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = Non
         problems.append(
             f"host_ratio={config.host_ratio:g} and dense_layers={config.dense_layers} would read all that is in host memory in "
             "every step: set dense_layers to 0 or host_ratio to 1"
+        )
+    if config.reproducible and config.recall_extend_tokens > 0:
+        problems.append(
+            f"recall_extend_tokens={config.recall_extend_tokens} lets answers depend on what is cached, against "
+            "reproducible: leave one of them out"
         )
     if problems:
         raise ConfigError("; ".join(problems))

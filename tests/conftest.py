@@ -111,6 +111,7 @@ def tiny_server(one_server: OneServer, tiny: Path, tmp_path_factory: pytest.Temp
             "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
             "SGLANG_EXPOSE_OWN_ENV_VARS": "1",
             "SGLANG_CLUSTERKV_CONFIG": json.dumps(CONFIG),
+            "SGLANG_CLUSTERKV_CPU_OVERLAP": "1",  # as on a GPU; the demo model's server goes without
         }
         return serve(tiny, folder / "server.log", *arguments, environment=environment)
 

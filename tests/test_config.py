@@ -55,6 +55,7 @@ def test_the_defaults_are_those_of_the_design():
         "dense_layers": 0,
         "dense_below_tokens": 0,
         "dense_below": "auto",
+        "recall_extend_tokens": 0,
         "recluster_every": 256,
         "merge_segments": True,
         "reproducible": False,

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from sglang_clusterkv.clusters.rows import DenseReason
+from sglang_clusterkv.clusters.rows import DenseReason, Row
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,14 @@ _ADVICE = {
 
 
 class StepCounts(NamedTuple):
-    """What a decode step comes to if its layers do as its lists say: counted once they have."""
+    """What a step comes to if its layers do as its lists say: counted once they have."""
 
-    sparse: int  # requests
-    dense: Counter[str]  # requests by reason
+    sparse: int  # requests of a decode step
+    dense: Counter[str]  # likewise, by reason
     tokens_available: int
     tokens_recalled: int
+    recalled_extends: int = 0  # requests of a prefill
+    recalled_extend_tokens: int = 0
 
     @classmethod
     def of_faults(cls, requests: int) -> StepCounts:
@@ -53,6 +55,8 @@ class Counters:
     tokens_recalled: int = 0
     tokens_available: int = 0
     sparse_steps: int = 0
+    recalled_extends: int = 0
+    recalled_extend_tokens: int = 0
     splits: int = 0
     merges: int = 0
     forced_borders: int = 0
@@ -87,12 +91,26 @@ class Counters:
                     "please report this.", new, what, now,
                 )  # fmt: skip
 
+    def announce(self, record: Row) -> None:
+        """Say once per request, when its prefill is planned, what was clustered and what was reused."""
+        if record.announced or record.prefilling:
+            return
+        record.announced = True
+        self.tokens_reused += record.reused_tokens
+        if record.clustered_tokens or record.reused_tokens:  # a short prompt has nothing to say
+            logger.info(
+                "clusterkv: request %s: %d prompt tokens, %d cached, %d clustered, %d reused",
+                record.rid, record.prompt_len, record.cached_tokens, record.clustered_tokens, record.reused_tokens,
+            )  # fmt: skip
+
     def add(self, step: StepCounts) -> None:
-        """A decode step has run."""
+        """A step has run."""
         self.dense_steps.update(step.dense)
         self.sparse_steps += step.sparse
         self.tokens_available += step.tokens_available
         self.tokens_recalled += step.tokens_recalled
+        self.recalled_extends += step.recalled_extends
+        self.recalled_extend_tokens += step.recalled_extend_tokens
 
 
 class Faults:

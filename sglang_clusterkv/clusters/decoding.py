@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
 from sglang_clusterkv.clusters.backoff import BackOff
 from sglang_clusterkv.clusters.counters import StepCounts
 from sglang_clusterkv.clusters.rows import DenseReason, RowTables
-from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.config import STEP_OPTIONS, ClusterKVConfig, ConfigError, validate
 from sglang_clusterkv.kernels.break_even import MODELLED, BreakEven
 from sglang_clusterkv.kernels.decode import prepare, reserve
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS
@@ -51,6 +52,11 @@ class DecodeStep(NamedTuple):
     too_large: str | None = None  # of what the batch has more than captured steps have room for; None: of nothing
 
     @property
+    def parts(self) -> list[tuple[torch.Tensor | None, SparseStep]]:
+        """The lists of what is sparse, and which queries of the batch they are for; None: all."""
+        return [] if self.sparse is None else [(self.sparse_at, self.sparse)]
+
+    @property
     def sparse_requests(self) -> int:
         """How many attend sparsely in the layers that can."""
         return 0 if self.sparse is None else self.sparse.batch if self.counts is None else self.counts.sparse
@@ -87,6 +93,22 @@ class DecodeLists:
         self._mixes = takes_mixtures(index.device)
         self.room: ListShape | None = None  # of the lists of captured steps
         self._lists: SparseStep | None = None  # these
+
+    def set_options(self, options: dict[str, object]) -> ClusterKVConfig:
+        """Change step options of the index from the next step on; returns its configuration. See `ClusterEngine`."""
+        index = self._index
+        fixed = [name for name in options if name not in STEP_OPTIONS]
+        if fixed:
+            raise ConfigError(f"{fixed[0]} is fixed when the server starts: change one of {', '.join(STEP_OPTIONS)}")
+        if self.room is not None:
+            raise ConfigError("captured decode steps keep the options that they were captured with")
+        config = msgspec.structs.replace(index.config, **options)
+        validate(config, self._page_size, index.geometry.head_dim)
+        if config.refine and "codes" not in index.arrays:
+            raise ConfigError("no codes are stored: start with refine=true, then it may be switched")
+        index.config = config
+        index.scratch.clear()
+        return config
 
     def reserve(self, batch: int, context_tokens: int) -> int:
         """Make the lists and the workspace of captured steps, which never move; returns their bytes.
@@ -125,22 +147,8 @@ class DecodeLists:
             looks: says from which launch on rows may be looked at: a dirty row waits until then because of a fault.
             layers: says from which launch on layers may decode sparsely.
         """
-        tables, config = self._tables, self._index.config
-        count = tables.recallable(rows, seq_lens)
-        covered = tables.covered[rows, count]
-        dirty = tables.dirty[rows]
-        waits = np.maximum(tables.look_from[rows], looks.from_launch) > looks.launch
-        reasons = np.select(
-            [
-                ~tables.known[rows] | dirty & waits,
-                dirty,
-                seq_lens < config.dense_below_tokens,
-                covered <= config.budget_tokens,
-                seq_lens - covered > longest_base(config, self._index.geometry.page_size, covered),
-            ],
-            [DenseReason.FAULT, DenseReason.DIRTY, DenseReason.SHORT, DenseReason.BUDGET, DenseReason.WINDOW],
-            0 if layers.over else DenseReason.FAULT,
-        )
+        config = self._index.config
+        reasons, count, covered = self.reasons(rows, seq_lens, looks, layers)
         if self._dense_is_faster(covered[reasons == 0]):
             reasons[reasons == 0] = DenseReason.FASTER
         sparse, dense = np.flatnonzero(reasons == 0), np.flatnonzero(reasons)
@@ -159,7 +167,7 @@ class DecodeLists:
             device, mixed = self.req_to_token.device.type, len(sparse) > 0 and len(dense) > 0
             step = DecodeStep(
                 sparse_at=to_device(sparse, device) if mixed else None,
-                sparse=self._sparse(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
+                sparse=self.sparse(rows[sparse], seq_lens[sparse], count[sparse]) if len(sparse) else None,
                 dense_at=to_device(dense, device) if mixed else None,
                 dense=dense_step(rows[dense], seq_lens[dense], self.req_to_token) if len(dense) else None,
                 rows=rows,
@@ -167,8 +175,35 @@ class DecodeLists:
                 counts=counts,
                 reasons=reasons,
             )
-        tables.exact[rows[sparse]] = np.minimum(tables.exact[rows[sparse]], seq_lens[sparse] - 1)
+        exact = self._tables.exact
+        exact[rows[sparse]] = np.minimum(exact[rows[sparse]], seq_lens[sparse] - 1)
         return step
+
+    def reasons(
+        self, rows: np.ndarray, seq_lens: np.ndarray, looks: BackOff, layers: BackOff
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Why requests cannot recall, each by itself; the arguments of `step`.
+
+        Returns:
+            A DenseReason or 0 for each, how many of its segments are recallable, and their tokens; int [B].
+        """
+        tables, config = self._tables, self._index.config
+        count = tables.recallable(rows, seq_lens)
+        covered = tables.covered[rows, count]
+        dirty = tables.dirty[rows]
+        waits = np.maximum(tables.look_from[rows], looks.from_launch) > looks.launch
+        reasons = np.select(
+            [
+                ~tables.known[rows] | dirty & waits,
+                dirty,
+                seq_lens < config.dense_below_tokens,
+                covered <= config.budget_tokens,
+                seq_lens - covered > longest_base(config, self._index.geometry.page_size, covered),
+            ],
+            [DenseReason.FAULT, DenseReason.DIRTY, DenseReason.SHORT, DenseReason.BUDGET, DenseReason.WINDOW],
+            0 if layers.over else DenseReason.FAULT,
+        )
+        return reasons, count, covered
 
     def _dense_is_faster(self, covered: np.ndarray) -> bool:
         """Whether requests with so many clustered tokens each, int [B], should attend to everything together."""
@@ -183,8 +218,8 @@ class DecodeLists:
         counts, reasons = StepCounts.of_faults(len(rows)), np.full(len(rows), DenseReason.FAULT)
         return DecodeStep(None, None, None, dense, rows, seq_lens, counts, reasons)
 
-    def _sparse(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:
-        """Lists, and the memory that the layers need for them."""
+    def sparse(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:
+        """Lists on a CPU of requests with so many recallable segments each, and the memory that the layers need for them."""
         step = sparse_step(self._borders(rows, seq_lens, count), self.req_to_token, self._page_size)
         if self._group is not None:
             prepare(self._index, self._group, self._dtype, step)

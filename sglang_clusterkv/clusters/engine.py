@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-import msgspec
 import numpy as np
 import torch
 
@@ -20,8 +19,9 @@ from sglang_clusterkv.clusters.backoff import BackOff
 from sglang_clusterkv.clusters.building import Builder
 from sglang_clusterkv.clusters.counters import Counters, Faults, StepCounts
 from sglang_clusterkv.clusters.decoding import DecodeLists, DecodeStep
+from sglang_clusterkv.clusters.extending import ExtendStep, extend_step, may_recall
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.planning.plan import Plan
+from sglang_clusterkv.clusters.planning.plan import Plan, Snapshot
 from sglang_clusterkv.clusters.planning.planner import Planner
 from sglang_clusterkv.clusters.planning.records import Records
 from sglang_clusterkv.clusters.residency import residency_of
@@ -29,7 +29,7 @@ from sglang_clusterkv.clusters.rows import DenseReason, Extend, Row, RowTables
 from sglang_clusterkv.clusters.snapshots import Snapshots
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.clusters.tracing import tracing_of
-from sglang_clusterkv.config import STEP_OPTIONS, ConfigError, checks_indices, validate
+from sglang_clusterkv.config import checks_indices
 from sglang_clusterkv.kernels.checks import IndexChecks
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.index import OUT_OF_RANGE, ClusterIndex
@@ -105,17 +105,7 @@ class ClusterEngine:
 
         Raises ConfigError for another option, for values that do not go together, and for refining without stored codes.
         """
-        fixed = [name for name in options if name not in STEP_OPTIONS]
-        if fixed:
-            raise ConfigError(f"{fixed[0]} is fixed when the server starts: change one of {', '.join(STEP_OPTIONS)}")
-        if self.decoding.room is not None:
-            raise ConfigError("captured decode steps keep the options that they were captured with")
-        config = msgspec.structs.replace(self.config, **options)
-        validate(config, self.page_size, self.index.geometry.head_dim)
-        if config.refine and "codes" not in self.index.arrays:
-            raise ConfigError("no codes are stored: start with refine=true, then it may be switched")
-        self.config = self.index.config = config
-        self.index.scratch.clear()
+        self.config = self.decoding.set_options(options)
 
     # -- the scheduler's events (host only) -----------------------------------------------------------------------
 
@@ -155,26 +145,44 @@ class ClusterEngine:
 
     # -- a forward is launched ------------------------------------------------------------------------------------
 
-    def begin_extend(self, extends: list[Extend]) -> None:
-        """A prefill batch is launched. Call on the forward stream, before its kernels."""
+    def begin_extend(self, extends: list[Extend]) -> ExtendStep | None:
+        """A prefill batch is launched. Call on the forward stream, before its kernels.
+
+        Returns:
+            The lists of those requests that recall; None: all attend to everything.
+        """
         self.residency.extend(extends)
         ready = self._begin()
+        chosen = self._walk_first(extends) if ready and self.config.recall_extend_tokens > 0 else []
         self.residency.fill()
         look_at = [record for record in map(self._admit, extends) if record is not None]
         if ready:
             self._look(look_at)
-
-    def _admit(self, extend: Extend) -> Row | None:
-        """Note a request's chunk; None where that failed, and the request will decode densely."""
+        step = None
         try:
-            record = self.records.rows.get(extend.row)
-            # A session's next turn has the row and the id of the last one.
-            if record is None or record.rid != extend.rid or not record.prefilling:
-                record = self.records.admit(
-                    extend.row, rid=extend.rid, found_tokens=extend.prefix_tokens, prompt_len=extend.prompt_len
-                )
-            record.length = extend.end_tokens
-            record.prefilling = not extend.last_chunk
+            if chosen:
+                step = extend_step(self.decoding, extends, chosen, self._looks, self._layers)
+        except Exception as error:
+            self.faults.note("lists", error)
+        self._under_way = None if step is None else step.counts
+        return step
+
+    def _walk_first(self, extends: list[Extend]) -> list[int]:
+        """Walk the rows of a prefill batch that may recall, as they are before it; on a CPU nobody waits for the copy.
+
+        Returns:
+            Their places in the batch.
+        """
+        chosen = may_recall(extends, [self._admit(extend, before=True) for extend in extends], self.config)
+        if chosen:
+            self._look(list(chosen.values()))
+            self._plan(self.snapshots.read())
+        return list(chosen)
+
+    def _admit(self, extend: Extend, before: bool = False) -> Row | None:
+        """Note a request's chunk, see `Records.chunk`; None where that failed, and the request will decode densely."""
+        try:
+            record = self.records.chunk(extend, before)
             self.tables.write(record)
             return record
         except Exception as error:
@@ -217,13 +225,13 @@ class ClusterEngine:
         return step
 
     def sparse_layer(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, step: DecodeStep, scale: float,
-        sinks: torch.Tensor | None = None,
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, step: DecodeStep | ExtendStep,
+        scale: float, sinks: torch.Tensor | None = None,
     ) -> torch.Tensor | None:  # fmt: skip
         """Attention of one layer for the sparse requests of the step that was begun last; see `sparse_decode`.
 
         Args:
-            q: [B, heads, D], of all requests.
+            q: [B, heads, D], of all requests, or of all new tokens of a prefill.
             keys: [slots, kv_heads, D], the layer's pool.
             values: likewise.
             layer: counted from this rank's first.
@@ -235,15 +243,13 @@ class ClusterEngine:
             [B, heads, D] with the lines of the sparse requests, the others uninitialised. None where our own code failed: these
             requests have to attend to everything from this layer on, and the step is counted so.
         """
-        assert step.sparse is not None
         try:
             more = self.residency.layer(layer) | ({} if sinks is None else {"sinks": sinks})
-            if step.sparse_at is None:
-                return self.sparse_decode(q, keys, values, self.index, layer, step.sparse, scale, **more)
             output = torch.empty_like(q)
-            output[step.sparse_at] = self.sparse_decode(
-                q[step.sparse_at], keys, values, self.index, layer, step.sparse, scale, **more
-            )
+            for at, lists in step.parts:
+                if at is None:
+                    return self.sparse_decode(q, keys, values, self.index, layer, lists, scale, **more)
+                output[at] = self.sparse_decode(q[at], keys, values, self.index, layer, lists, scale, **more)
             return output
         except Exception as error:
             self.faults.note("layer", error)
@@ -260,9 +266,9 @@ class ClusterEngine:
         return DecodeStep(None, None, None, None, step.rows, step.seq_lens, self._under_way, reasons)
 
     def count_step(self) -> None:
-        """Count the decode step that was begun last; call once its layers have run, and before counts are read."""
+        """Count the step that was begun last; call once its layers have run, and before counts are read."""
         if self._under_way is not None:
-            if self._under_way.sparse:
+            if self._under_way.sparse or self._under_way.recalled_extends:
                 self._layers.succeeded()
             self.counters.add(self._under_way)
             self._under_way = None
@@ -301,13 +307,17 @@ class ClusterEngine:
             self.snapshots.drop()
             self._wait(doing, error)
             return False
+        self._plan(snapshots)
+        return self._looks.over
+
+    def _plan(self, snapshots: list[Snapshot]) -> None:
+        """Decide what follows from snapshots, and build it."""
         try:
             if snapshots:
                 self._run(self.planner.plan(snapshots))
                 self._looks.succeeded()
         except Exception as error:
             self._start_over("plan", error)
-        return self._looks.over
 
     def _run(self, plan: Plan) -> None:
         """Queue a plan's device work and publish the rows it touched."""
@@ -328,7 +338,7 @@ class ClusterEngine:
             if not record.dirty:
                 record.failures = 0
             self.tables.write(record)
-            self._announce(record)
+            self.counters.announce(record)
         self.counters.forced_borders += plan.forced
 
     # -- what went wrong ------------------------------------------------------------------------------------------
@@ -350,18 +360,6 @@ class ClusterEngine:
         """Count a fault, and look at no row for a while: longer each time in a row."""
         self.faults.note(operation, error)
         self._looks.failed()
-
-    def _announce(self, record: Row) -> None:
-        """Say once per request, when its prefill is planned, what was clustered and what was reused."""
-        if record.announced or record.prefilling:
-            return
-        record.announced = True
-        self.counters.tokens_reused += record.reused_tokens
-        if record.clustered_tokens or record.reused_tokens:  # a short prompt has nothing to say
-            logger.info(
-                "clusterkv: request %s: %d prompt tokens, %d cached, %d clustered, %d reused",
-                record.rid, record.prompt_len, record.cached_tokens, record.clustered_tokens, record.reused_tokens,
-            )  # fmt: skip
 
     def tell_violations(self) -> None:
         """Count and log what the device noticed that never may be; waits for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
+from sglang_clusterkv.clusters.extending import ExtendStep
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ConfigError
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MANY_TOKENS = 64  # new tokens of a batch from which its products gain from more threads
+_MANY_TOKENS = 2  # new tokens of a batch from which its products gain from more threads
 _OTHER = "use another --attention-backend"
 
 
@@ -110,6 +112,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         self._step: DecodeStep | None = None
         self._all_dense: DenseStep | None = None
         self._extend_slots: list[torch.Tensor] = []
+        self._extend: ExtendStep | None = None
         self._said: set[DenseReason] = set()
 
     def support_triton(self) -> bool:
@@ -139,6 +142,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
             with self._tier_prefill.reads(forward_batch) if self._tier_prefill is not None else nullcontext():
                 self.prefill.init_forward_metadata(forward_batch)
         else:
+            self._extend = runtime.take_extend()
             table = self.req_to_token_pool.req_to_token
             lengths = forward_batch.extend_prefix_lens + forward_batch.extend_seq_lens
             self._extend_slots = [
@@ -165,7 +169,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Dense attention of new tokens over their prefix and themselves, [tokens, heads * D]."""
+        """Attention of new tokens over their prefix and themselves, [tokens, heads * D]: dense where they do not recall."""
         _refuse_more(kwargs)
         if self.prefill is not None:
             with self._tier_prefill.layer(layer.layer_id) if self._tier_prefill is not None else nullcontext():
@@ -174,11 +178,15 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         self._write(k, v, layer, forward_batch, save_kv_cache)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        output = torch.empty_like(rows)
         scale, of_values = _scales(layer, keys.dtype)
+        output, recalls = self._recall(rows, keys, values, layer, k is None, scale, sinks)
         begin = 0
-        for slots, new in zip(self._extend_slots, forward_batch.extend_seq_lens_cpu, strict=True):
-            new = int(new)
+        for slots, new, recalled in zip(
+            self._extend_slots, map(int, forward_batch.extend_seq_lens_cpu), recalls, strict=True
+        ):
+            if recalled:
+                begin += new
+                continue
             output[begin : begin + new] = extend(
                 rows[begin : begin + new],
                 keys,
@@ -192,6 +200,28 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
             )
             begin += new
         return _times(output, of_values).flatten(1)
+
+    def _recall(
+        self,
+        rows: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: RadixAttention,
+        shares: bool,
+        scale: float,
+        sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Sequence[bool]]:
+        """Output of a prefill's layer [tokens, heads, D], with the lines of requests that recall, and which of them do."""
+        none = [False] * len(self._extend_slots)
+        if self._extend is None or shares or self._dense_layer(layer) is not None:
+            return torch.empty_like(rows), none
+        assert self.engine is not None
+        local = layer.layer_id - self.first_layer
+        output = self.engine.sparse_layer(rows, keys, values, local, self._extend, scale, sinks)
+        if output is not None:
+            return output, self._extend.recalls.tolist()
+        self._extend = None  # our own code failed: all attend to everything from this layer on
+        return torch.empty_like(rows), none
 
     def forward_decode(
         self,

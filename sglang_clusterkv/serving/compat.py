@@ -342,18 +342,34 @@ TRACE_REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
+# Rows that hold with `recall_extend_tokens` alone, asked with the model.
+RECALL_EXTEND_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "recalled extends on a GPU",
+        lambda a, m: (a.device or "cpu") != "cpu",
+        "on a GPU SGLang's own backends prefill, which attend to everything: leave out recall_extend_tokens",
+    ),
+)
+
 
 def refusal(
-    arguments: Any, model: ModelFacts | None = None, *, host_tier: bool = False, trace: bool = False
+    arguments: Any,
+    model: ModelFacts | None = None,
+    *,
+    host_tier: bool = False,
+    trace: bool = False,
+    recall_extends: bool = False,
 ) -> str | None:
     """The sentence of the first row that applies, or None. Without a model only the arguments' rows are asked.
 
-    host_tier: the configuration's `host_ratio` is above 1. trace: its `trace` is on.
+    host_tier: the configuration's `host_ratio` is above 1. trace: its `trace` is on. recall_extends: its
+    `recall_extend_tokens` is above 0.
     """
     facts = model or ModelFacts(head_dim=64, v_head_dim=64)
     rows = REFUSALS if model else ARGUMENT_REFUSALS
     if model:
         rows += (HOST_TIER_REFUSALS if host_tier else ()) + (TRACE_REFUSALS if trace else ())
+        rows += RECALL_EXTEND_REFUSALS if recall_extends else ()
     for row in rows:
         if row.applies(arguments, facts):
             return f"--attention-backend {BACKEND} cannot serve this: {row.sentence}"

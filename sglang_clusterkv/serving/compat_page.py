@@ -5,7 +5,13 @@ python -m sglang_clusterkv.serving.compat_page > docs/compatibility.md
 
 from typing import NamedTuple
 
-from sglang_clusterkv.serving.compat import BACKEND, HOST_TIER_REFUSALS, REFUSALS, TRACE_REFUSALS
+from sglang_clusterkv.serving.compat import (
+    BACKEND,
+    HOST_TIER_REFUSALS,
+    RECALL_EXTEND_REFUSALS,
+    REFUSALS,
+    TRACE_REFUSALS,
+)
 
 
 class Beside(NamedTuple):
@@ -104,6 +110,7 @@ def compatibility_markdown() -> str:
     rows = "\n".join(f"| {row.name} | {row.sentence} |" for row in REFUSALS)
     host_tier = "\n".join(f"| {row.name} | {row.sentence} |" for row in HOST_TIER_REFUSALS)
     trace = "\n".join(f"| {row.name} | {row.sentence} |" for row in TRACE_REFUSALS)
+    recall = "\n".join(f"| {row.name} | {row.sentence} |" for row in RECALL_EXTEND_REFUSALS)
     releases = "\n".join(f"| {row.version} | {row.checked} | {row.served} |" for row in RELEASES)
     beside = "\n".join(f"| {row.what} | {row.status} |" for row in BESIDE)
     return f"""# Compatibility
@@ -206,6 +213,12 @@ loaded.
 | what | sentence |
 |---|---|
 {trace}
+
+With `recall_extend_tokens` above 0 also this.
+
+| what | sentence |
+|---|---|
+{recall}
 """
 
 

@@ -12,7 +12,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_clusterkv.serving import active
-from sglang_clusterkv.serving.platform import OMP_BINDING, default_omp_binding
+from sglang_clusterkv.serving.platform import OMP_BINDING, OVERLAP, default_omp_binding
 
 
 class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -37,11 +37,15 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return torch.profiler.ProfilerActivity.CPU
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Bind each rank's threads unless the user did; the ranks, started later, inherit it by the environment.
+        """Leave the overlap schedule out, and bind each rank's threads unless the user did, by the environment of the ranks.
+
+        There is nothing to overlap: who launches a forward here computes it, and a result would wait for the next one too.
 
         Their threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise: threads that spin hold up whatever else
         runs on the cores, and themselves by it.
         """
+        if os.environ.get(OVERLAP) != "1":
+            server_args.disable_overlap_schedule = True
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if os.environ.get(OMP_BINDING) in (None, "", self._written_binding):
             ranks = server_args.dp_size * server_args.tp_size * server_args.pp_size

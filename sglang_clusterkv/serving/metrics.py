@@ -46,6 +46,8 @@ _TOTALS = {
     "tokens_recalled": ("tokens_recalled_total", "Clustered tokens that sparse steps recalled, per kv head and layer."),
     "tokens_available": ("tokens_available_total", "Clustered tokens that sparse steps could choose from."),
     "sparse_steps": ("sparse_steps_total", "Decode steps of a request that attended sparsely."),
+    "recalled_extends": ("recalled_extends_total", "Prompts whose new tokens recalled (`recall_extend_tokens`)."),
+    "recalled_extend_tokens": ("recalled_extend_tokens_total", "Their new tokens."),
     "splits": ("splits_total", "Segments that were cut by a shorter match."),
     "merges": ("merges_total", "Neighbouring segments that became one."),
     "forced_borders": (

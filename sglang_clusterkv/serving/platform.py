@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 OMP_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
+OVERLAP = "SGLANG_CLUSTERKV_CPU_OVERLAP"  # 1: SGLang's overlap schedule on our CPU platform
 # A torch operation at decode takes less time than a thread barrier on a shared machine.
 CORES_PER_RANK = 1
 

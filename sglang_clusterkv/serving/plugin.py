@@ -186,7 +186,8 @@ def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
         _refuse(server_args, "SGLang forces another attention backend for this model: leave out --attention-backend")
     facts = _model_facts(server_args)
     config = fit_defaults(_load(server_args), view.page_size)
-    if sentence := compat.refusal(view, facts, host_tier=config.host_ratio > 1, trace=config.trace):
+    options = {"host_tier": config.host_ratio > 1, "recall_extends": config.recall_extend_tokens > 0}
+    if sentence := compat.refusal(view, facts, trace=config.trace, **options):
         _refuse(server_args, sentence)
     try:
         validate(config, view.page_size, facts.head_dim, facts.layers)

@@ -14,6 +14,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.clusters.engine import ClusterEngine
+from sglang_clusterkv.clusters.extending import ExtendStep
 from sglang_clusterkv.clusters.rows import Extend
 from sglang_clusterkv.serving import trace
 from sglang_clusterkv.serving.ranks import agreed
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _engine: ClusterEngine | None = None
 _step: DecodeStep | None = None  # made when a decode batch is launched, taken by its init_forward_metadata
+_extend: ExtendStep | None = None  # likewise when a prefill batch is launched of which some recall
 _inserted_until: int | None = None  # InsertResult.prefix_len of the first insert of the checkpoint under way
 _in_checkpoint = False
 _launched = False  # a forward, since the scheduler was idle
@@ -121,8 +123,8 @@ def _announce(pool: Any) -> None:
 
 def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwargs: Any) -> None:
     """A real batch is launched; the current stream is the forward stream (BEFORE forward_batch_generation)."""
-    global _step, _launched
-    _step = None
+    global _step, _extend, _launched
+    _step = _extend = None
     if _engine is None or batch is None or worker.is_draft_worker:
         return
     _launched = True
@@ -132,7 +134,7 @@ def before_forward(worker: Any, batch: ScheduleBatch | None, *args: Any, **kwarg
         _step = agreed(_engine, _engine.begin_decode(batch.req_pool_indices_cpu.numpy(), batch.seq_lens_cpu.numpy()))
     elif batch.forward_mode.is_extend():
         trace.start(_engine, batch.reqs)
-        _engine.begin_extend(
+        _extend = _engine.begin_extend(
             [
                 Extend(
                     row=req.kv.req_pool_idx,
@@ -164,6 +166,13 @@ def take_step() -> DecodeStep | None:
     """The lists of the decode batch just launched; None for a batch that did not come from the scheduler."""
     global _step
     step, _step = _step, None
+    return step
+
+
+def take_extend() -> ExtendStep | None:
+    """The lists of the prefill batch just launched; None where none of it recalls."""
+    global _extend
+    step, _extend = _extend, None
     return step
 
 

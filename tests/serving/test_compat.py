@@ -17,7 +17,7 @@ import pytest
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.serving import active, compat, plugin
-from sglang_clusterkv.serving.compat import HOST_TIER_REFUSALS, REFUSALS, TRACE_REFUSALS
+from sglang_clusterkv.serving.compat import HOST_TIER_REFUSALS, RECALL_EXTEND_REFUSALS, REFUSALS, TRACE_REFUSALS
 from sglang_clusterkv.serving.compat_page import compatibility_markdown
 from sglang_clusterkv.serving.model_facts import ModelFacts
 
@@ -186,11 +186,19 @@ def test_traces_are_refused_where_a_rank_has_some_of_the_kv_heads():
     assert compat.refusal(SimpleNamespace(**SERVED), MODEL, trace=True) is None
 
 
+def test_recalled_extends_are_refused_on_a_gpu():
+    changed = SimpleNamespace(**SERVED | {"device": "cuda"})
+    said = compat.refusal(changed, MODEL, recall_extends=True)
+    assert said == f"--attention-backend clusterkv cannot serve this: {RECALL_EXTEND_REFUSALS[0].sentence}"
+    assert compat.refusal(changed, MODEL) is None
+    assert compat.refusal(SimpleNamespace(**SERVED), MODEL, recall_extends=True) is None
+
+
 def test_every_row_has_a_case_and_says_what_to_do():
     assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
     assert {name for name, *_ in HOST_TIER_CASES} == {row.name for row in HOST_TIER_REFUSALS}
     assert [row.name for row in TRACE_REFUSALS] == ["traces and tensor parallelism"]
-    for row in (*REFUSALS, *HOST_TIER_REFUSALS, *TRACE_REFUSALS):
+    for row in (*REFUSALS, *HOST_TIER_REFUSALS, *TRACE_REFUSALS, *RECALL_EXTEND_REFUSALS):
         assert any(word in row.sentence for word in ("leave", "use ", "unset", "pass ", "change ")), row.name
 
 

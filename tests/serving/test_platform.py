@@ -16,6 +16,7 @@ from sglang_clusterkv.serving import active
 from sglang_clusterkv.serving.cpu_platform import ClusterKVCpuPlatform
 from sglang_clusterkv.serving.platform import (
     OMP_BINDING,
+    OVERLAP,
     accelerator_found,
     activate,
     apply_thread_count,
@@ -63,6 +64,18 @@ def test_a_profile_of_a_server_records_the_cpu_as_torch_names_it():
 def test_sglang_takes_it_while_it_is_being_imported():
     # Whichever module comes first, SGLang must not meet a half-imported platform and fall back to another one.
     assert isinstance(sglang.srt.platforms.current_platform, ClusterKVCpuPlatform) or accelerator_found()
+
+
+@pytest.mark.parametrize("wanted", [None, "1", "0"])
+def test_a_result_does_not_wait_for_the_next_forward_unless_that_is_asked_for(monkeypatch, wanted):
+    """An overlapped forward is one that runs elsewhere; here its result would come a whole step late."""
+    monkeypatch.setenv(OMP_BINDING, "0")
+    monkeypatch.delenv(OVERLAP, raising=False)
+    if wanted is not None:
+        monkeypatch.setenv(OVERLAP, wanted)
+    arguments = SimpleNamespace(dp_size=1, tp_size=1, pp_size=1, disable_overlap_schedule=False)
+    ClusterKVCpuPlatform().apply_server_args_defaults(arguments)
+    assert arguments.disable_overlap_schedule is (wanted != "1")
 
 
 @pytest.mark.parametrize(

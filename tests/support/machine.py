@@ -31,6 +31,7 @@ CONFIGS = [
         {"merge_segments": True, "window_tokens": 32, "segment_tokens": 512},
         {"refine": False, "sink_tokens": 48, "recluster_every": 160},
         {"segment_tokens": 128, "merge_segments": True, "recluster_every": 64},
+        {"merge_segments": True, "recall_extend_tokens": 70},
         {"reproducible": True, "merge_segments": True},
         {"reproducible": True, "recluster_every": 80},
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sglang_clusterkv.clusters.rows import Row, Segment
+from sglang_clusterkv.clusters.rows import Extend, Row, Segment
 
 
 class Records:
@@ -25,6 +25,18 @@ class Records:
         record = Row(row=row, prompt_len=prompt_len, found_end=found_tokens, length=found_tokens, rid=rid)
         record.cached_tokens = found_tokens
         self.rows[row] = record
+        return record
+
+    def chunk(self, extend: Extend, before: bool = False) -> Row:
+        """A chunk of a request's prompt is launched; `before`: it will be, and what counts is what there is until then."""
+        record = self.rows.get(extend.row)
+        # A session's next turn has the row and the id of the last one.
+        if record is None or record.rid != extend.rid or not record.prefilling:
+            record = self.admit(
+                extend.row, rid=extend.rid, found_tokens=extend.prefix_tokens, prompt_len=extend.prompt_len
+            )
+        record.length = extend.prefix_tokens if before else extend.end_tokens
+        record.prefilling = before or not extend.last_chunk
         return record
 
     def rewritten(self, row: int, begin: int, end: int) -> bool:

@@ -50,7 +50,7 @@ OPERATIONS: dict[str, tuple[Any, str, set[str]]] = {
     "build": (build, "build_segments", {"build"}),
     "mark": (ClusterIndex, "mark", {"build"}),
     "publish": (RowTables, "write", {"plan", "admit"}),
-    "lists": (DecodeLists, "_sparse", {"lists"}),
+    "lists": (DecodeLists, "sparse", {"lists"}),
     "memory of the layers": (decoding, "prepare", {"lists"}),
     "dense lists": (decoding, "dense_step", {"lists"}),
     "all lists": (DecodeLists, "step", {"lists"}),

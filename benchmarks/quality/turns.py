@@ -6,8 +6,9 @@ Ten sentences with magic numbers lie in a document of prose. Sessions that share
 all at once; a turn is one short question with its answer. The history of a session holds the right answers, so that every
 policy is asked the same prompts (`--history own` keeps what was said). Unless `--question prefilled` says otherwise, questions
 go through the policy's decode steps, and later turns read what these wrote to the KV cache; so the cache is emptied and the
-document prefilled again for each policy. `--merging on off` starts a server for each. Writes JSON, Markdown and SVG to
-benchmarks/results/.
+document prefilled again for each policy. `--merging on off` starts a server for each; `--question prefilled
+--recall-extend 128` has each policy once more, with questions that recall (`recall_extend_tokens`). Writes JSON, Markdown and
+SVG to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -188,6 +189,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--merging", nargs="+", choices=["on", "off"], default=["on"], help="of segments; a server for each"
     )
     parser.add_argument("--question", choices=["decoded", "prefilled"], default="decoded")
+    parser.add_argument(
+        "--recall-extend", type=int, help="tokens: each policy once more with recalled extends, of prefilled questions"
+    )
     parser.add_argument("--history", choices=["right", "own"], default="right", help="answers that later turns read")
     parser.add_argument(
         "--format", choices=["chat", "plain"], default="chat", help="by the chat template, or a text to go on"
@@ -198,7 +202,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.documents, args.sessions, args.turns) < 1 or args.turns > len(CITIES):
         parser.error(f"--documents, --sessions and --turns must be at least 1, --turns at most {len(CITIES)}")
+    if args.recall_extend is not None and args.question != "prefilled":
+        parser.error("--recall-extend needs --question prefilled: what is decoded recalls in any case")
     return args
+
+
+def recalling(arms: Sequence[Arm], tokens: int) -> list[Arm]:
+    """The arms, and those that are not dense once more with extends of up to so many tokens that recall."""
+    more = [
+        arm._replace(name=f"{arm.name}, recalled extends", options=arm.options | {"recall_extend_tokens": tokens})
+        for arm in arms
+        if arm.policy != DENSE
+    ]
+    return [*arms, *more]
 
 
 def main() -> None:
@@ -217,6 +233,8 @@ def main() -> None:
     pool = max(args.lengths) + args.sessions * args.turns * TURN_TOKENS + POOL_SLACK_TOKENS
     for place, merging in enumerate(args.merging):
         arms = arms_of(args.policies, args.budgets, args.candidates)[min(place, 1) :]  # dense once
+        if args.recall_extend is not None:
+            arms = recalling(arms, args.recall_extend)
         if len(args.merging) > 1:
             arms = [arm if arm.policy == DENSE else arm._replace(name=f"{arm.name}, merging {merging}") for arm in arms]
         log = Path(tempfile.mkdtemp(prefix="turns-")) / "server.log"

@@ -25,7 +25,7 @@ from benchmarks.quality.prompts import COMMON_WORDS, DEPTHS, HOPS, TASKS, VALUES
 from benchmarks.quality.ruler import optional, recount
 from benchmarks.quality.scores import Answer, bootstrap, change, judged, length_ratio, read_answers, string_match, table
 from benchmarks.quality.tasks import answer_of, heat_map, make_samples
-from benchmarks.quality.turns import answers_of, hold_session, make_conversation
+from benchmarks.quality.turns import answers_of, hold_session, make_conversation, parse_args, recalling
 
 LENGTHS = (700, 1501)
 
@@ -310,6 +310,15 @@ def test_later_turns_read_the_right_answers_or_their_own(prompts: Prompts, monke
         said = [[1, 2] if own else turn.right for turn in turns]
         assert asked[0] == made.document
         assert asked[2] == made.document + turns[0].question + said[0] + turns[1].question + said[1]
+
+
+def test_questions_recall_in_arms_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    dense, ours, again = recalling(arms_of(["ours"], [256]), 128)
+    assert dense.policy == "dense" and again.options == ours.options | {"recall_extend_tokens": 128}
+    assert "recall_extend_tokens" not in ours.options and len({dense.name, ours.name, again.name}) == 3
+    with pytest.raises(SystemExit):
+        parse_args(["--recall-extend", "128"])
+    assert "--recall-extend needs --question prefilled" in capsys.readouterr().err
 
 
 def test_a_missing_lm_eval_is_said_with_how_to_install_it() -> None:

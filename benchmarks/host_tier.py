@@ -369,7 +369,7 @@ def log_probabilities(name: str, document: Document, args: argparse.Namespace) -
     with serve(args.model, log, *flags, config=config) as server:
         use(server, "ours", **options_of(args.budget))
         for _ in range(2):
-            server.generate(document.prompt, 1)
+            server.generate(document.prompt, 2)  # a decode step, at whose head it is clustered
         found = {"ours": decoded(forced_decode(server, document.prompt, document.decoded))}
         counts = server.counts().get("host_tier", {})
         if name == DEVICE:

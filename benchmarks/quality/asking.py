@@ -116,4 +116,4 @@ def prefill(server: Server, *documents: list[int]) -> None:
     use(server, DENSE)
     for document in documents:
         for _ in range(2):
-            server.generate(document, 1)
+            server.generate(document, 2)  # a decode step, at whose head it is clustered

@@ -94,7 +94,7 @@ def main() -> None:
     found = {}
     with serve(model, folder / "server.log", *SERVER_FLAGS, config={}) as server:
         for _ in range(2):
-            server.generate(document.prompt, 1)
+            server.generate(document.prompt, 2)  # a decode step, at whose head it is clustered
         for policy, budget in tqdm(arms, unit="arm"):
             file = folder / f"{policy}-{budget}.npz"
             use(server, policy, record={"file": str(file), "heads": heads}, **options_of(budget))

@@ -61,7 +61,7 @@ def hold(
     """All turns under one arm, from an exact prefill: log-probabilities by turn, what was counted, bytes read from the host."""
     server.flush()
     use_arm(server, DENSE, args.budget, 0)
-    server.generate(document, 1)
+    server.generate(document, 2)  # a decode step, at whose head it is clustered
     use_arm(server, arm, args.budget, args.recall)
     before, read = server.counts(), tier_bytes(server)
     history, rows = document, []
@@ -100,7 +100,7 @@ def first_tokens(server: Server, ids: list[int], args: argparse.Namespace) -> di
     """Seconds to the first token behind questions that differ, over a document that is cached."""
     document = ids[: args.prompt]
     use_arm(server, DENSE, args.budget, 0)
-    server.generate(document, 1)
+    server.generate(document, 2)  # a decode step, at whose head it is clustered
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for i in range(TIMED):
         for arm in ARMS:

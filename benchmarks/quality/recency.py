@@ -239,7 +239,7 @@ def prefill(server: Server, prompt: list[int]) -> None:
     """From an empty cache, clustered at the first request, cut where a match ends at the second."""
     server.flush()
     for _ in range(2):
-        server.generate(prompt, 1)
+        server.generate(prompt, 2)  # a decode step, at whose head it is clustered
 
 
 def hold_chat(server: Server, opening: list[int], questions: list[list[int]], end: int) -> list[Reply]:

@@ -178,7 +178,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         self._write(k, v, layer, forward_batch, save_kv_cache)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        scale, of_values = _scales(layer, keys.dtype)
+        scale, of_values = layers.scales(layer, keys.dtype)
         output, recalls = self._recall(rows, keys, values, layer, k is None, scale, sinks)
         begin = 0
         for slots, new, recalled in zip(
@@ -199,7 +199,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
                 sinks=sinks,
             )
             begin += new
-        return _times(output, of_values).flatten(1)
+        return layers.times(output, of_values).flatten(1)
 
     def _recall(
         self,
@@ -252,15 +252,15 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         if reason is None and step.sparse is not None:
             assert self.engine is not None
             local = layer.layer_id - self.first_layer
-            scale, of_values = _scales(layer, keys.dtype)
+            scale, of_values = layers.scales(layer, keys.dtype)
             if self._in_capture:  # a fault ends the capture
                 more = {} if sinks is None else {"sinks": sinks}
                 index, lists = self.engine.index, step.sparse
                 output = self.engine.sparse_decode(rows, keys, values, index, local, lists, scale, **more)
-                return _times(output, of_values).flatten(1)
+                return layers.times(output, of_values).flatten(1)
             mixed = self.engine.sparse_layer(rows, keys, values, local, step, scale, sinks)
             if mixed is not None:
-                mixed = _times(mixed, of_values)
+                mixed = layers.times(mixed, of_values)
                 if step.dense is not None:
                     assert step.dense_at is not None
                     mixed[step.dense_at] = self._dense(rows[step.dense_at], keys, values, layer, step.dense, sinks)
@@ -304,7 +304,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         step: DenseStep,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        scale, of_values = _scales(layer, keys.dtype)
+        scale, of_values = layers.scales(layer, keys.dtype)
         output = dense_decode(
             rows,
             keys,
@@ -317,7 +317,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
             tier=self._tier(layer),
             sinks=sinks,
         )
-        return _times(output, of_values)
+        return layers.times(output, of_values)
 
     def _tier(self, layer: RadixAttention) -> TierLayer | None:
         """Where keys and values of the layer are that have no room in its buffers; None: all have."""
@@ -358,20 +358,6 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         if save_kv_cache and k is not None:
             scales = (layer.k_scale, layer.v_scale) if self.token_to_kv_pool.dtype in FP8 else ()
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v, *scales)
-
-
-def _scales(layer: RadixAttention, pool: torch.dtype) -> tuple[float, float]:
-    """The scale of logits with stored keys, and the factor of outputs from stored values.
-
-    Clusters are of keys and values as stored: k-means and codes are the same in any unit.
-    """
-    of_keys, of_values = layers.kv_scales(layer, pool)
-    return layer.scaling * of_keys, of_values
-
-
-def _times(output: torch.Tensor, factor: float) -> torch.Tensor:
-    """`output`, multiplied where that changes it."""
-    return output if factor == 1.0 else output * factor
 
 
 def _all_dense(rows: np.ndarray, seq_lens: np.ndarray, dense: DenseStep) -> DecodeStep:

@@ -80,6 +80,20 @@ def kv_scales(layer: RadixAttention, pool: torch.dtype) -> tuple[float, float]:
     return 1.0 if key is None else key, 1.0 if value is None else value
 
 
+def scales(layer: RadixAttention, pool: torch.dtype) -> tuple[float, float]:
+    """The scale of logits with stored keys, and the factor of outputs from stored values.
+
+    Clusters are of keys and values as stored: k-means and codes are the same in any unit.
+    """
+    of_keys, of_values = kv_scales(layer, pool)
+    return layer.scaling * of_keys, of_values
+
+
+def times(output: torch.Tensor, factor: float) -> torch.Tensor:
+    """`output`, multiplied where that changes it."""
+    return output if factor == 1.0 else output * factor
+
+
 def unserved(model: torch.nn.Module | None) -> str | None:
     """What an attention layer of a model asks for that is not served, in words; None where all of them are."""
     for layer in attention_layers(model):

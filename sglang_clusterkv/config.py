@@ -99,9 +99,8 @@ FIELD_DOCS: dict[str, str] = {
     "dense_below_tokens": "Sequences shorter than this, in tokens, attend to everything.",
     "dense_below": "auto: on a GPU a step attends to everything where its batch has so few clustered tokens that this is "
     "likely faster, never with a host tier; never: each request by itself. See [gpu.md](gpu.md).",
-    "recall_extend_tokens": "Prompts of which all but so many tokens, or fewer, come from the prefix cache "
-    "recall for these as a decode step does, instead of attending to everything; 0 is off. On a CPU alone. See "
-    "[design.md](design.md#recalled-extends).",
+    "recall_extend_tokens": "Prompts of which all but so many tokens, or fewer, come from the prefix cache recall for "
+    "these as a decode step does; 0 is off. On a CPU alone. See [design.md](design.md#recalled-extends).",
     "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
     "pages, four or more, at most segment_tokens.",
     "merge_segments": "Cluster neighbouring segments that one running request alone sees again as one, when that at least "
@@ -154,9 +153,7 @@ LIMITS: dict[str, Limit] = {
     "recall_extend_tokens": Limit(0, 1024, "each of them costs as much as a decode step"),
     "recluster_every": Limit(MIN_SEGMENT_PAGES, MAX_SEGMENT_TOKENS, _SEGMENT, pages=True),
     "trace_tokens": Limit(1, 4096, "the server keeps them in memory until the answer ends, and sends them with it"),
-    "host_ratio": Limit(
-        1, 64, "the clusters of every token stay on the device, and beyond it are all that is left there"
-    ),
+    "host_ratio": Limit(1, 64, "the clusters of every token stay on the device, and beyond are all that is left there"),
 }
 
 
@@ -262,10 +259,7 @@ def validate(config: ClusterKVConfig, page_size: int, head_dim: int | None = Non
             "every step: set dense_layers to 0 or host_ratio to 1"
         )
     if config.reproducible and config.recall_extend_tokens > 0:
-        problems.append(
-            f"recall_extend_tokens={config.recall_extend_tokens} lets answers depend on what is cached, against "
-            "reproducible: leave one of them out"
-        )
+        problems.append("recall_extend_tokens lets answers depend on what is cached, not reproducible: leave one out")
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -351,10 +345,8 @@ def _wrong_value(raw: dict[str, Any], message: str) -> str:
 
 def _accepted_text(name: str) -> str:
     """What the field accepts, in words, with its limits."""
-    limit = LIMITS.get(name)
-    if limit is None:
-        return _type_text(name)
-    return f"{_type_text(name)}, {'up' if limit.pages else limit.least} to {limit.most:,}"
+    limit, text = LIMITS.get(name), _type_text(name)
+    return text if limit is None else f"{text}, {'up' if limit.pages else limit.least} to {limit.most:,}"
 
 
 def checks_indices() -> bool:

@@ -187,7 +187,7 @@ def test_a_fault_of_the_lists_costs_recall_and_nothing_else() -> None:
 
 
 def test_it_goes_with_no_reproducible_answers() -> None:
-    with pytest.raises(ConfigError, match="against reproducible: leave one of them out"):
+    with pytest.raises(ConfigError, match="not reproducible: leave one out"):
         validate(ClusterKVConfig(reproducible=True, recall_extend_tokens=8), 16)
 
 

@@ -280,6 +280,16 @@ def _ids_of_the_row_before() -> AbstractContextManager[Any]:
     return patch.object(RowTables, "write", but_its_ids)
 
 
+@contextmanager
+def _built_over_what_was_cut() -> Iterator[None]:
+    """As on a GPU, where nobody looks before: the count where pages are marked has to show it."""
+    with (
+        patch.object(ClusterIndex, "forget", lambda self, ids: None),
+        patch.object(Builder, "_unclustered", lambda *of: True),
+    ):
+        yield
+
+
 def _lists_written_before_the_replay_has_read() -> AbstractContextManager[Any]:
     return patch.object(LateReplays, "launch", lambda self, *of: lists_by_numpy(*of))
 
@@ -320,6 +330,7 @@ MUTANTS = {
     "merged although others see it": Mutant("2, 3", _replaced(Records, "watchers", lambda self, segment_id: 1)),
     "a row that ended stays known": Mutant("3, 4", _replaced(Records, "free", lambda self, row: None)),
     "built from an older row": Mutant("4", _built_from_the_row_of_the_launch_before),
+    "built over pages of another segment": Mutant("2, 3", _built_over_what_was_cut),
     "tables of other keys": Mutant("4, 5", _spoiled_mark),
     "built differently each time": Mutant("5", _built_differently_each_time),
     "what was found stays, although nobody else sees it": Mutant(

@@ -37,6 +37,7 @@ def assert_handed_out_pages_are_unclustered(world: World, slots: torch.Tensor) -
 def assert_rules(world: World) -> None:
     """Rules 2 to 5 as far as they speak of rows, records and tables; call after the head of a forward."""
     assert world.engine.counters.build_conflicts == 0, "a plan met another segment's pages"
+    assert not world.index.violations.any(), "pages were marked that are another segment's"
     for made in world.made:
         assert_segment_may_be_made(world, made)
     for request in world.walked if not world.may_fault else []:

@@ -483,6 +483,33 @@ def test_a_layer_that_caps_its_logits_is_refused_with_a_host_tier_alone(monkeypa
         backend.create_backend(runner)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fields", "sentence"),
+    [
+        ("float8_e4m3fn", {"host_ratio": 2.0, "host_kv_dtype": "int8"}, "leave out host_kv_dtype"),
+        ("float8_e5m2", {"host_kv_dtype": "int8"}, None),
+        ("float8_e4m3fn", {"host_ratio": 2.0}, None),
+        ("float8_e4m3fnuz", {}, "start with --kv-cache-dtype bf16"),
+    ],
+)
+def test_rows_of_an_fp8_cache_are_not_made_longer(dtype, fields, sentence, monkeypatch):
+    import torch
+
+    from sglang_clusterkv.config import ClusterKVConfig, ConfigError
+    from sglang_clusterkv.serving import backend
+
+    monkeypatch.setattr(backend, "active_config", lambda: ClusterKVConfig(**fields))
+    monkeypatch.setattr(backend, "ClusterKVAttnBackend", lambda runner: SimpleNamespace(engine=None))
+    runner = SimpleNamespace(
+        token_to_kv_pool=SimpleNamespace(dtype=getattr(torch, dtype)), model=torch.nn.ModuleList(), device="cpu"
+    )
+    if sentence is None:
+        assert backend.create_backend(runner).engine is None
+    else:
+        with pytest.raises(ConfigError, match=sentence):
+            backend.create_backend(runner)
+
+
 @pytest.mark.parametrize("phase", ["forward_extend", "forward_decode"])
 def test_what_a_model_hands_to_attention_beside_queries_keys_and_values_is_refused(phase, monkeypatch):
     from sglang_clusterkv.serving.backend import ClusterKVAttnBackend

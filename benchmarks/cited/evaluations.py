@@ -96,6 +96,11 @@ def _(found: Any) -> Rows:
     return [[None, between(line["kl"], line["kl_interval"], 5), percent(line["same"], 1)] for line in found["lines"]]
 
 
+@figures("kv", QUALITY, "quality-kv-20261130-000011")
+def _(found: Any) -> Rows:
+    return [[None, between(line["kl"], line["kl_interval"], 5), percent(line["same"], 1)] for line in found["lines"]]
+
+
 def _drift_tables(found: Any) -> list[list[list[str]]]:
     """What the benchmark itself prints of a result."""
     from benchmarks.quality.drift import table

@@ -9,6 +9,31 @@ import numpy as np
 from sglang_clusterkv.kernels.cpu_math import part
 
 BINS = 2048  # three levels of 11, 11 and 10 bits
+_CHUNK = 64  # bins whose sum is looked at before they are
+
+
+@part
+def _border(bins: Any, count: int, above: int, limit: int) -> tuple[int, int]:
+    """(The highest bin with which those from the top weigh `limit` or more, together with `above`; weight above it).
+
+    The bin is -1 where all of the first `count` bins, a multiple of `_CHUNK`, weigh less.
+    """
+    first = count - _CHUNK
+    while first >= 0:
+        chunk, total = bins[first : first + _CHUNK], 0
+        for i in range(_CHUNK):
+            total += chunk[i]
+        if above + total >= limit:
+            break
+        above += total
+        first -= _CHUNK
+    if first < 0:
+        return -1, above
+    chunk, at = bins[first : first + _CHUNK], _CHUNK - 1
+    while above + chunk[at] < limit:
+        above += chunk[at]
+        at -= 1
+    return first + at, above
 
 
 @part
@@ -26,17 +51,13 @@ def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any, near: 
     Returns:
         (t, weight that keys equal to t may still take); (0, a large number) where all keys weigh less than `limit`.
     """
-    above = 0
     bins[:] = 0
     for i in range(count):
         bins[keys[i] >> np.uint32(21)] += weights[i]
-    bin_at = BINS - 1
-    while above + bins[bin_at] < limit:
-        above += bins[bin_at]
-        bin_at -= 1
-        if bin_at < 0:
-            return 0, 1 << 30
-    prefix, listed = bin_at, 0
+    prefix, above = _border(bins, BINS, 0, limit)
+    if prefix < 0:
+        return 0, 1 << 30
+    listed = 0
     for i in range(count):
         near[listed] = i
         listed += np.int64(np.int64(keys[i] >> np.uint32(21)) == prefix)
@@ -48,9 +69,6 @@ def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any, near: 
             key = np.int64(keys[near[i]])
             if key >> (shift + width) == prefix:
                 bins[(key >> shift) & mask] += weights[near[i]]
-        bin_at = mask
-        while above + bins[bin_at] < limit:
-            above += bins[bin_at]
-            bin_at -= 1
+        bin_at, above = _border(bins, mask + 1, above, limit)
         prefix = (prefix << width) | bin_at
     return prefix, limit - above

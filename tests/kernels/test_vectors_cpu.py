@@ -30,6 +30,7 @@ from sglang_clusterkv.kernels.vectors_cpu import (
     TOGETHER,
     add_rows,
     dot_rows,
+    unpack_rows,
 )
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
@@ -83,6 +84,21 @@ def check(row_format: int, channels: int, group: int) -> None:
     for begin, count in ((0, 5), (5, 1), (6, LISTED - 6)):
         dots(packed, scales, listed, begin, count, q, pieces)
     np.testing.assert_array_equal(found[:, :LISTED], pieces[:, :LISTED])
+
+    @njit
+    def unpack(packed, scales, listed, begin, count, out):
+        unpack_rows(row_format, channels, packed, scales, listed, begin, count, HEAD, out)
+
+    @njit
+    def dots_of_unpacked(rows, order, count, q, out):
+        dot_rows(FLOAT32, channels, group, rows, rows, order, 0, count, 0, q, out)
+
+    unpacked = np.full((LISTED + TOGETHER, 1, channels), np.nan, np.float32)
+    unpack(packed, scales, listed, 3, LISTED - 3, unpacked)
+    np.testing.assert_allclose(unpacked[: LISTED - 3, 0], rows[listed[3:LISTED], HEAD], rtol=1e-6)
+    assert np.isnan(unpacked[LISTED - 3 :]).all(), "more rows than were asked for"
+    dots_of_unpacked(unpacked, np.arange(LISTED + TOGETHER), LISTED - 3, q, pieces)
+    np.testing.assert_array_equal(found[:, 3:LISTED], pieces[:, : LISTED - 3])
 
     total = np.ones((group, channels), np.float32)
     sums(packed, scales, listed, 0, LISTED, weights, total)

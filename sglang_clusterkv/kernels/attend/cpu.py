@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sglang_clusterkv.kernels.attend import reference
-from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, njit, part
+from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, larger, njit, part
 from sglang_clusterkv.kernels.merge.cpu import sinks_kernel
 from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.row_cpu import KEYS, POOL_FORMATS, VALUES, pool_kernels, prefetch
@@ -32,7 +32,7 @@ def exponentials_in_place(logits: Any, begin: int, end: int) -> Any:
     """Replace logits [begin, end) by their exponentials relative to the largest; returns (largest, their sum)."""
     most = NEGLIGIBLE
     for t in range(begin, end):
-        most = max(most, logits[t])
+        most = larger(most, logits[t])
     total = np.float32(0.0)
     for t in range(begin, end):
         weight = fast_exp(logits[t] - most)

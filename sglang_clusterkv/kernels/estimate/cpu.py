@@ -37,6 +37,14 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
         return total
 
     @part(fastmath=FAST)
+    def rest_of(left: Any, has_own: Any) -> Any:
+        """The sum of what is left of a segment's clusters that have no mean value of their own here."""
+        total = np.float32(0.0)
+        for c in range(len(left)):
+            total += np.float32(0.0) if has_own[c] else left[c]
+        return total
+
+    @part(fastmath=FAST)
     def estimate(b: Any, h: Any, t: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
         clusters = lists.page_count[b] * n.per_page
         size, taken, keys, mass = u.size[b, h], u.taken[b, h], scratch.keys[t], scratch.chance[t, 0]
@@ -57,32 +65,36 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
             border, room = threshold(keys, scratch.ones, clusters, n.own, scratch.bins[t], scratch.near[t])
         else:
             keys[:clusters] = 1
-        listed = 0
+        near, mean_value, listed = scratch.near[t], scratch.unpacked[t, 0, 0], 0
         for s in range(segments):
             first = segment_begin[s]
             last = segment_begin[s + 1] if s + 1 < segments else page_count
+            one, count = first * per_page, (last - first) * per_page
+            chosen, sizes, gone = keys[one : one + count], size[one : one + count], taken[one : one + count]
+            before = listed
+            for c in range(count):
+                key = np.int64(chosen[c])
+                tied = np.int64(key == border) & np.int64(room > 0)
+                own_value = np.int64(key > border) | tied
+                room -= tied
+                chosen[c] = own_value
+                near[np.uint64(listed)] = one + c
+                listed += own_value & np.int64(sizes[c] > gone[c])
+            for i in range(before, listed):
+                c = np.int64(near[i])
+                page = c // per_page
+                rows[i] = pages[page] * per_page + c - page * per_page
             for g in range(group):
-                rest[g] = 0.0
-            for p in range(first, last):
-                for j in range(per_page):
-                    c = p * per_page + j
-                    key = np.int64(keys[c])
-                    if key > border or (key == border and room > 0):
-                        if key == border:
-                            room -= 1
-                        if size[c] > taken[c]:
-                            rows[listed] = pages[p] * per_page + j
-                            for g in range(group):
-                                own[g, listed] = left[g, c]
-                            listed += 1
-                    else:
-                        for g in range(group):
-                            rest[g] += left[g, c]
+                of_head, of_own, rest[g] = left[g], own[g], rest_of(left[g, one : one + count], chosen)
+                for i in range(before, listed):
+                    of_own[i] = of_head[np.uint64(near[i])]
             for k in range(4):
                 page = pages[first + k]
-                for g in range(group):
-                    for d in range(quarter):
-                        output[g, k * quarter + d] += rest[g] * float_of_bf16(vectors[page, h, 1, d])
+                for d in range(quarter):
+                    mean_value[k * quarter + d] = float_of_bf16(vectors[page, h, 1, d])
+            for g in range(group):
+                for d in range(channels):
+                    output[g, d] += rest[g] * mean_value[d]
         add_rows(
             row_format, channels, group, index.value_rows, index.value_scales, rows, 0, listed, h, own, output
         )  # fmt: skip

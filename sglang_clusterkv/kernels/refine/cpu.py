@@ -94,13 +94,14 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
         value, place, of_cluster = u.value[b, h], u.place[b, h], u.of_cluster[b, h]
         code_scales, members = index.code_scales, index.members
         for k in range(count):
-            factors[k] = n.scale * float_of_bf16(code_scales[slots[k], h])
-            place[k] += members[slots[k], h]
+            slot = np.uint64(slots[k])
+            factors[k] = n.scale * float_of_bf16(code_scales[slot, np.uint64(h)])
+            place[k] += members[slot, np.uint64(h)]
             value[k] = 0.0
         for g in range(group):
             of_head, dot, total = logits[g], u.dot[b, h, g], u.total[b, h, g]
             for k in range(count):
-                of_head[k] = dot[of_cluster[k]] + factors[k] * of_head[k] - total
+                of_head[k] = dot[np.uint64(of_cluster[k])] + factors[k] * of_head[k] - total
             for k in range(count):
                 value[k] += mean * fast_exp(of_head[k])
         for k in range(count):

@@ -8,7 +8,7 @@ the files' figures into the tables. It also finds results that no document cites
 were measured with other code than this tree's, or with code that they do not name, where the paragraph has no "Since then:".
 """
 
-from benchmarks.cited import evaluations, memory, model_level, performance  # noqa: F401 - they register their tables
+from benchmarks.cited import evaluations, layerwise, memory, model_level, performance  # noqa: F401 - they register their tables
 from benchmarks.cited.check import (
     check,
     check_age,

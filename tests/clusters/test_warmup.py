@@ -21,7 +21,7 @@ from sglang_clusterkv.kernels.attend.cpu import dense_kernel
 from sglang_clusterkv.kernels.decode.chain_cpu import chain_kernel
 from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
 from sglang_clusterkv.kernels.trace.cpu import shares_kernel
-from sglang_clusterkv.kernels.vectors_cpu import INT4
+from sglang_clusterkv.kernels.vectors_cpu import FLOAT32, INT4
 
 MOST_AT_START, MOST_OF_LONG_CONTEXTS = 32, 36  # kernels
 
@@ -35,7 +35,7 @@ def test_any_configuration_is_warmed_up(fields: dict[str, object]) -> None:
     compile_kernels(
         config, "cpu", page_size=16, kv_heads=2, group=3, head_dim=64, dtype=torch.float32, context_tokens=8192
     )
-    assert chain_kernel(64, 3, INT4, 2, False).signatures
+    assert chain_kernel(64, 3, INT4, 2, FLOAT32).signatures
 
 
 def test_what_a_trace_needs_is_compiled_where_traces_are_kept() -> None:
@@ -45,7 +45,7 @@ def test_what_a_trace_needs_is_compiled_where_traces_are_kept() -> None:
         compile_kernels(
             config, "cpu", page_size=16, kv_heads=2, group=2, head_dim=48, dtype=torch.float32, context_tokens=8192
         )
-        assert bool(shares_kernel(48, 2, False).signatures) is kept
+        assert bool(shares_kernel(48, 2, FLOAT32).signatures) is kept
 
 
 @pytest.mark.parametrize("host_dtype", ["auto", "int8"])
@@ -64,9 +64,9 @@ def test_what_reads_a_host_tier_is_compiled_for_it(host_dtype: str) -> None:
         host_dtype=host_dtype,
     )
     for kernel in (
-        chain_kernel(64, 3, INT4, 2, False),
-        dense_kernel(64, 3, False),
-        prefix_kernel(64, False),
+        chain_kernel(64, 3, INT4, 2, FLOAT32),
+        dense_kernel(64, 3, FLOAT32),
+        prefix_kernel(64, FLOAT32),
     ):
         seen = [str(argument) for signature in kernel.signatures for argument in signature]
         assert any(f"TierArrays(array(int64, 1d, C), array({of_bits}," in argument for argument in seen), seen

@@ -37,6 +37,8 @@ class Architecture:
         every_change: runs in every `make test`; the others in `make test-long`.
         outcome: "works", "refused" or "not startable".
         config_only: nothing makes weights for it: it is refused, or ends, before they are read.
+        own_config: the class of its configuration, which checkpoints bring as code, for Transformers does not know it; `tiny`
+            names its weights.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Architecture:
     every_change: bool = False
     outcome: str = "works"
     config_only: bool = False
+    own_config: str = ""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -73,6 +76,7 @@ class Architecture:
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
+            **({"auto_map": {"AutoConfig": f"configuration.{self.own_config}"}} if self.own_config else {}),
             **self.fields,
         }
 
@@ -238,8 +242,16 @@ ARCHITECTURES = (
     ),
     Architecture(
         "InternLM 2, 2.5", "InternLM2ForCausalLM", "internlm2", 128, "its configuration is code beside the weights",
-        {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "bias": False},
-        outcome="not startable", config_only=True,
+        {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "bias": False, "hidden_act": "silu"},
+        arguments={"trust_remote_code": True}, own_config="InternLM2Config",
+    ),
+    Architecture(
+        "InternLM 3", "InternLM3ForCausalLM", "internlm3", 128, "its configuration is code beside the weights",
+        {
+            "head_dim": 128, "rope_theta": 5e7, "rms_norm_eps": 1e-5, "qkv_bias": False, "bias": False, "hidden_act": "silu",
+            "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}, "tie_word_embeddings": False,
+        },
+        arguments={"trust_remote_code": True}, own_config="InternLM3Config",
     ),
     Architecture(
         "EXAONE 4 1.2B", "Exaone4ForCausalLM", "exaone4", 64, "norms of queries and keys",

@@ -101,6 +101,15 @@ def _(found: Any) -> Rows:
     return [[None, between(line["kl"], line["kl_interval"], 5), percent(line["same"], 1)] for line in found["lines"]]
 
 
+@figures("extends", QUALITY, "quality-extends-20261130-001436")
+def _extends(found: Any) -> Rows:
+    from benchmarks.quality.extends import table
+
+    lines = table(found["documents"], found["first_token_s"]).split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[None, *(cell if "%" in cell else _pointed(cell.split()[0]) for cell in cells[1:])] for cells in rows]
+
+
 def _drift_tables(found: Any) -> list[list[list[str]]]:
     """What the benchmark itself prints of a result."""
     from benchmarks.quality.drift import table

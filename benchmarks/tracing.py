@@ -4,7 +4,8 @@
     python -m benchmarks.tracing --server [--model FOLDER] [--tokens 7700] [--others 7] [--rounds 5] [--new-tokens 64]
 
 On a CPU, on random keys of a model's shape, lists of the step included; a cell is requests x tokens of each. Times are CPU
-times of this thread, scaled to the model's layers. The three take turns: what else runs on the machine is in all of them.
+times of all threads, scaled to the model's layers, and what a step costs once with them, unless `--layers` are all of the model's.
+The three take turns: what else runs on the machine is in all of them.
 
 With `--server` a real server, what its other requests notice: `--others` requests over one document decode beside one more,
 which is traced in every second round and ends first, so that the making of its trace is in their time. Wall times, so run it
@@ -71,9 +72,9 @@ def measure(shape: str, batch: int, context: int, layers: int, repeats: int) -> 
     found: dict[str, list[float]] = {name: [] for name in timed}
     for _ in tqdm(range(repeats + 2), desc=f"{batch}x{context}", disable=None):
         for name, run in timed.items():
-            begin = time.thread_time()
+            begin = time.process_time()
             run()
-            found[name].append(1000 * (time.thread_time() - begin) * scene.to_model)
+            found[name].append(1000 * (time.process_time() - begin) * scene.to_model)
     return {name: statistics.median(times[2:]) for name, times in found.items()}
 
 

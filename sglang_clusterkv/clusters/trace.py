@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sglang_clusterkv.kernels.trace.packed_cpu import put_segment, put_step
 from sglang_clusterkv.kernels.trace.quest import PageBounds
 
 FORMAT = "clusterkv-trace"
@@ -97,38 +98,48 @@ class Trace:
         return kept, self._added - in_vain - len(kept)
 
 
-def recalled_bytes(reads: list[StepRead], layer: int, dtype: str) -> bytes:
-    """For each step and kv head: how many positions were recalled, then these.
+def recalled_bytes(reads: list[StepRead], position_bytes: int) -> tuple[list[bytes], list[bytes]]:
+    """For each layer, step and kv head: how many positions were recalled and these, little-endian; and their weights alone.
+
+    Args:
+        reads: of the sparse steps, all of the same layers.
+        position_bytes: of a count or position, 2 or 4.
+    """
+    if not reads:
+        return [], []
+    halves = position_bytes // 2
+    heads = reads[0].count.shape[1]
+    recalled = sum(read.count.sum(1, dtype=torch.int64) for read in reads)
+    assert isinstance(recalled, torch.Tensor)
+    weights_end = recalled.cumsum(0).numpy()
+    listed_end = halves * (recalled + len(reads) * heads).cumsum(0).numpy()
+    listed, weights = np.empty(listed_end[-1], np.uint16), np.empty(weights_end[-1], np.uint8)
+    listed_at, weights_at = (np.append(0, ends[:-1]) for ends in (listed_end, weights_end))
+    begins = listed_at.tolist(), weights_at.tolist()
+    for read in reads:
+        positions, count, levels = read.positions.numpy(), read.count.numpy(), read.weights.numpy()
+        put_step(positions, count, levels, halves, listed, listed_at, weights, weights_at)
+    parts = ((listed, begins[0], listed_at), (weights, begins[1], weights_at))
+    found, weight = (
+        [array[begin:end].tobytes() for begin, end in zip(first, last.tolist(), strict=True)]
+        for array, first, last in parts
+    )
+    return found, weight
+
+
+def mass_bytes(reads: list[StepRead]) -> list[bytes]:
+    """For each layer float16 [sparse steps, H, 3]."""
+    return [layer.tobytes() for layer in torch.stack([read.mass for read in reads], 1).numpy()] if reads else []
+
+
+def quest_bytes(reads: list[StepRead], layer: int, dtype: str) -> bytes:
+    """For each step and kv head: how many pages Quest would read, then their numbers.
 
     Args:
         reads: of the sparse steps.
         layer: place in `StepRead.layers`.
-        dtype: little-endian, of counts and positions.
+        dtype: little-endian, of counts and numbers.
     """
-    listed = []
-    for read in reads:
-        positions, count = read.positions[layer].numpy(), read.count[layer].numpy()
-        rows = np.concatenate((count[:, None], positions), 1)
-        listed.append(rows[np.arange(rows.shape[1]) <= count[:, None]].astype(dtype))
-    return b"".join(part.tobytes() for part in listed)
-
-
-def weight_bytes(reads: list[StepRead], layer: int) -> bytes:
-    """The weights of the positions of `recalled_bytes`, in their order."""
-    listed = []
-    for read in reads:
-        weights, count = read.weights[layer].numpy(), read.count[layer].numpy()
-        listed.append(weights[np.arange(weights.shape[1]) < count[:, None]])
-    return b"".join(part.tobytes() for part in listed)
-
-
-def mass_bytes(reads: list[StepRead], layer: int) -> bytes:
-    """float16 [sparse steps, H, 3]."""
-    return b"".join(read.mass[layer].numpy().astype("<f2").tobytes() for read in reads)
-
-
-def quest_bytes(reads: list[StepRead], layer: int, dtype: str) -> bytes:
-    """For each step and kv head: how many pages Quest would read, then their numbers; arguments are `recalled_bytes`'."""
     listed = []
     for read in reads:
         assert read.quest is not None
@@ -137,30 +148,26 @@ def quest_bytes(reads: list[StepRead], layer: int, dtype: str) -> bytes:
     return b"".join(part.tobytes() for part in listed)
 
 
-def clusters_of(segments: list[SegmentClusters], layer: int, tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:
+def clusters_of(segments: list[SegmentClusters], rows: list[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Which cluster each of a request's first tokens is in, and each cluster's spread.
 
     Args:
         segments: in sequence order; their clusters are numbered one after the other.
-        layer: place in `SegmentClusters`.
+        rows: places of the layers in `SegmentClusters`.
         tokens: of the prompt.
 
     Returns:
-        int32 [H, tokens], -1: in none; and for each kv head float16 [clusters].
+        int32 [layers, H, tokens], -1: in none; and float16 [layers, H, clusters].
     """
-    heads = segments[0].members.shape[2] if segments else 0
-    numbers = np.full((heads, max([tokens, *(s.begin + s.members.shape[1] for s in segments)])), -1, np.int32)
-    spreads, first = [], 0
+    if not segments:
+        return np.empty((len(rows), 0, tokens), np.int32), np.empty((len(rows), 0, 0), np.float16)
+    layers = np.array(rows, np.int64)
+    numbers, first = np.full((len(rows), segments[0].members.shape[2], tokens), -1, np.int32), 0
     for segment in segments:
-        ends = segment.ends[layer].numpy()
-        for head in range(heads):
-            sizes = np.diff(ends[:, head], prepend=0)
-            numbers[head, segment.begin + segment.members[layer, :, head].numpy()] = np.repeat(
-                np.arange(first, first + len(sizes)), sizes
-            )
-        spreads.append(segment.spread[layer].float().numpy().astype(np.float16))
-        first += len(ends)
-    return numbers[:, :tokens], [np.concatenate([spread[:, head] for spread in spreads]) for head in range(heads)]
+        put_segment(segment.members.numpy(), segment.ends.numpy(), layers, segment.begin, first, numbers)
+        first += segment.ends.shape[1]
+    spread = torch.cat([segment.spread for segment in segments], 1)[rows].float().numpy().astype(np.float16)
+    return numbers, spread.transpose(0, 2, 1)
 
 
 def document(
@@ -193,7 +200,8 @@ def document(
     position_bytes = 2 if tokens <= 1 << 16 else 4
     places = range(len(layers))
     segments = [trace.segments[id_] for id_ in trace.seen if id_ in trace.segments]
-    clusters = [clusters_of(segments, row_of[layer], len(prompt)) for layer in layers]
+    numbers, spread = clusters_of(segments, [row_of[layer] for layer in layers], len(prompt))
+    recalled, weights = recalled_bytes(reads, position_bytes)
     dtype = f"<u{position_bytes}"
     quest = {} if trace.bounds is None else {"quest": [encode(quest_bytes(reads, place, dtype)) for place in places]}
     return {
@@ -204,11 +212,11 @@ def document(
         "position_bytes": position_bytes,
         "token_ids": [*prompt, *answer],
         "steps": [_step_entry(step, *step_bytes(step, len(layers))) for step in steps],
-        "recalled": [encode(recalled_bytes(reads, place, dtype)) for place in places],
-        "mass": [encode(mass_bytes(reads, place)) for place in places],
-        "weights": [encode(weight_bytes(reads, place)) for place in places],
-        "clusters": [encode(numbers.astype("<i4").tobytes()) for numbers, _ in clusters],
-        "cluster_spread": [[encode(spread.astype("<f2").tobytes()) for spread in spreads] for _, spreads in clusters],
+        "recalled": [encode(layer) for layer in recalled],
+        "mass": [encode(layer) for layer in mass_bytes(reads)],
+        "weights": [encode(layer) for layer in weights],
+        "clusters": [encode(layer.tobytes()) for layer in numbers],
+        "cluster_spread": [[encode(head.tobytes()) for head in layer] for layer in spread],
         **quest,
     }
 

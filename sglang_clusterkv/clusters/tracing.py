@@ -10,6 +10,7 @@ Everything on the device runs on the forward stream, and nothing waits for it be
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,9 @@ import torch
 from sglang_clusterkv.clusters.rows import DenseReason, RowTables, Segment
 from sglang_clusterkv.clusters.trace import SegmentClusters, Step, StepRead, Trace
 from sglang_clusterkv.kernels.decode import last_read
-from sglang_clusterkv.kernels.trace import placed, shares
+from sglang_clusterkv.kernels.trace import looks
 from sglang_clusterkv.kernels.trace.quest import PageBounds
-from sglang_clusterkv.memory.step import to_device
+from sglang_clusterkv.kernels.trace.reference import Traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from sglang_clusterkv.clusters.decoding import DecodeStep
     from sglang_clusterkv.clusters.planning.records import Records
     from sglang_clusterkv.clusters.stream import ForwardStream
-    from sglang_clusterkv.kernels.trace.reference import Shares
+    from sglang_clusterkv.kernels.trace.reference import Looks
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
     from sglang_clusterkv.memory.tier import TierLayer
@@ -73,34 +74,19 @@ class _Watched:
     """A sparse step of a traced request.
 
     Attributes:
-        place: in the step's sparse lists.
-        pages: int64 [N], those of recallable segments, ascending.
-        positions: int64 [N], of their first tokens.
-        numbers: int64 [N], on the host: the pages in the request's order, by number in it.
-        in_order: int64 [N], the pages in that order.
-        layers: what they left.
-        quest: and what Quest would have read there, where the trace asks.
+        number: of the request among those that are traced in the step.
+        traced: the request in the step's lists.
+        numbers: int64 [N], on the host: the pages of its recallable segments in their order, by number in the request.
+        quest: what Quest would have read in the layers, where the trace asks.
     """
 
-    def __init__(
-        self,
-        trace: Trace,
-        step: Step,
-        place: int,
-        pages: torch.Tensor,
-        positions: torch.Tensor,
-        numbers: np.ndarray,
-        in_order: torch.Tensor,
-    ) -> None:
+    def __init__(self, trace: Trace, step: Step, number: int, traced: Traced, numbers: np.ndarray) -> None:
         self.trace = trace
         self.step = step
-        self.place = place
-        self.pages = pages
-        self.positions = positions
+        self.number = number
+        self.traced = traced
         self.numbers = numbers
-        self.in_order = in_order
         self.quest: list[torch.Tensor] = []
-        self.layers: list[tuple[int, Shares]] = []
 
 
 class RequestTracing(Tracing):
@@ -131,7 +117,8 @@ class RequestTracing(Tracing):
         self._stream = stream
         self._faults = faults
         self._rows: dict[int, Trace] = {}
-        self._lists: SparseStep | None = None  # of the step whose layers are watched
+        self._lists: SparseStep | None = None  # of the step whose layers are looked at
+        self._looks: Looks | None = None
         self._watched: list[_Watched] = []
         self._copied = stream.event()  # behind the last copies that a head queued
 
@@ -152,10 +139,9 @@ class RequestTracing(Tracing):
             if tier is not None:
                 more["tier"] = tier
             output = decode(q, keys, values, index, layer, step, scale, **more)
-            if step is self._lists:
+            if step is self._lists and self._looks is not None:
                 try:
-                    for request in self._watched:
-                        self._look(request, q, keys, layer, step, scale, tier)
+                    self._look(self._looks, q, keys, layer, step, scale, tier)
                 except Exception as error:
                     self._give_up(error)
             return output
@@ -184,10 +170,13 @@ class RequestTracing(Tracing):
         try:
             for at in np.flatnonzero(np.isin(step.rows, list(self._rows))).tolist():
                 self._begin(step, at, self._rows[int(step.rows[at])])
+            if self._watched:
+                assert step.sparse is not None
+                self._looks = looks(self._index, step.sparse, [request.traced for request in self._watched])
+                if self._looks.at_layers or any(request.trace.bounds is not None for request in self._watched):
+                    self._lists = step.sparse
         except Exception as error:
             self._give_up(error)
-        if self._watched:
-            self._lists = step.sparse
 
     def _begin(self, decode: DecodeStep, at: int, trace: Trace) -> None:
         """The step's request at place `at` is traced."""
@@ -210,11 +199,10 @@ class RequestTracing(Tracing):
         place = at if of_all else int((decode.reasons[:at] == 0).sum())
         first = np.concatenate([np.arange(b, e, page_size) for b, e in zip(begins, ends, strict=True)])
         in_order = decode.sparse.pages[place, : len(first)]
-        pages, order = in_order.sort()
-        positions = to_device(first, pages.device.type)[order]
         self._see(trace, row, self._records.rows[row].segments[:segments])
         trace.add(step)
-        self._watched.append(_Watched(trace, step, place, pages, positions, first // page_size, in_order))
+        traced = Traced(place, in_order, first)
+        self._watched.append(_Watched(trace, step, len(self._watched), traced, first // page_size))
 
     def _see(self, trace: Trace, row: int, segments: list[Segment]) -> None:
         """Copy the clusters of segments that are new to a trace, and let go of those that it sees no more."""
@@ -241,7 +229,7 @@ class RequestTracing(Tracing):
 
     def _look(
         self,
-        request: _Watched,
+        looks: Looks,
         q: torch.Tensor,
         keys: torch.Tensor,
         layer: int,
@@ -249,36 +237,36 @@ class RequestTracing(Tracing):
         scale: float,
         tier: TierLayer | None,
     ) -> None:
-        """Note what the layer that just ran read of one request; q [B, heads, D], keys [slots, H, D]."""
-        heads = keys.shape[1]
-        group = q.shape[1] // heads
-        read = last_read(self._index, group, keys.dtype, step, request.place)
-        queries = q[request.place].unflatten(0, (heads, group))
-        request.layers.append((layer, shares(read, queries, keys, scale, tier)))
-        if request.trace.bounds is not None:
-            page_size = self._index.geometry.page_size
-            bounds = request.trace.bounds.setdefault(layer, PageBounds(page_size))
-            bounds.see(request.numbers, request.in_order, keys, tier)
-            count = min(self._index.config.budget_tokens // page_size, len(request.numbers))
-            request.quest.append(bounds.chosen(queries, request.numbers, count))
+        """Note what the layer that just ran read; q [B, heads, D], keys [slots, H, D]."""
+        grouped = q.unflatten(1, (keys.shape[1], -1))
+        looks.look(
+            partial(last_read, self._index, grouped.shape[2], keys.dtype, step), grouped, keys, layer, scale, tier
+        )
+        page_size = self._index.geometry.page_size
+        for request in self._watched:
+            if request.trace.bounds is not None:
+                bounds = request.trace.bounds.setdefault(layer, PageBounds(page_size))
+                bounds.see(request.numbers, request.traced.pages, keys, tier)
+                count = min(self._index.config.budget_tokens // page_size, len(request.numbers))
+                request.quest.append(bounds.chosen(grouped[request.traced.place], request.numbers, count))
 
     def failed(self) -> None:
         """See `Tracing`."""
         for request in self._watched:
             step = request.step
             step.dense, step.base = DenseReason.FAULT.name.lower(), [(0, step.token + 1)]
-        self._lists, self._watched = None, []
+        self._forget()
 
     def end_step(self) -> None:
         """See `Tracing`."""
-        watched, self._lists, self._watched = self._watched, None, []
         try:
-            for request in watched:
-                self._stream.run(self._finish, request)
-            if watched:
+            for request in self._watched:
+                self._stream.run(self._finish, self._looks, request)
+            if self._watched:
                 self._copied = self._stream.event()
         except Exception as error:
             self._give_up(error)
+        self._forget()
 
     def collect(self, trace: Trace, token: int) -> None:
         """See `Tracing`. The answer's last token is there, so its steps have run; a later one may be under way, in vain."""
@@ -286,21 +274,23 @@ class RequestTracing(Tracing):
         self._watched = [request for request in self._watched if request.trace is not trace]
         for request in mine:
             if request.step.token < token:
-                self._stream.run(self._finish, request)
+                self._stream.run(self._finish, self._looks, request)
         # Copies were queued at heads, on the forward's stream, and maybe just now, on the current one.
         for event in (self._copied, self._stream.event()):
             event.synchronize()
 
-    def _finish(self, request: _Watched) -> None:
-        """Device work: slots become positions in their order, and all of it goes to the host."""
-        if not request.layers:
-            return
-        layers, found = zip(*request.layers, strict=True)
-        slots, counts, share, mass = (torch.stack(part) for part in zip(*found, strict=True))
-        page_size = self._index.geometry.page_size
-        position, weights = placed(slots, counts, share, request.pages, request.positions, page_size)
-        quest = (torch.stack(request.quest),) if request.quest else ()
-        request.step.read = StepRead(layers, *_to_host(position, counts, weights, mass.to(torch.float16), *quest))
+    def _finish(self, looks: Looks, request: _Watched) -> None:
+        """Device work: all of it becomes positions in their order, and goes to the host."""
+        found = looks.found(request.number)
+        if found is not None:
+            quest = (torch.stack(request.quest),) if request.quest else ()
+            request.step.read = StepRead(found[0], *_to_host(*found[1], *quest))
+
+    def _forget(self) -> None:
+        """No layers are watched until the next step begins."""
+        if self._looks is not None:
+            self._looks.end()
+        self._lists, self._looks, self._watched = None, None, []
 
     def _give_up(self, error: Exception) -> None:
         """Count a fault of ours; what is traced now is kept no further."""
@@ -308,12 +298,12 @@ class RequestTracing(Tracing):
         for trace in self._rows.values():
             trace.refused = "The server failed to keep this trace; its log has the reason."
         self._rows.clear()
-        self._lists, self._watched = None, []
+        self._forget()
 
 
 def _to_host(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Copies on the host, there once the stream has come so far."""
-    return tuple(tensor.to("cpu", non_blocking=True, copy=True) for tensor in tensors)
+    """On the host, once the stream has come so far; of tensors that nobody writes into again."""
+    return tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
 
 
 def tracing_of(

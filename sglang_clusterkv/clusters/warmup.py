@@ -12,7 +12,7 @@ import torch
 
 from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut
-from sglang_clusterkv.clusters.trace import Trace
+from sglang_clusterkv.clusters.trace import Trace, document
 from sglang_clusterkv.config import MIN_SEGMENT_PAGES, ClusterKVConfig
 from sglang_clusterkv.kernels.attend import dense_decode
 from sglang_clusterkv.kernels.decode import sparse_decode
@@ -114,6 +114,8 @@ def compile_kernels(
     for sparse in steps:
         decode(q.expand(sparse.batch, -1, -1), keys, values, engine.index, 0, sparse, 1.0, **more)
     engine.tracing.collect(trace, tokens + 1)
+    if config.trace:
+        _put_together(engine, trace, tokens)
     slots = engine.req_to_token[1, : tokens + 1].long()
     dense_decode(q, keys, values, slots.unsqueeze(0), torch.tensor([tokens + 1], device=device), 1.0, **more)
     if device == "cpu":  # elsewhere SGLang's own backend prefills
@@ -121,6 +123,20 @@ def compile_kernels(
     took_s = time.perf_counter() - begin
     if took_s > _SLOW_S:
         logger.info("clusterkv: compiled the kernels in %.0f s; they are kept for the next start", took_s)
+
+
+def _put_together(engine: ClusterEngine, trace: Trace, tokens: int) -> None:
+    """The document of a trace, as for an answer of one token."""
+    document(
+        trace,
+        prompt=[0] * tokens,
+        answer=[0, 0],
+        server={},
+        request={},
+        step_bytes=lambda *_: (0, 0),
+        row_of=engine.index.row_of,
+        encode=lambda _: "",
+    )
 
 
 def _all_on_the_host(keys: torch.Tensor, values: torch.Tensor, page_size: int, host_dtype: str) -> Tier:

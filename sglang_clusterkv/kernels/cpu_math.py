@@ -110,6 +110,16 @@ def prefetch_row(typing_context: Any, rows: Any, row: Any, head: Any, row_bytes:
 
 
 @intrinsic
+def ones_of(typing_context: Any, value: Any) -> Any:
+    """How many bits of a uint64 are set, int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.trunc(builder.ctpop(args[0]), _WORD)
+
+    return types.int32(types.uint64), codegen
+
+
+@intrinsic
 def bits_of_float(typing_context: Any, value: Any) -> Any:
     """The bits of a float32, uint32; those of non-negative floats order as the floats do."""
 

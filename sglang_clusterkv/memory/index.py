@@ -68,6 +68,7 @@ class ClusterIndex:
         self.violations = torch.zeros(2, dtype=torch.int64, device=device)
         self.checks: Any = None  # of indices, where they are asked for: kernels.checks.IndexChecks
         self.scratch: dict[Any, Any] = {}  # what kernels keep with the index: views and buffers
+        self.watched: tuple[Any, Any] | None = None  # on a CPU, a step with traced requests, and what is noted of them
         self.row_of = {
             layer: row for row, layer in enumerate(geometry.clustered_layers)
         }  # in arrays that begin with layers

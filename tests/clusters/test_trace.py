@@ -32,6 +32,8 @@ from sglang_clusterkv.kernels.estimate.reference import estimate
 from sglang_clusterkv.kernels.refine.reference import recall_all, refine
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.kernels.trace.quest import PageBounds
+from sglang_clusterkv.kernels.trace.reference import Looks
 from sglang_clusterkv.memory.index import UNCLUSTERED
 from sglang_clusterkv.memory.step_bytes import kv_bytes, sparse_bytes
 from tests.support import machine
@@ -164,17 +166,22 @@ def everything(world: TracedWorld) -> tuple[Request, int]:
 
 
 @pytest.mark.parametrize(
-    ("options", "tiers"),
+    ("options", "tiers", "at_layers"),
     [
-        ({}, None),
-        ({}, Tiers.of(400, 2, 900, 6)),
-        ({"estimate": False}, None),
-        ({"refine": False}, None),
-        ({"reproducible": True}, None),
+        ({}, None, False),
+        ({}, Tiers.of(400, 2, 900, 6), False),
+        ({"estimate": False}, None, False),
+        ({"refine": False}, None, False),
+        ({"reproducible": True}, None, False),
+        ({}, None, True),  # as on a GPU
     ],
     ids=str,
 )
-def test_a_trace_is_what_the_references_recall(options: dict[str, Any], tiers: Tiers | None) -> None:
+def test_a_trace_is_what_the_references_recall(
+    options: dict[str, Any], tiers: Tiers | None, at_layers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if at_layers:
+        monkeypatch.setattr(tracing, "looks", Looks)
     world = ReferenceWorld(msgspec.structs.replace(CONFIG, **options), tiers=tiers, **SIZES)
     request, prompt_tokens = everything(world)
     compared = 0
@@ -194,7 +201,7 @@ def test_a_trace_is_what_the_references_recall(options: dict[str, Any], tiers: T
                 np.testing.assert_allclose(step.mass[layer], expected.mass, atol=2e-3)
                 compared += 1
     assert compared > 400
-    if not options and tiers is None:
+    if not options and tiers is None and not at_layers:
         counters = world.engine.counters
         assert counters.splits and counters.merges, "the scene cuts and merges nothing"
         assert any(step["dense"] == "dirty" for step in trace["steps"]), "no row was rewritten"
@@ -307,7 +314,7 @@ def test_a_step_with_a_failed_layer_is_told_as_dense() -> None:
 def test_a_failure_of_the_tracing_costs_the_trace_and_no_step(caplog: pytest.LogCaptureFixture) -> None:
     world = TracedWorld(CONFIG, **SIZES)
     request = served(world, stream(1, 500), decoded=2)
-    for name in ("last_read", "to_device"):
+    for name in ("looks", "Step"):
         world.traces[request].refused = None
         assert world.engine.tracing.start(request.row, world.traces[request])
         with patch.object(tracing, name, side_effect=RuntimeError("a fault of the test")):
@@ -319,6 +326,18 @@ def test_a_failure_of_the_tracing_costs_the_trace_and_no_step(caplog: pytest.Log
         world.decode(request)
     assert world.engine.server_info()["sparse_steps"] == 6
     assert "trace failed" in caplog.text
+
+
+def test_a_failure_at_a_layer_costs_the_trace_and_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TracedWorld, "quest", True)
+    world = TracedWorld(CONFIG, **SIZES)
+    request = served(world, stream(1, 500), decoded=2)
+    with patch.object(PageBounds, "chosen", side_effect=RuntimeError("a fault of the test")):
+        world.decode(request)
+    assert world.traces[request].refused is not None and world.index.watched is None
+    world.injected["trace"] += 1
+    world.decode(request)
+    assert world.engine.server_info()["sparse_steps"] == 4
 
 
 def test_no_more_are_traced_at_once_than_four() -> None:
@@ -360,7 +379,7 @@ def test_nobody_asks_nothing_is_looked_at() -> None:
     step = scene.decode([1], [701])
     assert step.sparse is not None
     with (
-        patch.object(tracing, "last_read", side_effect=AssertionError),
+        patch.object(tracing, "looks", side_effect=AssertionError),
         patch.object(RequestTracing, "_begin", side_effect=AssertionError),
     ):
         q = scene.queries(1, 4)

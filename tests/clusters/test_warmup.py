@@ -11,16 +11,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from sglang_clusterkv.clusters import trace
 from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.cpu import dense_kernel
 from sglang_clusterkv.kernels.decode.chain_cpu import chain_kernel
 from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
-from sglang_clusterkv.kernels.trace.cpu import shares_kernel
 from sglang_clusterkv.kernels.vectors_cpu import FLOAT32, INT4
 
 MOST_AT_START, MOST_OF_LONG_CONTEXTS = 32, 36  # kernels
@@ -39,13 +40,13 @@ def test_any_configuration_is_warmed_up(fields: dict[str, object]) -> None:
 
 
 def test_what_a_trace_needs_is_compiled_where_traces_are_kept() -> None:
-    shares_kernel.cache_clear()
     for kept in (False, True):
-        config = ClusterKVConfig(trace=kept)
-        compile_kernels(
-            config, "cpu", page_size=16, kv_heads=2, group=2, head_dim=48, dtype=torch.float32, context_tokens=8192
-        )
-        assert bool(shares_kernel(48, 2, FLOAT32).signatures) is kept
+        with patch.object(trace, "put_step") as step, patch.object(trace, "put_segment") as segment:
+            config = ClusterKVConfig(trace=kept)
+            compile_kernels(
+                config, "cpu", page_size=16, kv_heads=2, group=3, head_dim=64, dtype=torch.float32, context_tokens=8192
+            )
+        assert step.called is kept and segment.called is kept
 
 
 @pytest.mark.parametrize("host_dtype", ["auto", "int8"])

@@ -22,6 +22,7 @@ from sglang_clusterkv.kernels.score.cpu import UNPACKED, score_pair, shared_pair
 from sglang_clusterkv.kernels.select.cpu import select_pair
 from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, take, wait
 from sglang_clusterkv.kernels.threshold_cpu import BINS
+from sglang_clusterkv.kernels.trace.cpu import look_pair
 from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
 from sglang_clusterkv.memory.tier import Reads
 
@@ -29,9 +30,9 @@ if TYPE_CHECKING:  # what `cached` gives the kernel
 
     def given(*args: Any) -> None: ...
 
-    shared = score = select = rotate = refine = recall = recall_all = attend = estimate = merge = given
+    shared = score = select = rotate = refine = recall = recall_all = attend = estimate = merge = look = given
 
-SCORE, SELECT, ROTATE, REFINE, RECALL, RECALL_ALL, ATTEND, ESTIMATE, MERGE = (1 << i for i in range(9))
+SCORE, SELECT, ROTATE, REFINE, RECALL, RECALL_ALL, ATTEND, ESTIMATE, MERGE, LOOK = (1 << i for i in range(10))
 
 
 class Numbers(NamedTuple):
@@ -186,7 +187,7 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
 
     def chain(
         t: Any, counter: Any, pairs: Any, operations: Any, q: Any, sinks: Any, signs: Any, keys: Any, values: Any, host: Any,
-        index: Any, lists: Any, n: Any, u: Any, scratch: Any, output: Any,
+        index: Any, lists: Any, n: Any, u: Any, scratch: Any, output: Any, row: Any, seen: Any,
     ) -> None:  # fmt: skip
         heads = q.shape[1]
         items = (len(lists.shared_first) - 1) * heads if operations & SCORE else 0
@@ -221,6 +222,8 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
                 estimate(b, h, t, index, lists, n, u, scratch)
             if operations & MERGE:
                 merge(b, h, output, u)
+            if operations & LOOK:
+                look(b, h, t, row, operations & ESTIMATE, sinks, lists, n, u, scratch, seen)
             done(counter)
             pair = take(counter)
         leave(t, counter, pairs)
@@ -238,4 +241,5 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
         attend=attend_pair(channels, group, pool),
         estimate=estimate_pair(channels, group, row_format),
         merge=merge_pair,
+        look=look_pair,
     )

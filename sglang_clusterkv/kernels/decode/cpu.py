@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from sglang_clusterkv.kernels.merge.cpu import mass_kernel
 from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.row_cpu import POOL_FORMATS
 from sglang_clusterkv.kernels.threads_cpu import run, threads
+from sglang_clusterkv.kernels.trace.cpu import nobody
 from sglang_clusterkv.kernels.vectors_cpu import ROW_FORMATS
 from sglang_clusterkv.memory.rotation import rotation_signs
 from sglang_clusterkv.memory.sharing import no_shared_segments
@@ -100,6 +101,7 @@ class CpuDecoder:
             | chain_cpu.ATTEND
             | (chain_cpu.ESTIMATE | chain_cpu.MERGE if config.estimate else 0)
         )
+        self._nobody = nobody()
         self.sinks: np.ndarray | None = None  # of the layer that was scored last
         self._no_sinks = np.full((geometry.kv_heads, group), NEGLIGIBLE)
         self._step: SparseStep | None = None
@@ -155,6 +157,7 @@ class CpuDecoder:
         values: np.ndarray,
         output: np.ndarray,
         host: TierArrays | None = None,
+        seen: Any = None,
     ) -> None:
         config = self.config
         numbers = Numbers(
@@ -165,7 +168,8 @@ class CpuDecoder:
         run(
             self._kernel, self.buffers.candidates.size, operations, q,
             self._no_sinks if self.sinks is None else self.sinks, self.signs, keys, values, host,
-            self._layers[layer], self._lists, numbers, self._buffers, self._scratch, output, most=len(self.scratch.bins),
+            self._layers[layer], self._lists, numbers, self._buffers, self._scratch, output,
+            self.index.row_of[layer], self._nobody if seen is None else seen, most=len(self.scratch.bins),
         )  # fmt: skip
 
     def run(
@@ -192,7 +196,10 @@ class CpuDecoder:
             sinks: float32 [H, G], learned ones; None: there are none.
         """
         self.sinks = sinks
-        self._do(self._operations, layer, scale, q, keys, values, output, host)
+        operations, seen, watched = self._operations, None, self.index.watched
+        if watched is not None and watched[0] is self._step:
+            operations, seen = operations | chain_cpu.LOOK, watched[1]
+        self._do(operations, layer, scale, q, keys, values, output, host, seen)
         if host is not None:
             host.reads[:] += self.buffers.reads.sum((0, 1))
 

@@ -9,13 +9,88 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sglang_clusterkv.memory.step import to_device
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+
     from sglang_clusterkv.kernels.decode.last import LastRead
+    from sglang_clusterkv.memory.index import ClusterIndex
+    from sglang_clusterkv.memory.step import SparseStep
     from sglang_clusterkv.memory.tier import TierLayer
 
 
 LEVELS_PER_OCTAVE = 8  # of a weight: 255 is all of the mass, eight less is half as much
 NOWHERE = torch.iinfo(torch.int32).max  # a position beyond the count
+
+
+class Traced(NamedTuple):
+    """A request of a step that is traced."""
+
+    place: int  # in the step's lists
+    pages: torch.Tensor  # int64 [N], those of its recallable segments, in their order in the request
+    positions: np.ndarray  # int64 [N], of their first tokens
+
+
+class Found(NamedTuple):
+    """What a step read of one request; L layers, H kv heads, R recalled tokens at most."""
+
+    positions: torch.Tensor  # int32 [L, H, R], ascending, `NOWHERE` beyond the count
+    count: torch.Tensor  # int32 [L, H]
+    levels: torch.Tensor  # uint8 [L, H, R], of the shares there; 0 beyond the count
+    mass: torch.Tensor  # float16 [L, H, 3], as `Shares`
+
+
+class Looks:
+    """A step with traced requests, looked at layer by layer.
+
+    Args:
+        index: that the layers read.
+        step: its lists.
+        requests: those that are traced.
+    """
+
+    at_layers = True  # whether `look` has to be called
+
+    def __init__(self, index: ClusterIndex, step: SparseStep, requests: Sequence[Traced]) -> None:
+        self._index = index
+        self._step = step
+        self._requests = requests
+        self._layers: list[int] = []
+        self._shares: list[list[Shares]] = [[] for _ in requests]
+
+    def look(
+        self, read: Callable[[int], LastRead], q: torch.Tensor, keys: torch.Tensor, layer: int, scale: float,
+        tier: TierLayer | None = None,
+    ) -> None:  # fmt: skip
+        """A layer has run.
+
+        Args:
+            read: what it read of the request at a place in the lists.
+            q: [B, H, G, D], queries of all requests in the lists.
+            keys: [slots, H, D], the layer's pool.
+            layer: counted from this rank's first.
+            scale: of the logits.
+            tier: where some slots' keys are on the host.
+        """
+        self._layers.append(layer)
+        for request, found in zip(self._requests, self._shares, strict=True):
+            found.append(shares(read(request.place), q[request.place], keys, scale, tier))
+
+    def end(self) -> None:
+        """The layers of the step were launched."""
+
+    def found(self, number: int) -> tuple[tuple[int, ...], Found] | None:
+        """The layers that ran, and what they read of one of the requests; None: none ran."""
+        if not self._layers:
+            return None
+        slots, count, share, mass = (torch.stack(part) for part in zip(*self._shares[number], strict=True))
+        pages, order = self._requests[number].pages.sort()
+        positions = to_device(self._requests[number].positions, pages.device.type)[order]
+        position, level = placed(slots, count, share, pages, positions, self._index.geometry.page_size)
+        return tuple(self._layers), Found(position, count, level, mass.to(torch.float16))
 
 
 class Shares(NamedTuple):

@@ -14,6 +14,8 @@ from sglang.srt.platforms.interface import SRTPlatform
 from sglang_clusterkv.serving import active
 from sglang_clusterkv.serving.platform import OMP_BINDING, OVERLAP, default_omp_binding
 
+DISPATCH_KEY = "clusterkv_cpu"
+
 
 class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """SGLang on the CPU with torch's own kernels."""
@@ -51,6 +53,16 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
             ranks = server_args.dp_size * server_args.tp_size * server_args.pp_size
             binding = default_omp_binding(sorted(os.sched_getaffinity(0)), ranks)
             os.environ[OMP_BINDING] = ClusterKVCpuPlatform._written_binding = binding
+
+    def get_dispatch_key_name(self) -> str:
+        """Under which SGLang finds our forwards of its layers; layers without one run their `forward_native`."""
+        return DISPATCH_KEY
+
+    def init_backend(self) -> None:
+        """A worker starts: SGLang's layers get our forwards."""
+        from sglang_clusterkv.serving import cpu_layers
+
+        cpu_layers.install(DISPATCH_KEY)
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         """Our KV pool when this process serves with clusterkv, else what SGLang would take."""

@@ -1,0 +1,85 @@
+"""SGLang's layers around attention on our CPU platform: norm, rotation and activation of a decode step by kernels of our own.
+
+SGLang lets a platform name its own forward of a layer's class. Ours take float32 batches of a few tokens, as a decode step has
+them, and hand everything else to SGLang's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.kernels.fused_op import BaseFusedOp
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
+
+from sglang_clusterkv.kernels.layer_cpu import compile_layers, rms_norm, rotate, silu_and_mul
+
+MOST_TOKENS = (
+    64  # of one call: with more, torch's operations last longer than their calls, and run on all cores of a prefill
+)
+
+
+def install(platform_key: str) -> None:
+    """Have SGLang call them on the platform with this key, and compile them."""
+    forwards: dict[type, Any] = {RMSNorm: norm_forward, SiluAndMul: activation_forward}
+    # Those that differ in their tables alone; others turn channels in another way.
+    forwards |= dict.fromkeys((RotaryEmbedding, Llama3RotaryEmbedding), rotation_forward)
+    for layer, forward in forwards.items():
+        BaseFusedOp.register_oot_forward(layer, forward, platform_key)
+    compile_layers()
+
+
+def _served(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these."""
+    return all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors) and len(tensors[0]) <= MOST_TOKENS
+
+
+def norm_forward(
+    layer: RMSNorm,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    post_residual_addition: torch.Tensor | None = None,
+    **more: Any,
+) -> Any:
+    """In place of `RMSNorm.forward_native`: the normed x, and with a residual the sum of both."""
+    plain = (
+        layer.variance_size_override is None
+        and post_residual_addition is None
+        and layer.override_orig_dtype is None
+        and x.shape[-1] == layer.hidden_size
+    )
+    tensors = (x, layer.weight) if residual is None else (x, residual, layer.weight)
+    if not plain or not _served(*tensors):
+        return layer.forward_native(x, residual, post_residual_addition, **more)
+    out, whole = rms_norm(x, residual, layer.weight, layer.variance_epsilon)
+    return out if residual is None else (out, whole)
+
+
+def activation_forward(layer: SiluAndMul, x: torch.Tensor) -> torch.Tensor:
+    """In place of `SiluAndMul.forward_native`."""
+    return silu_and_mul(x) if _served(x) else layer.forward_native(x)
+
+
+def rotation_forward(
+    layer: RotaryEmbedding, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *more: Any, **named: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of `RotaryEmbedding.forward_native`: both rotated by their positions."""
+    turns = layer.cos_sin_cache
+    plain = not more and not any(value is not None for value in named.values()) and not hasattr(layer, "sin_cos_cache")
+    served = (
+        positions.dtype is torch.int64
+        and positions.dim() == 1
+        and positions.is_contiguous()
+        and len(positions) <= MOST_TOKENS
+        and turns.dtype is torch.float32
+        and turns.is_contiguous()
+    )
+    for x in (query, key):  # as they are cut from one product
+        served = served and x.dtype is torch.float32 and x.dim() == 2 and x.stride(1) == 1
+    if not plain or not served:
+        return layer.forward_native(positions, query, key, *more, **named)
+    queries, keys = (rotate(x, positions, turns, layer.head_size, halves=layer.is_neox_style) for x in (query, key))
+    return queries, keys

@@ -1,0 +1,88 @@
+"""On our CPU platform SGLang's layers compute what their own `forward_native` does, by our kernels where these serve.
+
+Red when: SGLang does not find our forward, a layer's result differs, or a call that the kernels do not serve (another type,
+many tokens, a norm over part of the channels, offsets) reaches them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import sglang.srt.platforms  # before SGLang's layers, which ask for the platform  # noqa: F401
+import torch
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+from sglang_clusterkv.serving import cpu_layers
+from sglang_clusterkv.serving.cpu_platform import DISPATCH_KEY, ClusterKVCpuPlatform
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed() -> None:
+    ClusterKVCpuPlatform().init_backend()
+
+
+def norm(**options: Any) -> RMSNorm:
+    layer = RMSNorm(64, eps=1e-5, **options)
+    torch.nn.init.normal_(layer.weight)
+    return layer
+
+
+def rotation(neox: bool = True) -> RotaryEmbedding:
+    return RotaryEmbedding(32, 32, 512, 10000, neox, torch.float32)
+
+
+def same(layer: Any, *arguments: Any, by_us: bool = True, **named: Any) -> None:
+    """Ours gives what SGLang's own does, by our kernels or not."""
+    ours = layer._oot_forward_registry[DISPATCH_KEY][type(layer)]
+    with torch.no_grad():
+        expected = layer.forward_native(*arguments, **named)
+        with patch.object(type(layer), "forward_native", side_effect=layer.forward_native) as native:
+            found = ours(layer, *arguments, **named)
+    assert native.called is not by_us
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sglang_finds_them_by_the_platforms_key() -> None:
+    assert ClusterKVCpuPlatform().get_dispatch_key_name() == DISPATCH_KEY
+    for layer in (norm(), rotation()):
+        with patch("sglang.kernels.fused_op._oot_dispatch_key", return_value=DISPATCH_KEY):
+            method = layer._resolve_forward_method()
+        assert method.__func__.__module__ == cpu_layers.__name__
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_norms(tokens: int) -> None:
+    x, residual = torch.randn(tokens, 64), torch.randn(tokens, 64)
+    same(norm(), x)
+    same(norm(), x, residual)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_gates(tokens: int) -> None:
+    same(SiluAndMul(), torch.randn(tokens, 128))
+
+
+@pytest.mark.parametrize("neox", [True, False])
+def test_rotations_of_what_is_cut_from_one_product(neox: bool) -> None:
+    q, k, _ = torch.randn(5, 192).split([96, 64, 32], dim=-1)
+    same(rotation(neox), torch.tensor([3, 0, 511, 7, 7]), q, k)
+
+
+def test_what_the_kernels_do_not_serve_is_sglangs() -> None:
+    x = torch.randn(4, 64)
+    many = torch.randn(cpu_layers.MOST_TOKENS + 1, 64)
+    same(norm(), many, by_us=False)
+    same(norm(), x.bfloat16(), by_us=False)
+    same(norm(var_hidden_size=32), x, by_us=False)
+    same(norm(), x, x, x, by_us=False)
+    same(norm(), torch.randn(64, 4).T, by_us=False)
+    same(SiluAndMul(), many, by_us=False)
+    positions = torch.arange(4)
+    same(rotation(), positions, x, x, positions, by_us=False)
+    same(rotation(), positions, x.bfloat16(), x.bfloat16(), by_us=False)
+    same(rotation(), positions.int(), x, x, by_us=False)
+    assert cpu_layers.norm_forward(norm(), many).shape == many.shape

@@ -4,8 +4,8 @@
     python -m benchmarks.tracing --server [--model FOLDER] [--tokens 7700] [--others 7] [--rounds 5] [--new-tokens 64]
 
 On a CPU, on random keys of a model's shape, lists of the step included; a cell is requests x tokens of each. Times are CPU
-times of all threads, scaled to the model's layers, and what a step costs once with them, unless `--layers` are all of the model's.
-The three take turns: what else runs on the machine is in all of them.
+times of all threads, scaled to the model's layers, and what a step costs once with them, unless `--layers` is all of the
+model's. The three take turns: what else runs on the machine is in all of them.
 
 With `--server` a real server, what its other requests notice: `--others` requests over one document decode beside one more,
 which is traced in every second round and ends first, so that the making of its trace is in their time. Wall times, so run it

@@ -1,7 +1,8 @@
-"""What stands around attention in a decode step on a CPU: norm, rotation of queries and keys, gated activation; in float32.
+"""What stands around attention in a decode step on a CPU: products with weights, norm, rotation, gate; in float32.
 
-Each is one call over the few tokens of a step, where torch takes two to ten operations that last less than their calls. Tensors
-are handed over by their addresses: a view of each as an array would take longer than the work.
+Each is one call over the few tokens of a step. A product reads its weights once, a row at a time for all tokens, as fast as
+memory gives them. The others take torch two to twenty operations that last less than their calls. Tensors are handed over by
+their addresses: a view of each as an array would take longer than the work.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from sglang_clusterkv.kernels.cpu_math import FAST, fast_exp, njit
+from sglang_clusterkv.kernels.threads_cpu import done, leave, run, take
+
+_BLOCK = 32 << 10  # weights that a thread takes at a time
+_SHARED = 512 << 10  # weights from which on waking another thread costs less than it does
 
 
 @intrinsic
@@ -90,6 +95,64 @@ def _rotated(
                 mine[d] = x[d]
 
 
+@njit(cache=True, nogil=True, fastmath=FAST)
+def _products(
+    number: int, counter: Any, items: int, x_at: int, tokens: int, channels: int, weight_at: int, rows: int, each: int,
+    bias_at: int, out_at: int,
+) -> None:  # fmt: skip
+    x, weight = carray(_floats_at(x_at), (tokens, channels)), carray(_floats_at(weight_at), (rows, channels))
+    out, zero = carray(_floats_at(out_at), (tokens, rows)), np.float32(0.0)
+    fours, twos = tokens // 4 * 4, tokens // 2 * 2
+    item = take(counter)
+    while item < items:
+        for r in range(item * each, min(rows, (item + 1) * each)):
+            row = weight[r]
+            added = carray(_floats_at(bias_at), rows)[r] if bias_at else zero
+            for i in range(0, fours, 4):
+                a, b, c, d = zero, zero, zero, zero
+                for k in range(channels):
+                    a += row[k] * x[i, k]
+                    b += row[k] * x[i + 1, k]
+                    c += row[k] * x[i + 2, k]
+                    d += row[k] * x[i + 3, k]
+                out[i, r], out[i + 1, r], out[i + 2, r], out[i + 3, r] = a + added, b + added, c + added, d + added
+            for i in range(fours, twos, 2):
+                a, b = zero, zero
+                for k in range(channels):
+                    a += row[k] * x[i, k]
+                    b += row[k] * x[i + 1, k]
+                out[i, r], out[i + 1, r] = a + added, b + added
+            for i in range(twos, tokens):
+                a = zero
+                for k in range(channels):
+                    a += row[k] * x[i, k]
+                out[i, r] = a + added
+        done(counter)
+        item = take(counter)
+    leave(number, counter, items)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Products of a few tokens with a layer's weights; all float32 and contiguous.
+
+    Args:
+        x: [tokens, D].
+        weight: [N, D].
+        bias: [N], added; None: nothing.
+
+    Returns:
+        [tokens, N].
+    """
+    (tokens, channels), rows = x.shape, len(weight)
+    out = x.new_empty((tokens, rows))
+    each = max(1, _BLOCK // max(1, channels))
+    run(
+        _products, -(-rows // each), x.data_ptr(), tokens, channels, weight.data_ptr(), rows, each,
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), most=None if weight.numel() >= _SHARED else 1,
+    )  # fmt: skip
+    return out
+
+
 def rms_norm(
     x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -151,5 +214,6 @@ def compile_layers() -> None:
     for added in (None, x):
         rms_norm(x, added, x[0], 1e-6)
     silu_and_mul(x)
+    linear(x, x)
     for halves in (True, False):
         rotate(x, torch.zeros(1, dtype=torch.int64), x, 4, halves=halves)

@@ -1,7 +1,7 @@
-"""SGLang's layers around attention on our CPU platform: norm, rotation and activation of a decode step by kernels of our own.
+"""SGLang's layers around attention on our CPU platform: a decode step's products, norms, rotations and gates by our kernels.
 
-SGLang lets a platform name its own forward of a layer's class. Ours take float32 batches of a few tokens, as a decode step has
-them, and hand everything else to SGLang's.
+SGLang lets a platform name its own forward of a layer's class, and change how a model's layers multiply once it is loaded. Ours
+take float32 batches of a few tokens, as a decode step has them, and hand everything else to SGLang's.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import torch
 from sglang.kernels.fused_op import BaseFusedOp
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
 
-from sglang_clusterkv.kernels.layer_cpu import compile_layers, rms_norm, rotate, silu_and_mul
+from sglang_clusterkv.kernels.layer_cpu import compile_layers, linear, rms_norm, rotate, silu_and_mul
 
+MOST_ROWS = 8  # of a product: with more, torch's own is faster
 MOST_TOKENS = (
     64  # of one call: with more, torch's operations last longer than their calls, and run on all cores of a prefill
 )
@@ -30,6 +32,24 @@ def install(platform_key: str) -> None:
     for layer, forward in forwards.items():
         BaseFusedOp.register_oot_forward(layer, forward, platform_key)
     compile_layers()
+
+
+class LinearMethod(UnquantizedLinearMethod):
+    """Products of a layer without quantisation."""
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """See SGLang's; by our kernel for `MOST_ROWS` tokens in float32."""
+        tensors = (x, layer.weight) if bias is None else (x, layer.weight, bias)
+        if x.dim() == 2 and len(x) <= MOST_ROWS and _served(*tensors):
+            return linear(x, layer.weight, bias)
+        return super().apply(layer, x, bias)
+
+
+def take_products(model: torch.nn.Module) -> None:
+    """Have the layers of a model multiply so; those of another method, quantised ones, stay as they are."""
+    for layer in model.modules():
+        if type(getattr(layer, "quant_method", None)) is UnquantizedLinearMethod:
+            layer.quant_method = LinearMethod()
 
 
 def _served(*tensors: torch.Tensor) -> bool:

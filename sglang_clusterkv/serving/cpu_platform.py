@@ -64,6 +64,12 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         cpu_layers.install(DISPATCH_KEY)
 
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """A model is there: its layers multiply by our kernel."""
+        from sglang_clusterkv.serving import cpu_layers
+
+        cpu_layers.take_products(model)
+
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         """Our KV pool when this process serves with clusterkv, else what SGLang would take."""
         default = super().get_kv_pool_cls(kind=kind)

@@ -74,6 +74,8 @@ PLATFORM = (
     Symbol("platforms.interface.SRTPlatform.apply_server_args_defaults", "CPU threads", "self server_args"),
     Symbol("platforms.interface.SRTPlatform.get_dispatch_key_name", "our forwards of its layers", "self"),
     Symbol("platforms.interface.SRTPlatform.init_backend", "registers them", "self"),
+    Symbol("platforms.interface.SRTPlatform.post_load_model", "products of a loaded model", "self model"),
+    Symbol("layers.quantization.unquant.UnquantizedLinearMethod.apply", "likewise", "self layer x bias"),
     Symbol("layers.layernorm.RMSNorm.register_oot_forward", "likewise", "op_cls fn platform_key"),
     Symbol(
         "layers.layernorm.RMSNorm",

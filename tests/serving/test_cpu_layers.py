@@ -14,6 +14,7 @@ import sglang.srt.platforms  # before SGLang's layers, which ask for the platfor
 import torch
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
 from sglang_clusterkv.serving import cpu_layers
@@ -70,6 +71,27 @@ def test_gates(tokens: int) -> None:
 def test_rotations_of_what_is_cut_from_one_product(neox: bool) -> None:
     q, k, _ = torch.randn(5, 192).split([96, 64, 32], dim=-1)
     same(rotation(neox), torch.tensor([3, 0, 511, 7, 7]), q, k)
+
+
+class Quantized(UnquantizedLinearMethod):
+    """Stands for a method of another kind."""
+
+
+def test_a_loaded_models_plain_layers_multiply_by_our_kernel() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 96) for _ in range(3)))
+    for layer, method in zip(model, (UnquantizedLinearMethod(), Quantized(), None), strict=True):
+        layer.quant_method = method
+    ClusterKVCpuPlatform().post_load_model(model)
+    assert type(model[1].quant_method) is Quantized and model[2].quant_method is None
+    layer, method = model[0], model[0].quant_method
+    served = [torch.randn(tokens, 64) for tokens in (1, 8)]
+    others = [torch.randn(9, 64), torch.randn(2, 3, 64), torch.randn(64, 2).T]
+    with torch.no_grad():
+        for x in served + others:
+            with patch.object(cpu_layers, "linear", side_effect=cpu_layers.linear) as ours:
+                found = method.apply(layer, x, layer.bias)
+            assert ours.called is any(x is one for one in served)
+            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_kernels_do_not_serve_is_sglangs() -> None:

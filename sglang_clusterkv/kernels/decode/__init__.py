@@ -9,7 +9,7 @@ import torch
 from sglang_clusterkv.kernels.decode import reference
 
 if TYPE_CHECKING:
-    from sglang_clusterkv.kernels.decode.last import LastRead
+    from sglang_clusterkv.kernels.trace.last import LastRead
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import ListShape, SparseStep
     from sglang_clusterkv.memory.tier import TierLayer

@@ -11,12 +11,12 @@ from sglang_clusterkv.kernels.bundle_cpu import bundle_of
 from sglang_clusterkv.kernels.cpu_math import NEGLIGIBLE, bits
 from sglang_clusterkv.kernels.decode import chain_cpu, reference
 from sglang_clusterkv.kernels.decode.chain_cpu import Buffers, Lists, Numbers, Scratch, make_buffers, make_scratch
-from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.merge.cpu import mass_kernel
 from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.row_cpu import POOL_FORMATS
 from sglang_clusterkv.kernels.threads_cpu import run, threads
 from sglang_clusterkv.kernels.trace.cpu import nobody
+from sglang_clusterkv.kernels.trace.last import LastRead
 from sglang_clusterkv.kernels.vectors_cpu import ROW_FORMATS
 from sglang_clusterkv.memory.rotation import rotation_signs
 from sglang_clusterkv.memory.sharing import no_shared_segments
@@ -300,7 +300,7 @@ def sparse_decode(
 
 
 def last_read(decoder: CpuDecoder, place: int) -> LastRead:
-    """See `kernels.decode.last_read`."""
+    """See `kernels.trace.last_read`."""
     u = decoder.buffers
     base = torch.from_numpy(u.base_logit[place, :, :, : decoder.lists.base_count[place]])
     if decoder.sinks is not None:  # they count with the base

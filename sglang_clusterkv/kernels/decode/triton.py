@@ -18,7 +18,6 @@ from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.attend import triton as attend_triton
 from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend, engine_of
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.decode.last import LastRead
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
 from sglang_clusterkv.kernels.estimate import triton_own
 from sglang_clusterkv.kernels.merge import triton as merge_triton
@@ -26,6 +25,7 @@ from sglang_clusterkv.kernels.merge.reference import by_kv_head
 from sglang_clusterkv.kernels.refine import triton as refine_triton
 from sglang_clusterkv.kernels.score import triton as score_triton
 from sglang_clusterkv.kernels.select import triton as select_triton
+from sglang_clusterkv.kernels.trace.last import LastRead
 from sglang_clusterkv.kernels.triton_fp8 import query_dtype
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, Allocate, Workspace, WorkspaceShape, make_workspace
 
@@ -248,7 +248,7 @@ def sparse_decode(
 
 
 def last_read(decoder: TritonDecoder, place: int) -> LastRead:
-    """See `kernels.decode.last_read`."""
+    """See `kernels.trace.last_read`."""
     w, step = decoder.workspace, decoder.step
     logits = w.base_logit[place]
     listed = torch.arange(logits.shape[-1], device=logits.device) < step.base_count[place]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from sglang_clusterkv.kernels.decode.last import LastRead
+    from sglang_clusterkv.kernels.trace.last import LastRead
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
     from sglang_clusterkv.memory.tier import TierLayer

@@ -24,14 +24,16 @@ MOST_TOKENS = (
 )
 
 
+_taken = False  # until a model is served with clusterkv everything is SGLang's
+
+
 def install(platform_key: str) -> None:
-    """Have SGLang call them on the platform with this key, and compile them."""
+    """Have SGLang call them on the platform with this key."""
     forwards: dict[type, Any] = {RMSNorm: norm_forward, SiluAndMul: activation_forward}
     # Those that differ in their tables alone; others turn channels in another way.
     forwards |= dict.fromkeys((RotaryEmbedding, Llama3RotaryEmbedding), rotation_forward)
     for layer, forward in forwards.items():
         BaseFusedOp.register_oot_forward(layer, forward, platform_key)
-    compile_layers()
 
 
 class LinearMethod(UnquantizedLinearMethod):
@@ -45,8 +47,11 @@ class LinearMethod(UnquantizedLinearMethod):
         return super().apply(layer, x, bias)
 
 
-def take_products(model: torch.nn.Module) -> None:
-    """Have the layers of a model multiply so; those of another method, quantised ones, stay as they are."""
+def take_over(model: torch.nn.Module) -> None:
+    """Compile our kernels and run a model's layers by them; products of another method, quantised ones, stay as they are."""
+    global _taken
+    compile_layers()
+    _taken = True
     for layer in model.modules():
         if type(getattr(layer, "quant_method", None)) is UnquantizedLinearMethod:
             layer.quant_method = LinearMethod()
@@ -54,7 +59,8 @@ def take_products(model: torch.nn.Module) -> None:
 
 def _served(*tensors: torch.Tensor) -> bool:
     """Whether the kernels take these."""
-    return all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors) and len(tensors[0]) <= MOST_TOKENS
+    fits = len(tensors[0]) <= MOST_TOKENS and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
+    return _taken and fits
 
 
 def norm_forward(
@@ -90,7 +96,8 @@ def rotation_forward(
     turns = layer.cos_sin_cache
     plain = not more and not any(value is not None for value in named.values()) and not hasattr(layer, "sin_cos_cache")
     served = (
-        positions.dtype is torch.int64
+        _taken
+        and positions.dtype is torch.int64
         and positions.dim() == 1
         and positions.is_contiguous()
         and len(positions) <= MOST_TOKENS

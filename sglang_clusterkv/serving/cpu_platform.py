@@ -12,6 +12,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_clusterkv.serving import active
+from sglang_clusterkv.serving.compat import BACKEND
 from sglang_clusterkv.serving.platform import OMP_BINDING, OVERLAP, default_omp_binding
 
 DISPATCH_KEY = "clusterkv_cpu"
@@ -39,14 +40,16 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return torch.profiler.ProfilerActivity.CPU
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Leave the overlap schedule out, and bind each rank's threads unless the user did, by the environment of the ranks.
+        """Bind each rank's threads unless the user did, by the environment of the ranks; with clusterkv leave the overlap out.
 
         There is nothing to overlap: who launches a forward here computes it, and a result would wait for the next one too.
 
         Their threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise: threads that spin hold up whatever else
         runs on the cores, and themselves by it.
         """
-        if os.environ.get(OVERLAP) != "1":
+        args = server_args
+        named = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
+        if BACKEND in named and os.environ.get(OVERLAP) != "1":
             server_args.disable_overlap_schedule = True
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if os.environ.get(OMP_BINDING) in (None, "", self._written_binding):
@@ -59,16 +62,18 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return DISPATCH_KEY
 
     def init_backend(self) -> None:
-        """A worker starts: SGLang's layers get our forwards."""
+        """A worker starts: SGLang is told our forwards of its layers, which are its own until `post_load_model`."""
         from sglang_clusterkv.serving import cpu_layers
 
         cpu_layers.install(DISPATCH_KEY)
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """A model is there: its layers multiply by our kernel."""
+        """A model is there: with clusterkv its layers run by our kernels."""
+        if active.active_config() is None:
+            return
         from sglang_clusterkv.serving import cpu_layers
 
-        cpu_layers.take_products(model)
+        cpu_layers.take_over(model)
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         """Our KV pool when this process serves with clusterkv, else what SGLang would take."""

@@ -17,13 +17,17 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
-from sglang_clusterkv.serving import cpu_layers
+from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.serving import cpu_layers, cpu_platform
 from sglang_clusterkv.serving.cpu_platform import DISPATCH_KEY, ClusterKVCpuPlatform
 
 
-@pytest.fixture(autouse=True, scope="module")
-def installed() -> None:
+@pytest.fixture(autouse=True)
+def served_with_clusterkv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_layers, "_taken", False)
+    monkeypatch.setattr(cpu_platform.active, "active_config", ClusterKVConfig)
     ClusterKVCpuPlatform().init_backend()
+    ClusterKVCpuPlatform().post_load_model(torch.nn.Module())
 
 
 def norm(**options: Any) -> RMSNorm:
@@ -92,6 +96,19 @@ def test_a_loaded_models_plain_layers_multiply_by_our_kernel() -> None:
                 found = method.apply(layer, x, layer.bias)
             assert ours.called is any(x is one for one in served)
             torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_with_another_backend_everything_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_layers, "_taken", False)
+    monkeypatch.setattr(cpu_platform.active, "active_config", lambda: None)
+    model = torch.nn.Linear(64, 96)
+    model.quant_method = UnquantizedLinearMethod()
+    ClusterKVCpuPlatform().post_load_model(model)
+    assert type(model.quant_method) is UnquantizedLinearMethod
+    x = torch.randn(4, 64)
+    same(norm(), x, by_us=False)
+    same(SiluAndMul(), x, by_us=False)
+    same(rotation(), torch.arange(4), x, x, by_us=False)
 
 
 def test_what_the_kernels_do_not_serve_is_sglangs() -> None:

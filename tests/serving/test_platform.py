@@ -66,16 +66,29 @@ def test_sglang_takes_it_while_it_is_being_imported():
     assert isinstance(sglang.srt.platforms.current_platform, ClusterKVCpuPlatform) or accelerator_found()
 
 
+def arguments_of(attention="clusterkv", prefill=None, decode=None, tp_size=1):
+    """What the platform reads of SGLang's arguments."""
+    backends = {
+        "attention_backend": attention,
+        "prefill_attention_backend": prefill,
+        "decode_attention_backend": decode,
+    }
+    return SimpleNamespace(dp_size=1, tp_size=tp_size, pp_size=1, disable_overlap_schedule=False, **backends)
+
+
+@pytest.mark.parametrize(
+    "backends", [("clusterkv", None, None), ("torch_native", None, "clusterkv"), ("torch_native",) * 3]
+)
 @pytest.mark.parametrize("wanted", [None, "1", "0"])
-def test_a_result_does_not_wait_for_the_next_forward_unless_that_is_asked_for(monkeypatch, wanted):
+def test_a_result_does_not_wait_for_the_next_forward_unless_that_is_asked_for(monkeypatch, wanted, backends):
     """An overlapped forward is one that runs elsewhere; here its result would come a whole step late."""
     monkeypatch.setenv(OMP_BINDING, "0")
     monkeypatch.delenv(OVERLAP, raising=False)
     if wanted is not None:
         monkeypatch.setenv(OVERLAP, wanted)
-    arguments = SimpleNamespace(dp_size=1, tp_size=1, pp_size=1, disable_overlap_schedule=False)
+    arguments = arguments_of(*backends)
     ClusterKVCpuPlatform().apply_server_args_defaults(arguments)
-    assert arguments.disable_overlap_schedule is (wanted != "1")
+    assert arguments.disable_overlap_schedule is (wanted != "1" and "clusterkv" in backends)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +128,12 @@ def test_a_later_engine_gets_a_binding_of_its_own_but_never_instead_of_the_users
     monkeypatch.delenv("OMP_WAIT_POLICY")
     platform = ClusterKVCpuPlatform()
     for tp_size, binding in ((1, "0"), (2, "0|1")):
-        platform.apply_server_args_defaults(SimpleNamespace(dp_size=1, tp_size=tp_size, pp_size=1))
+        platform.apply_server_args_defaults(arguments_of(tp_size=tp_size))
         assert os.environ[OMP_BINDING] == binding
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv(OMP_BINDING, "0-1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    platform.apply_server_args_defaults(SimpleNamespace(dp_size=1, tp_size=1, pp_size=1))
+    platform.apply_server_args_defaults(arguments_of())
     assert os.environ[OMP_BINDING] == "0-1" and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 

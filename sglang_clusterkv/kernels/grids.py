@@ -50,9 +50,11 @@ def select_block(large: bool) -> int:
     return 4096 if large else 1024
 
 
-def candidate_tile(pairs: int, candidates: int) -> int:
-    """Candidates per program of refine's values: many where there are programs enough for that."""
-    return MANY_CANDIDATES if pairs * -(-candidates // MANY_CANDIDATES) >= CANDIDATE_PROGRAMS else FEW_CANDIDATES
+def candidate_tile(pairs: int, candidates: int, channels: int = 128) -> int:
+    """Candidates per program of refine's values: many where there are programs enough for that, half as many of wide heads."""
+    if pairs * -(-candidates // MANY_CANDIDATES) < CANDIDATE_PROGRAMS:
+        return FEW_CANDIDATES
+    return MANY_CANDIDATES if channels <= 128 else MANY_CANDIDATES // 2
 
 
 def batch_of_large_tiles(heads: int, candidates: int) -> int:

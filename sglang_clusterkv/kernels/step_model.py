@@ -216,7 +216,8 @@ def _refine(shape: StepShape, config: ClusterKVConfig, lists: Lists, chosen: int
     read += shape.group * shape.head_dim * _FLOAT
     values = shape.pairs * (read + lists.candidates * (_FLOAT + _INT)) + _page_bytes(shape, lists)
     choice = lists.candidates * (_LONG + _FLOAT + _INT) + lists.recalled * (_LONG + 2 * _INT)
-    programs = shape.pairs * -(-config.candidate_tokens // grids.candidate_tile(shape.pairs, config.candidate_tokens))
+    tile = grids.candidate_tile(shape.pairs, config.candidate_tokens, shape.head_dim)
+    programs = shape.pairs * -(-config.candidate_tokens // tile)
     choice = shape.pairs * choice + chosen
     return [Launch("refine: values", programs, values), Launch("refine: choice", shape.pairs, choice)]
 

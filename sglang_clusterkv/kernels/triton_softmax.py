@@ -60,4 +60,4 @@ def normalise(sums, weight):
 @triton.jit
 def natural_lse(peak, weight):
     """Log-sum-exp [G] in base e; -inf where there is no weight."""
-    return tl.where(weight > 0, (peak + log2(tl.maximum(weight, 1e-37))) * LN_2, float("-inf"))
+    return tl.where(weight > 0, (peak + tl.log2(tl.maximum(weight, 1e-37))) * LN_2, float("-inf"))

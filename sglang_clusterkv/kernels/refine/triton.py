@@ -210,11 +210,6 @@ def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dty
     }
 
 
-def value_warps(channels: int, tile: int) -> int:
-    """Warps of a program of the values; tile: its candidates, whose codes its registers hold."""
-    return 8 if channels > 128 and tile == MANY_CANDIDATES else 4
-
-
 def warps(block: int, clusters: int) -> int:
     """Warps of a program that holds `block` candidates, and then so many clusters' masses."""
     return max(own_warps(clusters), min(16, block // 256))
@@ -235,14 +230,13 @@ def refine_values(
         dtype: of the queries.
     """
     arrays, shape = layer_arrays(index, layer), w.shape
-    tile = grids.candidate_tile(step.batch * shape.heads, limit)
+    tile = grids.candidate_tile(step.batch * shape.heads, limit, shape.channels)
     value_kernel[(shape.heads, triton.cdiv(limit, tile), step.batch)](
         w.rotated, arrays.codes, arrays.code_scales, arrays.members, step.pages, step.segment_of_page,
         step.segment_begin, w.offset, w.dot, w.total, w.candidates, w.candidate_count, w.value, w.position,
         step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.candidates, scale,
         PAGE=index.geometry.page_size,
         **constants(shape.heads, shape.group, shape.channels, index.config.code_bits, dtype, tile),
-        num_warps=value_warps(shape.channels, tile),
     )  # fmt: skip
 
 
@@ -305,10 +299,11 @@ COMPILE_CASES = [
         _case(
             f"values {bits} bits D={channels} G={group} x{tile}", value_kernel,
             constants(8, group, channels, bits, torch.bfloat16, tile),
-            tensor_cores=8, programs_per_sm=4 if tile == FEW_CANDIDATES else 2, num_warps=value_warps(channels, tile),
+            tensor_cores=8, programs_per_sm=4 if tile == FEW_CANDIDATES else 2,
         )
         for bits, channels, group, tile in (
-            *((2, channels, group, MANY_CANDIDATES) for channels, group in ((64, 3), (96, 4), (128, 4), (128, 8), (256, 4))),
+            *((2, channels, group, MANY_CANDIDATES) for channels, group in ((64, 3), (96, 4), (128, 4), (128, 8))),
+            (2, 256, 4, MANY_CANDIDATES // 2),
             *((2, channels, 4, FEW_CANDIDATES) for channels in (128, 256)),
             (1, 128, 4, MANY_CANDIDATES),
         )

@@ -397,7 +397,8 @@ def traced_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TracedWorld
     worlds: list[TracedWorld] = []
 
     def traced_world(*arguments: Any, **options: Any) -> TracedWorld:
-        world = TracedWorld(*(arguments or (SMALL,)), checks=False, **options)  # test_machine.py has the rules
+        options |= {"checks": False, "graphs": 0}  # test_machine.py has the rules; traced steps are in no graph
+        world = TracedWorld(*(arguments or (SMALL,)), **options)
         worlds.append(world)
         return world
 

@@ -409,7 +409,7 @@ def cpu_stages(placed: Placed, layer: int, q: torch.Tensor) -> list[list[Stages]
     """The CPU kernels, one by one; [B][H]."""
     keys, values = placed.scene.keys[layer], placed.scene.values[layer]
     rows, key_rows, value_rows = q.contiguous().numpy(), keys.numpy(), values.numpy()
-    decoder = cpu.CpuDecoder(placed.index, q.shape[2], False)
+    decoder = cpu.CpuDecoder(placed.index, q.shape[2], torch.float32)
     decoder.prepare(placed.step, *q.shape[1:])
     decoder.score(rows, key_rows, layer, placed.scale)
     decoder.select()

@@ -49,7 +49,7 @@ def scene_of_a_tree() -> Scene:
 
 
 def lists_of(rows: list[int]) -> SparseStep:
-    step = scene_of_a_tree().engine.decoding._sparse(
+    step = scene_of_a_tree().engine.decoding.sparse(
         np.array(rows), np.array([ROWS[row][0] for row in rows]), recallable(rows)
     )
     assert step.shared is not None

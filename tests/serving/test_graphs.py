@@ -74,7 +74,7 @@ class Served:
         monkeypatch.setattr(decoding, "reserve", lambda index, group, room: 1000)
         self.scene = Scene(CONFIG, layers=2, kv_heads=HEADS, head_dim=HEAD_DIM, context=CONTEXT)
         monkeypatch.setattr(lists_triton, "make", self.made)
-        self.lengths = dict(LENGTHS)
+        self.lengths, self.dtype = dict(LENGTHS), torch.float32
         for row, length in LENGTHS.items():
             self.scene.prefill(row, length)
         self.engine = self.scene.engine
@@ -327,4 +327,4 @@ def test_the_definition_has_what_captured_lists_have(served: Served) -> None:
     lists = sparse_step(borders, served.scene.req_to_token, 16)._asdict()
     captured = served.engine.decoding.captured(1)._asdict()
     for name, value in lists.items():
-        assert name == "lengths" or value is None or type(value) is type(captured[name]), name
+        assert name in ("lengths", "shared") or value is None or type(value) is type(captured[name]), name

@@ -84,7 +84,8 @@ def test_a_head_waits_for_all_layers_of_the_last_forwards_load(
     def begin(*args: Any) -> None:
         loads.append(len(Events.waited))
 
-    monkeypatch.setattr(runtime, "_engine", SimpleNamespace(begin_decode=begin, stream=ForwardStream("cpu")))
+    engine = SimpleNamespace(begin_decode=begin, stream=ForwardStream("cpu"), decoding=SimpleNamespace(room=None))
+    monkeypatch.setattr(runtime, "_engine", engine)
     worker = SimpleNamespace(is_draft_worker=False, model_runner=SimpleNamespace(token_to_kv_pool=pool))
     mode = SimpleNamespace(is_decode=lambda: True)
     lengths = torch.tensor([40])

@@ -54,7 +54,7 @@ def test_what_is_far_below_the_peak_is_ranked_alike(deviation: int, device: str)
         assert ranked[at] - ranked[at - 1] > APART and ranked[at + 1] - ranked[at] > APART, (last, left_out)
         assert 0 < int((value[0, h] >= NO_MASS).sum()) < CONFIG.budget_tokens
 
-    decoder = cpu.CpuDecoder(index, GROUP, False)
+    decoder = cpu.CpuDecoder(index, GROUP, torch.float32)
     decoder.prepare(step, KV_HEADS, GROUP, HEAD_DIM)
     decoder.score(grouped.contiguous().numpy(), sharp.keys.numpy(), 0, SCALE)
     decoder.select()

@@ -133,7 +133,9 @@ def test_a_segment_that_is_built_from_both_tiers_is_the_same_bit_for_bit(
     assert case.reads()[BUILD_HOST] == away * len(clustered) * 2 > 0  # of two kv heads
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in FP8])  # rows of 8 bits are not rounded again
+@pytest.mark.parametrize(
+    "dtype", [dtype for dtype in DTYPES if dtype not in FP8]
+)  # rows of 8 bits are not rounded again
 def test_rounded_rows_give_the_kernels_what_they_give_the_references(dtype: torch.dtype) -> None:
     case = case_of(dtype, "int8")
     bound = 3e-5 if dtype is torch.float32 else 0.02

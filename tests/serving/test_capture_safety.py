@@ -9,7 +9,7 @@ launches, or hands a launch a tensor of the host. Mutants show each.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +23,10 @@ from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import triton as decode_triton
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
+from sglang_clusterkv.kernels.score import triton as score_triton
 from sglang_clusterkv.kernels.score.triton import score_kernel
 from sglang_clusterkv.kernels.select import triton as select_triton
+from sglang_clusterkv.memory import rotation
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
@@ -97,6 +99,17 @@ class FakeLayer:
             tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
             assert tensors and all(tensor.device.type == "cuda" for tensor in tensors), f"{kernel} reads the host"
         return capture.launches
+
+
+@pytest.fixture(autouse=True)
+def tables_of_this_test() -> Iterator[None]:
+    """Tables that are made once per process are made here, and not handed to tests of real tensors."""
+    made_once = [rotation.rotation_matrix, score_triton.rotation_parts]
+    for table in made_once:
+        table.cache_clear()
+    yield
+    for table in made_once:
+        table.cache_clear()
 
 
 @pytest.fixture

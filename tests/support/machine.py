@@ -96,6 +96,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         """A world of its own."""
         COUNTS["worlds"] += 1
+        if config.recall_extend_tokens:  # on a CPU alone, where there are no graphs and no HiCache
+            host, graphs = "no" if host == "HiCache" else host, 0
         tiers = Tiers.of(pages, host, CHUNK_TOKENS, MOST_RUNNING) if isinstance(host, int) else None
         self.world = World(
             config, pages=pages, overlap=overlap, lags=lags, tiers=tiers, hicache=host == "HiCache",

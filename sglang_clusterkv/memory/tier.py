@@ -37,7 +37,7 @@ class TierArrays(NamedTuple):
     device_page: np.ndarray  # int64 [L + 1]
     rows: (
         np.ndarray
-    )  # [L + 1, H * page_size, 2 D or more]: levels (int8), or the pool's dtype (bf16 as uint16, fp8 as uint8)
+    )  # [L + 1, H * page_size, 2 D or more]: levels (int8), or as the pool (bf16 as uint16, fp8 as uint8)
     scales: np.ndarray  # float32 [L + 1, H * page_size, row_bytes / 4]; int8 rows end with two scales
     page_size: int
     row_bytes: int

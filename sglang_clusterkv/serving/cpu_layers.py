@@ -19,10 +19,7 @@ from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbeddin
 from sglang_clusterkv.kernels.layer_cpu import compile_layers, linear, rms_norm, rotate, silu_and_mul
 
 MOST_ROWS = 8  # of a product: with more, torch's own is faster
-MOST_TOKENS = (
-    64  # of one call: with more, torch's operations last longer than their calls, and run on all cores of a prefill
-)
-
+MOST_TOKENS = 64  # of another call: with more, torch's operations last longer than their calls, and run on all cores
 
 _taken = False  # until a model is served with clusterkv everything is SGLang's
 

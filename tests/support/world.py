@@ -238,9 +238,8 @@ class World:
         self.faulted_at = 0  # launch whose lists failed
         self.dense_until = 0  # launch from which layers may be sparse again
         self._failures = 0  # of layers, in a row
-        self._rows_read: int | None = (
-            None  # how far the stream has come once the last forward has read rows; None: all of it
-        )
+        # How far the stream has come once the last forward has read rows; None: all of it.
+        self._rows_read: int | None = None
         self._ends: list[Any] = []  # of forwards whose results are not on the host
         self.catches_up = False  # with `lags`: a launch's head is done before the scheduler goes on
         self.handed_out: list[torch.Tensor] = []  # slots, since the last launch

@@ -388,7 +388,7 @@ type, a number outside its limits or values that do not go together end the star
 
 The environment variable `{CHECK}=1` makes every step and build check the indices that become addresses, and count those that
 were wrong: slow, for whoever looks for a mistake of ours ([developing.md](developing.md#checked-indices)). Without
-an accelerator `SGLANG_CLUSTERKV_CPU_OVERLAP=1` keeps SGLang's overlap schedule, by which a result waits there for the next forward.
+an accelerator `SGLANG_CLUSTERKV_CPU_OVERLAP=1` keeps SGLang's overlap schedule, by which a result waits for the next forward.
 
 Why not more:
 

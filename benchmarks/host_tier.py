@@ -45,7 +45,7 @@ from benchmarks.policies.control import use
 from benchmarks.quality.documents import Document, make_documents, read_text
 from benchmarks.quality.model_level import options_of
 from benchmarks.results_file import command_of, write_results
-from benchmarks.servers import ANSWER_TIMEOUT_S, Server, model_folder, serve
+from benchmarks.servers import ANSWER_TIMEOUT_S, MOST_READ, Server, model_folder, serve
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import metadata_bytes_per_token
 from sglang_clusterkv.memory.host import HOST_DTYPES, host_row_bytes
@@ -154,7 +154,7 @@ def stream(server: Server, prompt: list[int], tokens: int) -> Reply:
     last: dict[str, Any] = {}
     with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=ANSWER_TIMEOUT_S) as answer:
         assert answer.status_code == 200, answer.text
-        for line in answer.iter_lines():
+        for line in answer.iter_lines(chunk_size=MOST_READ):
             if line.startswith(b"data:") and b"[DONE]" not in line:
                 times.append(time.perf_counter())
                 last = json.loads(line[len(b"data:") :])

@@ -21,6 +21,9 @@ import requests
 
 START_TIMEOUT_S = 900  # on two cores that start several
 ANSWER_TIMEOUT_S = 1800  # a model of some billion parameters prefills a long prompt on one core
+# Bytes that are read of a stream at once, if they are there: `iter_lines` of requests reads 512, and puts what it has of a line
+# together anew each time, so a line of some megabytes (a trace) keeps a core busy for seconds.
+MOST_READ = 1 << 20
 CPU_FLAGS = ("--device", "cpu", "--dtype", "float32")
 
 
@@ -76,7 +79,7 @@ class Server:
         sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, **sampling_params}
         body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
         with requests.post(f"{self.url}/generate", json=body, stream=True, timeout=ANSWER_TIMEOUT_S) as answer:
-            for line in answer.iter_lines():
+            for line in answer.iter_lines(chunk_size=MOST_READ):
                 if line.startswith(b"data:") and b"[DONE]" not in line:
                     times.append(time.perf_counter())
         return times

@@ -85,7 +85,7 @@ class MadeUpStream:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def iter_lines(self) -> list[bytes]:
+    def iter_lines(self, chunk_size: int) -> list[bytes]:
         return [b"data: " + json.dumps(chunk).encode() for chunk in self._chunks] + [b"", b"data: [DONE]"]
 
 

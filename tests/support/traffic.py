@@ -16,7 +16,7 @@ from typing import Any
 
 import requests
 
-from benchmarks.servers import Server
+from benchmarks.servers import MOST_READ, Server
 
 PAGE = 16
 # Prompts of 960 tokens leave 864 in segments. The budget leaves out the lightest tenth, so that rows decode sparsely and
@@ -116,7 +116,7 @@ class Request:
             contextlib.suppress(requests.RequestException),  # a killed server; `status` stays 0
             requests.post(f"{self._server.url}/generate", json=body, stream=True, timeout=600) as answer,
         ):
-            for line in answer.iter_lines():
+            for line in answer.iter_lines(chunk_size=MOST_READ):
                 if line.startswith(b"data:") and b"[DONE]" not in line:
                     event = json.loads(line[5:])
                     self.output_ids = event.get("output_ids", self.output_ids)

@@ -23,7 +23,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -52,6 +52,7 @@ SMALL = ClusterKVConfig(
 )
 CONTENTS = 1 << 14  # different tokens' keys and values
 Pieces = list[tuple[int, int]]  # token positions [begin, end)
+Begun = TypeVar("Begun")  # what the head of a forward gives
 
 
 def stream(name: int, length: int) -> list[int]:
@@ -609,8 +610,8 @@ class World:
         self._middle = [r for r in self._middle if r is not request]
         self._last = [r for r in self._last if r is not request]
 
-    def _begin(self, begin: Callable[[], DecodeStep | None]) -> DecodeStep | None:
-        """The head of a forward."""
+    def _begin(self, begin: Callable[[], Begun]) -> Begun:
+        """The head of a forward; what it gave."""
         self.launches += 1
         self.made, self.walked, self.splits = [], [], 0
         self.checked.clear()

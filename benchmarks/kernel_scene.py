@@ -17,6 +17,7 @@ from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import Geometry, index_bytes
 from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.movement import rank_of, row_codec
 from sglang_clusterkv.memory.step import DenseStep, SparseStep, dense_step
 
 PAGE_SIZE = 16
@@ -283,8 +284,18 @@ def step_bytes(scene: Scene) -> dict[str, float]:
         "select": clusters * 8,  # a mass and a size
         "refine": pairs * config.candidate_tokens * (code_bytes + 4),  # a code, its scale and a member
         "attend": pairs * config.budget_tokens * 2 * kv_bytes + base * kv_bytes,  # score has read the base's keys
-        "estimate": min(clusters, pairs * config.estimate_clusters) * row_bytes,
+        "estimate": min(clusters, pairs * config.estimate_clusters) * row_bytes + _movement_bytes(scene),
     }
+
+
+def _movement_bytes(scene: Scene) -> int:
+    """Of the rows by which values move, of one layer."""
+    if scene.config.moving_values != "always":
+        return 0
+    step = scene.step
+    borders = torch.cat((step.segment_begin, step.page_count.unsqueeze(1)), 1).minimum(step.page_count.unsqueeze(1))
+    rows = 2 * sum(rank_of(pages) for pages in borders.diff(dim=1).flatten().tolist())
+    return rows * row_codec(scene.shape.head_dim).row_bytes * scene.shape.kv_heads
 
 
 def dense_bytes(scene: Scene) -> float:

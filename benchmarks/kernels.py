@@ -15,6 +15,7 @@ a table per cell (requests x tokens of each) and writes them to benchmarks/resul
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,7 @@ from benchmarks.kernel_scene import (
 from benchmarks.results_file import command_of, write_results
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.step_model import BANDWIDTHS_TBS
+from sglang_clusterkv.memory import movement
 
 ROOT = Path(__file__).parents[1]
 CLUSTERING = {"k-means", "encode"}
@@ -316,6 +318,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="layers measured; times are scaled to the model's")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int, default=1, help="of torch and of the kernels, on a CPU")
+    parser.add_argument("--changes", type=json.loads, default={}, help="other options of ours, as JSON")
     parser.add_argument("--trust", action="store_true", help="leave the operations' tests out")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -351,8 +354,9 @@ def main() -> None:
         budget_tokens=args.budget,
         candidate_tokens=args.candidates,
         centroid_dtype=args.centroid_dtype,
-        dense_below="never",
+        **{"dense_below": "never"} | args.changes,
     )
+    config = movement.resolve(config, args.device)
     clock: Clock = CpuClock() if args.device == "cpu" else CudaClock()
     bandwidth = copy_gbps(clock, args.device)
     make_scene(config, shape, 1, 1, args.budget + WARM_UP_TOKENS, dtype, args.device)  # compiles what clusters

@@ -35,7 +35,7 @@ def operations(scene: Scene) -> list[Operation]:
         Operation("refine", lambda layer: decoder.refine(layer, scale), moved["refine"]),
         Operation("recall", lambda layer: decoder.recall(), 0),
         Operation("attend", lambda layer: decoder.attend(q, keys[layer], values[layer], scale, out), moved["attend"]),
-        Operation("estimate", lambda layer: decoder.estimate(layer), moved["estimate"]),
+        Operation("estimate", lambda layer: decoder.estimate(q, layer, scale), moved["estimate"]),
         Operation("merge", lambda layer: decoder.merge(out), 0),
     ]
 

@@ -34,6 +34,7 @@ STEP_OPTIONS = (
     "estimate",
     "estimate_spread",
     "estimate_clusters",
+    "moving_values",
     "dense_layers",
     "dense_below_tokens",
     "dense_below",
@@ -62,6 +63,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     estimate: bool = True
     estimate_spread: float = 0.25
     estimate_clusters: int = 512
+    moving_values: Literal["auto", "always", "never"] = "auto"
     centroid_dtype: Literal["int4", "int8", "bf16"] = "int4"
     dense_layers: int = 0
     dense_below_tokens: int = 0
@@ -88,12 +90,12 @@ FIELD_DOCS: dict[str, str] = {
     "segment_tokens": "Most tokens that are clustered together; whole pages, four or more.",
     "tokens_per_cluster": "Tokens of a cluster on average; divides page_size.",
     "kmeans_passes": "Passes of k-means over a segment.",
-    "outlier_share": "Share of a segment's clusters that its farthest keys get before the last pass; with 0 "
-    "a query may miss a key that is unlike its cluster.",
+    "outlier_share": "Share of a segment's clusters that its farthest keys get: a query finds keys unlike their cluster.",
     "choice_spread": "Weight of a cluster's spread in the choice of clusters; more is more optimistic about wide ones.",
     "estimate": "Estimate the clusters that were not recalled by their means instead of leaving them out.",
     "estimate_spread": "Weight of a cluster's spread in that estimate.",
     "estimate_clusters": "Clusters estimated by their own mean value; the rest by their segment's mean value.",
+    "moving_values": "Estimated values move with the query, as values do with keys inside clusters; auto: on a CPU alone.",
     "centroid_dtype": "Format of stored centroids and mean values: int4, int8 or bf16.",
     "dense_layers": "First layers that attend to everything.",
     "dense_below_tokens": "Sequences shorter than this, in tokens, attend to everything.",
@@ -103,21 +105,17 @@ FIELD_DOCS: dict[str, str] = {
     "these as a decode step does; 0 is off. On a CPU alone. See [design.md](design.md#recalled-extends).",
     "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
     "pages, four or more, at most segment_tokens.",
-    "merge_segments": "Cluster neighbouring segments that one running request alone sees again as one, when that at least "
-    "doubles the largest of them, completes one of segment_tokens or adds a third to a prompt's last one; false leaves them "
-    "as they were made.",
+    "merge_segments": "Neighbouring segments that one running request alone sees are clustered again as one, when that at "
+    "least doubles the largest of them, completes one of segment_tokens or adds a third to a prompt's last one.",
     "reproducible": "Requests one after another get the same answer whatever was served before: segments are built again "
     "where another request's differ from those of an empty cache, and answers that were decoded sparsely are not kept in "
     "the prefix cache.",
     "host_ratio": "Tokens that the KV cache holds for each that has room on the device; the others are in host memory. 1 is "
     "off: everything is on the device. See [memory.md](memory.md).",
-    "host_kv_dtype": "Format of keys and values in host memory: auto is the KV cache's own, bit for bit; int8 rounds a page "
-    "once, when it is stored there.",
-    "attend_engine": "What attends to recalled tokens on a GPU: our own kernel (triton) or FlashInfer; auto is triton. See "
-    "[gpu.md](gpu.md).",
+    "host_kv_dtype": "Format in host memory: auto is the KV cache's own, bit for bit; int8 rounds a page once, when stored.",
+    "attend_engine": "What attends to recalled tokens on a GPU; auto is triton, our own kernel. See [gpu.md](gpu.md).",
     "prefill_backend": "Backend of SGLang that prefills on a GPU; auto is SGLang's own choice. See [gpu.md](gpu.md).",
-    "trace": "Requests may ask which tokens each step of their answer recalled, and get that with the answer. See "
-    "[explain.md](explain.md).",
+    "trace": "Requests may ask which tokens each step recalled, and get that with the answer. See [explain.md](explain.md).",
     "trace_tokens": "Most steps of an answer that such a trace keeps, the newest ones.",
 }
 

@@ -51,6 +51,7 @@ def test_the_defaults_are_those_of_the_design():
         "estimate": True,
         "estimate_spread": 0.25,
         "estimate_clusters": 512,
+        "moving_values": "auto",
         "centroid_dtype": "int4",
         "dense_layers": 0,
         "dense_below_tokens": 0,

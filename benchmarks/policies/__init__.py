@@ -35,6 +35,7 @@ from benchmarks.policies.policy import Policy, Reading, kv_bytes
 from benchmarks.policies.steps import Reformed
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 from sglang_clusterkv.memory.masses import SPREAD_CAP
+from sglang_clusterkv.memory.movement import RANK
 
 EVERYTHING = 1 << 30
 
@@ -46,7 +47,13 @@ def _ours(reading: Reading) -> float:
     found = clusters * (_row(reading) + 2 + 2) + _segments(reading)
     if config.estimate:
         found += min(clusters, config.estimate_clusters) * _row(reading)
+        found += _movement(reading) if config.moving_values != "never" else 0
     return found + _candidates(reading)
+
+
+def _movement(reading: Reading, rows: int = 2 * RANK) -> float:
+    """By how much the segments' values move: so many rows in four bits of each."""
+    return reading.clustered / reading.config.segment_tokens * rows * RowCodec("int4", reading.head_dim).row_bytes
 
 
 def _row(reading: Reading) -> int:
@@ -102,9 +109,11 @@ def _moving_values(rank: int | None = None, shared: bool = False) -> Callable[[R
     """As ours, and the covariance of values and keys in four bits: of every segment or of the request, whole or as factors."""
 
     def metadata_bytes(reading: Reading) -> float:
-        rows = reading.head_dim if rank is None else 2 * rank
-        matrices = 1 if shared else reading.clustered / reading.config.segment_tokens
-        return _ours(reading) + matrices * rows * RowCodec("int4", reading.head_dim).row_bytes
+        moved = _movement(reading, reading.head_dim if rank is None else 2 * rank)
+        if shared:
+            moved *= reading.config.segment_tokens / reading.clustered
+        still = msgspec.structs.replace(reading.config, moving_values="never")
+        return _ours(reading._replace(config=still)) + moved
 
     return metadata_bytes
 
@@ -144,6 +153,8 @@ def _by_error(budget: int) -> LayerBudgets:
     return LayerBudgets(budget, np.array(found["error"]).mean(1))
 
 
+STILL: dict[str, object] = {"moving_values": "never"}
+
 POLICIES: dict[str, Policy] = {
     "dense": Policy("dense", lambda r: 0.0, {"dense_below_tokens": EVERYTHING}, is_method=False),
     "window": Policy("last B tokens", lambda r: 0.0, make=Window),
@@ -158,6 +169,7 @@ POLICIES: dict[str, Policy] = {
     "vattention": Policy("vAttention, over ours", _ours, {"estimate": False}, make=lambda budget: VAttention()),
     "ours": Policy("ours", _ours),
     "ours-no-estimate": Policy("ours without the estimate", _ours, {"estimate": False}),
+    "ours-still-values": Policy("ours, values that stay", _ours, STILL),
     "ours-no-spread": Policy("ours without spread", _ours, {"choice_spread": 0.0, "estimate_spread": 0.0}),
     "ours-whole-clusters": Policy("ours, whole clusters (no refining)", _ours, {"refine": False}),
     "ours-reused-2": Policy("ours, a choice serves 2 steps", _reused(2), make=lambda budget: ReusedChoice(2)),
@@ -184,20 +196,21 @@ POLICIES: dict[str, Policy] = {
         "ours, two levels, twice as many tokens opened", _two_levels(2), make=lambda budget: TwoLevels(2)
     ),
     "ours-moving-values": Policy(
-        "ours, values move with keys", _moving_values(), make=lambda budget: MovingValues(0.25)
+        "ours, values move with keys", _moving_values(), STILL, make=lambda budget: MovingValues(0.25)
     ),
     "ours-moving-values-1": Policy(
-        "ours, values move with keys, in full", _moving_values(), make=lambda budget: MovingValues(1.0)
+        "ours, values move with keys, in full", _moving_values(), STILL, make=lambda budget: MovingValues(1.0)
     ),
     "ours-moving-values-rank-8": Policy(
-        "ours, values move with keys, rank 8", _moving_values(8), make=lambda budget: MovingValues(0.25, rank=8)
+        "ours, values move with keys, rank 8", _moving_values(8), STILL, make=lambda budget: MovingValues(0.25, rank=8)
     ),
     "ours-moving-values-rank-2": Policy(
-        "ours, values move with keys, rank 2", _moving_values(2), make=lambda budget: MovingValues(0.25, rank=2)
+        "ours, values move with keys, rank 2", _moving_values(2), STILL, make=lambda budget: MovingValues(0.25, rank=2)
     ),
     "ours-moving-values-shared": Policy(
         "ours, values move with keys alike in all segments",
         _moving_values(shared=True),
+        STILL,
         make=lambda budget: MovingValues(0.25, shared=True),
     ),
     "ours-exact-inside": Policy(

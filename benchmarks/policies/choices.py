@@ -56,7 +56,7 @@ class ChangedChoice(ABC):
         decoder.recall()
         self.change(grouped, layer, step, decoder)
         decoder.attend(q_rows, key_rows, bits(values), scale, out)
-        decoder.estimate(layer)
+        decoder.estimate(q_rows, layer, scale)
         decoder.merge(out)
         decoder.note_mass(layer)
         return output.flatten(1, 2).to(q.dtype)

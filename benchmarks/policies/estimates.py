@@ -62,6 +62,11 @@ class Source(NamedTuple):
         return segment_vectors(self.clusters, self.layer, self.step)
 
 
+def our_estimate(scores: Scores, left: torch.Tensor, source: Source) -> Partial:
+    """As ours: see `kernels.estimate.reference.estimate`."""
+    return estimate(scores, left, source.clusters, source.layer, source.step, source.q, source.scale)
+
+
 class ChangedEstimate(ABC):
     """Our chain by its references, with refining; a subclass has its say on the scores and makes the estimate."""
 
@@ -129,7 +134,7 @@ class OtherCap(ChangedEstimate):
 
     def whole(self, exact: Partial, scores: Scores, left: torch.Tensor, source: Source) -> Partial:
         """As ours."""
-        return merge(exact, estimate(scores, left, source.clusters, source.layer, source.step))
+        return merge(exact, our_estimate(scores, left, source))
 
 
 class OtherValues:
@@ -161,7 +166,7 @@ class TwoBitValues(ChangedEstimate):
             rows = self._rows(source)
             self._kept[source.layer] = stored, rows
         other = cast("ClusterIndex", OtherValues(source.clusters, rows))
-        return merge(exact, estimate(scores, left, other, source.layer, source.step))
+        return merge(exact, our_estimate(scores, left, source._replace(clusters=other)))
 
     @staticmethod
     def _rows(source: Source) -> torch.Tensor:
@@ -263,7 +268,7 @@ class TwoLevels(ChangedEstimate):
 
     def whole(self, exact: Partial, scores: Scores, left: torch.Tensor, source: Source) -> Partial:
         """Opened groups by their clusters, closed ones by themselves."""
-        return merge(merge(exact, estimate(scores, left * self._is_open, *source[:3])), self._closed)
+        return merge(merge(exact, our_estimate(scores, left * self._is_open, source)), self._closed)
 
     def _groups(self, scores: Scores, source: Source, b: int) -> Groups:
         """Of one request, made anew where its clusters changed."""
@@ -396,7 +401,7 @@ class MovingValues(ChangedEstimate):
             if self._rank is not None:
                 covariance = of_rank(covariance, self._rank)
             self._kept[source.layer] = stored, covariance
-        ours = estimate(scores, left, source.clusters, source.layer, source.step)
+        ours = our_estimate(scores, left, source)
         logits = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus
         mass = (logits - torch.where(ours.lse.isfinite(), ours.lse, 0.0).unsqueeze(-1)).exp()
         wide = mass * source.view.spread[source.rows].float().transpose(1, 2).unsqueeze(2)

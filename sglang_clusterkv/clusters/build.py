@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_clusterkv.kernels import encode, kmeans
+from sglang_clusterkv.kernels import encode, kmeans, movement
 from sglang_clusterkv.kernels.tier import gather
+from sglang_clusterkv.memory import movement as moved_values
+from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import BUILD_HOST, Tier, TierLayer
 
@@ -35,6 +37,7 @@ class SegmentTables(NamedTuple):
     spread: torch.Tensor  # bf16 [N, C]
     codes: torch.Tensor | None  # uint8 [N, M, code_bytes], in the order of `members`
     code_scales: torch.Tensor | None  # bf16 [N, M]
+    movement: torch.Tensor | None  # bf16 [N, R, 3, D/4], as `memory.movement` packs it; None where R is 0
 
 
 def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tensor) -> SegmentTables:
@@ -72,6 +75,9 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
     if "codes" in index.arrays:  # whether or not a step refines just now
         stored = index.row_codec.decode(key_rows, key_scales) + mean_key.float().unsqueeze(1)
         codes, code_scales = encode.token_codes(keys, stored, labels, members, index.token_codec)
+    moved = None
+    if index.keeps_movement and (rank := moved_values.rank_of(tokens // index.geometry.page_size)):
+        moved = moved_values.pack(*movement.factors(centered, centroids, values, mean_values, labels, rank))
     return SegmentTables(
         labels=labels,
         members=members,
@@ -86,6 +92,7 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
         spread=spread.to(torch.bfloat16),
         codes=codes,
         code_scales=code_scales,
+        movement=moved,
     )
 
 
@@ -249,4 +256,7 @@ def _write(index: ClusterIndex, span: slice, pages: torch.Tensor, slots: torch.T
     vectors = torch.stack((tables.mean_key, tables.mean_value, tables.variance), 1)  # [N, 3, D]
     quarters = arrays["segment_vectors"].shape[-1]
     vectors = vectors.unflatten(-1, (-1, quarters)).permute(0, 2, 1, 3)  # [N, 4, 3, D/4]
-    arrays["segment_vectors"][span].index_copy_(1, pages[: vectors.shape[1]], by_layer(vectors))
+    arrays["segment_vectors"][span].index_copy_(1, pages[:SEGMENT_VECTOR_PAGES], by_layer(vectors))
+    if tables.movement is not None:
+        behind = pages[SEGMENT_VECTOR_PAGES : SEGMENT_VECTOR_PAGES + tables.movement.shape[1]]
+        arrays["segment_vectors"][span].index_copy_(1, behind, by_layer(tables.movement))

@@ -106,6 +106,8 @@ class DecodeLists:
         validate(config, self._page_size, index.geometry.head_dim)
         if config.refine and "codes" not in index.arrays:
             raise ConfigError("no codes are stored: start with refine=true, then it may be switched")
+        if config.moving_values == "always" and not index.keeps_movement:
+            raise ConfigError("no movement is stored: start with moving_values=always, then it may be switched")
         index.config = config
         index.scratch.clear()
         return config

@@ -36,7 +36,7 @@ class LayerView(NamedTuple):
     value_scales: torch.Tensor | None  # bf16 [C, H, scales]
     spread: torch.Tensor  # bf16 [C, H]
     cluster_end: torch.Tensor  # int16 [C, H], end of the cluster in its segment's member list
-    segment_vectors: torch.Tensor  # bf16 [pages, H, 3, D/4]: quarters of mean key, mean value, variance
+    segment_vectors: torch.Tensor  # bf16 [pages, H, 3, D/4]: quarters of mean key, mean value, variance; movement
     members: torch.Tensor  # int16 [S, H], offsets in the segment, sorted by cluster
     codes: torch.Tensor | None  # uint8 [S, H, code_bytes], in the order of `members`
     code_scales: torch.Tensor | None  # bf16 [S, H]
@@ -59,6 +59,7 @@ class ClusterIndex:
         self.token_codec = TokenCodec(config.code_bits, geometry.head_dim)
         self.clusters_per_page = geometry.page_size // config.tokens_per_cluster
         self.arrays = device_tier.allocate(config, geometry, device)
+        self.keeps_movement = config.moving_values == "always"  # of values, whether or not a step reads it just now
         self.page_state = self.arrays["page_state"]  # int32 [pages, 3]: segment id, index in the segment, its pages
         self.page_state[:, 0] = UNCLUSTERED
         # Recalled mass of all sparse steps since the start, its sum and how many (request, query head): float64

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
+from sglang_clusterkv.memory.movement import RANK, row_codec
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig
@@ -23,7 +24,7 @@ def kv_bytes(tokens: int, head_dim: int, item_bytes: int) -> int:
 def sparse_bytes(
     config: ClusterKVConfig, head_dim: int, item_bytes: int, *, clustered: int, base: int, segments: int
 ) -> int:
-    """What a sparse step reads of a layer and kv head.
+    """What a sparse step reads of a layer and kv head; a short segment has fewer rows of its movement than are counted here.
 
     Args:
         config: the options.
@@ -38,6 +39,8 @@ def sparse_bytes(
     chosen = clusters * (row + _SPREAD_AND_END) + segments * 3 * _VECTOR_CHANNEL * head_dim
     if config.estimate:
         chosen += min(clusters, config.estimate_clusters) * row
+        if config.moving_values == "always":
+            chosen += segments * 2 * RANK * row_codec(head_dim).row_bytes
     if config.refine:
         code = TokenCodec(config.code_bits, head_dim).code_bytes + _SCALE
         chosen += min(clustered, config.candidate_tokens) * (code + _OFFSET)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from sglang_clusterkv.serving.compat import (
     BACKEND,
     HOST_TIER_REFUSALS,
+    MOVING_VALUES_REFUSALS,
     RECALL_EXTEND_REFUSALS,
     REFUSALS,
     TRACE_REFUSALS,
@@ -111,6 +112,7 @@ def compatibility_markdown() -> str:
     host_tier = "\n".join(f"| {row.name} | {row.sentence} |" for row in HOST_TIER_REFUSALS)
     trace = "\n".join(f"| {row.name} | {row.sentence} |" for row in TRACE_REFUSALS)
     recall = "\n".join(f"| {row.name} | {row.sentence} |" for row in RECALL_EXTEND_REFUSALS)
+    moving = "\n".join(f"| {row.name} | {row.sentence} |" for row in MOVING_VALUES_REFUSALS)
     releases = "\n".join(f"| {row.version} | {row.checked} | {row.served} |" for row in RELEASES)
     beside = "\n".join(f"| {row.what} | {row.status} |" for row in BESIDE)
     return f"""# Compatibility
@@ -219,6 +221,12 @@ With `recall_extend_tokens` above 0 also this.
 | what | sentence |
 |---|---|
 {recall}
+
+With `"moving_values": "always"` also this.
+
+| what | sentence |
+|---|---|
+{moving}
 """
 
 

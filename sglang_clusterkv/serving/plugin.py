@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from sglang_clusterkv.config import ENVIRONMENT, FLAG, ClusterKVConfig, ConfigError, fit_defaults, load_config, validate
+from sglang_clusterkv.memory import movement
 from sglang_clusterkv.serving import compat, prefill_backend, sglang_differences, sglang_symbols
 from sglang_clusterkv.serving.active import config_of, keep_config
 from sglang_clusterkv.serving.compat import BACKEND
@@ -186,13 +187,17 @@ def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
         _refuse(server_args, "SGLang forces another attention backend for this model: leave out --attention-backend")
     facts = _model_facts(server_args)
     config = fit_defaults(_load(server_args), view.page_size)
-    options = {"host_tier": config.host_ratio > 1, "recall_extends": config.recall_extend_tokens > 0}
+    options = {
+        "host_tier": config.host_ratio > 1,
+        "recall_extends": config.recall_extend_tokens > 0,
+        "moving_values": config.moving_values == "always",
+    }
     if sentence := compat.refusal(view, facts, trace=config.trace, **options):
         _refuse(server_args, sentence)
     try:
         validate(config, view.page_size, facts.head_dim, facts.layers)
         _check_host_tier(config, view)
-        config = prefill_backend.resolve(config, server_args, view)
+        config = movement.resolve(prefill_backend.resolve(config, server_args, view), view.device or "cpu")
     except ConfigError as error:
         _refuse(server_args, str(error))
     keep_config(server_args, config)

@@ -20,16 +20,18 @@ import torch
 
 from sglang_clusterkv.clusters import build
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels import encode, kmeans
+from sglang_clusterkv.kernels import encode, kmeans, movement
 from sglang_clusterkv.kernels.attend.reference import attend
 from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.encode import reference as encode_reference
 from sglang_clusterkv.kernels.estimate.reference import estimate
 from sglang_clusterkv.kernels.kmeans import reference as kmeans_reference
 from sglang_clusterkv.kernels.merge.reference import merge
+from sglang_clusterkv.kernels.movement import reference as movement_reference
 from sglang_clusterkv.kernels.refine.reference import candidate_scores, recall, recall_all
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
+from sglang_clusterkv.memory import movement as moved_values
 from sglang_clusterkv.memory.codec import RowCodec, rows_at
 from sglang_clusterkv.memory.rotation import rotation_signs
 from sglang_clusterkv.memory.step import RowBorders, SparseStep, sparse_step
@@ -77,6 +79,7 @@ class Shipped(NamedTuple):
     value_rows: tuple[torch.Tensor, torch.Tensor | None]
     codes: np.ndarray  # [M, D] by token, as the oracle's: bit 0 negative, bit 1 outer
     code_scale: np.ndarray  # [M] by token
+    movement: tuple[torch.Tensor, torch.Tensor]  # rows that meet the query and that are added [R, D]
 
 
 class Placed:
@@ -209,6 +212,8 @@ class Placed:
         mean_key, mean_value, variance = quarters.transpose(1, 0, 2).reshape(3, -1)
         key_rows = rows_at(view.key_rows, view.key_scales, (rows, head))
         value_rows = rows_at(view.value_rows, view.value_scales, (rows, head))
+        behind = pages[4 : 4 + ex.movement_rank(end - begin, PAGE)]
+        meets, adds = moved_values.unpack(view.segment_vectors[behind, head])
         levels, code_scale = np.ones((len(order), len(mean_key))), np.zeros(len(order))
         if view.codes is not None and view.code_scales is not None:
             # The i-th code belongs to the i-th entry of the member list.
@@ -227,8 +232,9 @@ class Placed:
             segment_mean_value=mean_value,
             variance=variance,
             y=levels * code_scale[:, None],
+            movement=(adds.double().T @ meets.double()).numpy() if self.index.keeps_movement else None,
         )
-        self._read[place] = Shipped(stored, key_rows, value_rows, token_codes, code_scale)
+        self._read[place] = Shipped(stored, key_rows, value_rows, token_codes, code_scale, (meets, adds))
         return self._read[place]
 
 
@@ -249,6 +255,8 @@ def check_build(placed: Placed, clear: float = 0.0) -> list[Shipped]:
             check_statistics(placed.index.row_codec, keys[begin:end], values[begin:end], shipped)
             if placed.config.refine:
                 check_codes(placed.config.code_bits, keys[begin:end], placed.rotation, shipped)
+            if placed.index.keeps_movement:
+                check_movement(keys[begin:end], values[begin:end], placed.rotation, shipped)
             read.append(shipped)
     assert np.mean(are_clear) >= clear, are_clear
     return read
@@ -343,6 +351,18 @@ def check_codes(bits: int, keys: np.ndarray, rotation: np.ndarray, shipped: Ship
     rounds_to("code scale", shipped.code_scale, np.array(least_squares), AGREE * np.array(least_squares))
 
 
+def check_movement(keys: np.ndarray, values: np.ndarray, rotation: np.ndarray, shipped: Shipped) -> None:
+    """Both factors, from the shipped labels, within half a level and what float32 makes of the iteration."""
+    covariance = ex.covariance(keys, values, shipped.stored.labels)
+    rank = len(shipped.movement[0])
+    if rank == 0:
+        return
+    for rows, expected in zip(shipped.movement, ex.movement_factors(covariance, rank, rotation), strict=True):
+        largest = np.abs(expected).reshape(rank, -1, ex.group_channels(keys.shape[1])).max(2)
+        level = np.repeat(largest / 7, ex.group_channels(keys.shape[1]), axis=1)
+        within("movement", np.abs(rows.double().numpy() - expected), 0.55 * level + AGREE * np.abs(expected).max())
+
+
 # ---- decode
 
 
@@ -378,7 +398,7 @@ def reference_stages(placed: Placed, layer: int, q: torch.Tensor) -> list[list[S
     else:
         recalled = recall_all(scores, candidates)
     exact = attend(q, keys, values, step, recalled.slots, recalled.count, placed.scale)
-    estimated = estimate(scores, recalled.left, index, layer, step) if config.estimate else None
+    estimated = estimate(scores, recalled.left, index, layer, step, q, placed.scale) if config.estimate else None
     merged = merge(exact, estimated) if estimated else exact
     chain = reference.sparse_decode(q.flatten(1, 2), keys, values, index, layer, step, placed.scale)
     torch.testing.assert_close(chain, merged.output.flatten(1, 2))
@@ -424,7 +444,7 @@ def cpu_stages(placed: Placed, layer: int, q: torch.Tensor) -> list[list[Stages]
     decoder.attend(rows, key_rows, value_rows, placed.scale, output)
     exact, exact_lse = output.copy(), u.lse.copy()
     if placed.config.estimate:
-        decoder.estimate(layer)
+        decoder.estimate(rows, layer, placed.scale)
         decoder.merge(output)
     chain = cpu.sparse_decode(q.flatten(1, 2), keys, values, placed.index, layer, placed.step, placed.scale)
     torch.testing.assert_close(chain, torch.from_numpy(output).flatten(1, 2))
@@ -524,6 +544,9 @@ def check_step(placed: Placed, row: int, layer: int, head: int, q: np.ndarray, s
         est = ex.estimate_logits(q, scale, clusters, s.left, options.estimate_spread)
         own = ex.own_value_clusters(s.estimate_mass, s.left, options.estimate_clusters)
         estimated = ex.softmax_output(est, ex.estimate_values(clusters, own))
+        moved = ex.moved(q, scale, clusters, est, options.estimate_spread)
+        estimated = (estimated[0] + moved, estimated[1])
+        value_size = max(value_size, np.abs(moved).max())
         tied = tied_estimates(clusters, est, ex.or_none(s.estimate_mass * s.left), own, rounding)
         # Where all that is left weighs nothing beside the rest, a kernel may have no number for it.
         counts = (estimated[1] > exact[1] + np.log(UNDERFLOW)) | np.isneginf(estimated[1])
@@ -580,7 +603,7 @@ BOTH = (reference_stages, cpu_stages)
 
 def config_of(**fields: object) -> ClusterKVConfig:
     small = {"budget_tokens": 48, "candidate_tokens": 160, "segment_tokens": 256, "estimate_clusters": 20}
-    return ClusterKVConfig(**(small | fields))
+    return ClusterKVConfig(**({"moving_values": "always"} | small | fields))
 
 
 def loose_groups(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -625,8 +648,12 @@ def test_build_and_references_are_exact(head_dim, group, centroid_dtype, code_bi
     config = config_of(centroid_dtype=centroid_dtype, code_bits=code_bits)
     placed = Placed(config, some_requests(head_dim), dtype)
     check_build(placed, clear=0.5)
-    for kernel, definition in ((kmeans, kmeans_reference), (encode, encode_reference)):
-        for name in {"labels_of", "sum_by_label", "within_variance", "token_codes"} & set(dir(kernel)):
+    for kernel, definition in (
+        (kmeans, kmeans_reference),
+        (encode, encode_reference),
+        (movement, movement_reference),
+    ):
+        for name in {"labels_of", "sum_by_label", "within_variance", "token_codes", "factors"} & set(dir(kernel)):
             monkeypatch.setattr(kernel, name, getattr(definition, name))
     placed = Placed(config, some_requests(head_dim, layers=2), dtype)
     check_build(placed, clear=0.5)
@@ -651,6 +678,7 @@ OPTIONS = {
     "five passes": {"kmeans_passes": 5},
     "no outliers": {"outlier_share": 0.0},
     "many outliers": {"outlier_share": 0.5},
+    "still values": {"moving_values": "never"},
 }
 
 
@@ -674,7 +702,7 @@ def check_from_keys(placed: Placed, q: torch.Tensor) -> None:
         stages, heads_q = by_layer[layer][row][head], ex.f64(grouped[layer, row, head].numpy())
         whole = ex.request_output(
             heads_q, *placed.pool(row, layer, head), placed.scale, placed.segments[row], placed.rotation,
-            placed.options, config.tokens_per_cluster, config.centroid_dtype, config.code_bits, config.outlier_share,
+            placed.options, config.tokens_per_cluster, config.centroid_dtype, config.code_bits, config.outlier_share, PAGE,
         )  # fmt: skip
         same.append(np.array_equal(np.sort(stages.recalled), whole.recalled_position))
         error = np.abs(stages.output - whole.output).max() / np.abs(whole.output).max()

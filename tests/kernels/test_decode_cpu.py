@@ -41,13 +41,13 @@ def scene_and_step(config: ClusterKVConfig, **sizes: object) -> tuple[Scene, obj
 
 def config_of(**fields: object) -> ClusterKVConfig:
     small = {"budget_tokens": 48, "candidate_tokens": 160, "segment_tokens": 256, "estimate_clusters": 20}
-    return ClusterKVConfig(**(small | fields))
+    return ClusterKVConfig(**({"moving_values": "always"} | small | fields))
 
 
 # Few combinations, for each is a compilation; together they have every format, code width and way of unpacking.
 @pytest.mark.parametrize(
     ("centroid_dtype", "head_dim", "group", "bits"),
-    [("int4", 64, 3, 2), ("int4", 32, 1, 1), ("int8", 64, 5, 1), ("bf16", 96, 2, 2)],
+    [("int4", 64, 3, 2), ("int4", 32, 1, 1), ("int8", 80, 5, 1), ("bf16", 96, 2, 2), ("int4", 256, 1, 2)],
 )
 def test_the_chain_equals_the_reference(centroid_dtype: str, head_dim: int, group: int, bits: int) -> None:
     scene, step = scene_and_step(config_of(centroid_dtype=centroid_dtype, code_bits=bits), head_dim=head_dim)

@@ -17,7 +17,13 @@ import pytest
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.serving import active, compat, plugin
-from sglang_clusterkv.serving.compat import HOST_TIER_REFUSALS, RECALL_EXTEND_REFUSALS, REFUSALS, TRACE_REFUSALS
+from sglang_clusterkv.serving.compat import (
+    HOST_TIER_REFUSALS,
+    MOVING_VALUES_REFUSALS,
+    RECALL_EXTEND_REFUSALS,
+    REFUSALS,
+    TRACE_REFUSALS,
+)
 from sglang_clusterkv.serving.compat_page import compatibility_markdown
 from sglang_clusterkv.serving.model_facts import ModelFacts
 
@@ -198,7 +204,7 @@ def test_every_row_has_a_case_and_says_what_to_do():
     assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
     assert {name for name, *_ in HOST_TIER_CASES} == {row.name for row in HOST_TIER_REFUSALS}
     assert [row.name for row in TRACE_REFUSALS] == ["traces and tensor parallelism"]
-    for row in (*REFUSALS, *HOST_TIER_REFUSALS, *TRACE_REFUSALS, *RECALL_EXTEND_REFUSALS):
+    for row in (*REFUSALS, *HOST_TIER_REFUSALS, *TRACE_REFUSALS, *RECALL_EXTEND_REFUSALS, *MOVING_VALUES_REFUSALS):
         assert any(word in row.sentence for word in ("leave", "use ", "unset", "pass ", "change ")), row.name
 
 

@@ -30,6 +30,7 @@ CODE_THRESHOLD = 0.9816  # in units of rms(y)
 CODE_INNER = 0.4528
 CODE_OUTER = 1.510
 SPREAD_CAP = 2.0  # of g in the estimate
+MOVEMENT_RANK = 8
 NO_MASS = 1e-30  # a mass below counts as none where tokens and clusters are ranked
 
 
@@ -327,6 +328,52 @@ def code_is_close(y: Floats, bits: int, tolerance: float) -> NDArray[np.bool_]:
     return close | (np.abs(size - CODE_THRESHOLD * rms) < tolerance * rms) if bits == 2 else close
 
 
+# ---- movement of values with keys
+
+
+def movement_rank(tokens: int, page_size: int) -> int:
+    """Components of a segment of so many tokens: one a page behind its first four, eight at most."""
+    return max(0, min(MOVEMENT_RANK, tokens // page_size - 4))
+
+
+def covariance(keys: Floats, values: Floats, labels: Ints) -> Floats:
+    """[D of values, D of keys] mean over the tokens of (value - its cluster's mean) (key - its cluster's mean)^T."""
+    keys, values = f64(keys).copy(), f64(values).copy()
+    for c in np.unique(labels):
+        keys[labels == c] -= keys[labels == c].mean(axis=0)
+        values[labels == c] -= values[labels == c].mean(axis=0)
+    return values.T @ keys / len(keys)
+
+
+def gram_schmidt(x: Floats) -> Floats:
+    """[R, D] orthonormal rows; a row of which less than 1e-5 is left becomes 0."""
+    made: list[Floats] = []
+    for row in f64(x):
+        rest = row.copy()
+        for before in made:
+            rest -= (rest @ before) * before
+        length = np.linalg.norm(rest)
+        made.append(rest / length if length > 1e-5 * np.linalg.norm(row) else np.zeros_like(row))
+    return np.stack(made)
+
+
+def movement_factors(covariance: Floats, rank: int, rotation: Floats) -> tuple[Floats, Floats]:
+    """Rows that meet the query and rows that are added [R, D], unrounded: three passes of subspace iteration."""
+    meets = rotation[np.arange(rank) * len(rotation) // rank]
+    for _ in range(3):
+        meets = gram_schmidt(gram_schmidt(meets @ covariance.T) @ covariance)
+    return meets, meets @ covariance.T
+
+
+def store_movement(covariance: Floats, rank: int, rotation: Floats, exact: bool = False) -> Floats:
+    """[D of values, D of keys] as it is read back, its rows in 4 bits; 0 without components."""
+    if rank == 0:
+        return np.zeros_like(covariance)
+    rows = movement_factors(covariance, rank, rotation)
+    meets, adds = rows if exact else (np.stack([store_row(row, "int4") for row in part]) for part in rows)
+    return adds.T @ meets
+
+
 # ---- a stored segment
 
 
@@ -343,6 +390,7 @@ class StoredSegment(NamedTuple):
     segment_mean_value: Floats  # [D] bf16
     variance: Floats  # [D] bf16
     y: Floats  # [M, D] decoded codes, rotated
+    movement: Floats | None = None  # [D of values, D of keys], of a cluster of spread 1
 
 
 def store_segment(
@@ -354,8 +402,12 @@ def store_segment(
     centroid_dtype: str = "int4",
     code_bits: int = 2,
     outlier_share: float = 0.0,
+    moving_page: int = 0,
 ) -> StoredSegment:
-    """Cluster and encode keys and values [M, D]; centroid_dtype `exact` leaves everything but the codes unrounded."""
+    """Cluster and encode keys and values [M, D]; centroid_dtype `exact` leaves everything but the codes unrounded.
+
+    moving_page: tokens of a page, where values move with keys; 0: they don't.
+    """
     keys, values = f64(keys), f64(values)
     rounded = f64 if centroid_dtype == "exact" else bf16
     mean_key = rounded(np.mean(keys, axis=0))
@@ -378,6 +430,14 @@ def store_segment(
         segment_mean_value=rounded(statistics.segment_mean_value),
         variance=rounded(statistics.segment_variance),
         y=np.stack(y),
+        movement=store_movement(
+            covariance(keys, values, labels),
+            movement_rank(len(keys), moving_page),
+            rotation,
+            centroid_dtype == "exact",
+        )
+        if moving_page
+        else None,
     )
 
 
@@ -394,6 +454,7 @@ class Clusters(NamedTuple):
     segment: Ints  # [C] index into the two below
     variance: Floats  # [S, D]
     segment_mean_value: Floats  # [S, D]
+    movement: Floats | None = None  # [S, D of values, D of keys]; None: values do not move
 
 
 class Options(NamedTuple):
@@ -534,6 +595,16 @@ def softmax_output(logits: Floats, values: Floats) -> tuple[Floats, Floats]:
     return weights @ f64(values), lse
 
 
+def moved(q: Floats, scale: float, clusters: Clusters, est: Floats, estimate_spread: float = 0.25) -> Floats:
+    """[G, D] what the movement of values adds to the output of the softmax over est [G, C]; 0 where that is empty."""
+    if clusters.movement is None:
+        return np.zeros_like(q, dtype=np.float64)
+    lse = log_sum_exp(est)
+    weights = np.exp(f64(est) - np.where(np.isfinite(lse), lse, 0.0)[:, None])
+    by_cluster = np.einsum("svk,gk->gsv", f64(clusters.movement), f64(q))[:, clusters.segment]
+    return estimate_spread * scale * np.einsum("gc,c,gcv->gv", weights, f64(clusters.spread), by_cluster)
+
+
 def merge(outputs: list[Floats], lses: list[Floats]) -> Floats:
     """[G, D] of parts with outputs [G, D] and log-sum-exps [G]: what one softmax over all of them gives."""
     lse = f64(np.stack(lses, axis=1))  # [G, parts]
@@ -616,7 +687,10 @@ def decode(
         own = own_value_clusters(estimate_mass, left, options.estimate_clusters)
         all_logits.append(est)
         all_values.append(estimate_values(clusters, own))
-    output, _ = softmax_output(np.concatenate(all_logits, axis=1), np.concatenate(all_values))
+    output, lse = softmax_output(np.concatenate(all_logits, axis=1), np.concatenate(all_values))
+    if options.estimate:
+        share = np.exp(log_sum_exp(est) - lse)[:, None]
+        output = output + share * moved(q, scale, clusters, est, options.estimate_spread)
     return Decoded(
         base_logits=base_logits,
         choice=choice,
@@ -654,6 +728,7 @@ def request_clusters(
         segment=np.repeat(np.arange(len(stored)), [len(s.size) for s in stored]),
         variance=np.stack([s.variance for s in stored]),
         segment_mean_value=np.stack([s.segment_mean_value for s in stored]),
+        movement=None if stored[0].movement is None else np.stack([f64(s.movement) for s in stored]),
     )
     return clusters, members, y
 
@@ -670,6 +745,7 @@ def request_output(
     centroid_dtype: str = "int4",
     code_bits: int = 2,
     outlier_share: float = 0.0,
+    moving_page: int = 0,
 ) -> Decoded:
     """Cluster, store and decode one (request, kv head) from raw keys and values [T, D].
 
@@ -685,6 +761,7 @@ def request_output(
             centroid_dtype=centroid_dtype,
             code_bits=code_bits,
             outlier_share=outlier_share,
+            moving_page=moving_page,
         )
         for begin, end in segments
     ]

@@ -191,7 +191,7 @@ class Filled:
 
     def estimated(self) -> Partial:
         """What the estimate should give."""
-        return estimate(self.scores, self.recalled.left, self.index, 0, self.step)
+        return estimate(self.scores, self.recalled.left, self.index, 0, self.step, self.wide, SCALE)
 
 
 def merged(output: torch.Tensor, lse: torch.Tensor) -> Partial:

@@ -26,9 +26,9 @@ CONFIGS = [
     msgspec.structs.replace(SMALL, **changes)
     for changes in (
         {},
-        {"merge_segments": True},
+        {"merge_segments": True, "moving_values": "always"},
         {"merge_segments": True, "recluster_every": 64},
-        {"merge_segments": True, "window_tokens": 32, "segment_tokens": 512},
+        {"merge_segments": True, "window_tokens": 32, "segment_tokens": 512, "moving_values": "always"},
         {"refine": False, "sink_tokens": 48, "recluster_every": 160},
         {"segment_tokens": 128, "merge_segments": True, "recluster_every": 64},
         {"merge_segments": True, "recall_extend_tokens": 70},

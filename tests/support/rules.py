@@ -18,6 +18,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.directory import FREE, IN_RING, PADDING, Directory
 from sglang_clusterkv.memory.index import ClusterIndex
+from sglang_clusterkv.memory.movement import rank_of
 from sglang_clusterkv.memory.step import SparseStep
 from tests.support.scenes import PAGE
 
@@ -230,9 +231,13 @@ def assert_seen(world: World, seen: Sighting) -> None:
 def stored_tables(index: ClusterIndex, pages: torch.Tensor, slots: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the index holds of a segment, by array."""
     rows = index.cluster_rows(pages).flatten()
-    where = {"members": slots, "codes": slots, "code_scales": slots, "segment_vectors": pages[:SEGMENT_VECTOR_PAGES]}
+    described = pages[: SEGMENT_VECTOR_PAGES + index.keeps_movement * rank_of(len(pages))]
+    where = {"members": slots, "codes": slots, "code_scales": slots, "segment_vectors": described}
+    # Bits: what holds a segment's movement may be no numbers.
     return {
-        name: array[:, where.get(name, rows)].clone() for name, array in index.arrays.items() if name != "page_state"
+        name: (array.view(torch.int16) if name == "segment_vectors" else array)[:, where.get(name, rows)].clone()
+        for name, array in index.arrays.items()
+        if name != "page_state"
     }
 
 

@@ -46,6 +46,7 @@ class Numbers(NamedTuple):
     limit: int  # candidates
     budget: int  # recalled tokens
     own: int  # clusters that are estimated by their own mean value
+    moves: int  # 1: mean values move with the query
 
 
 class Lists(NamedTuple):
@@ -219,7 +220,7 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
             if operations & ATTEND:
                 attend(b, h, t, q, sinks, keys, values, host, lists, n, u, scratch, output)
             if operations & ESTIMATE:
-                estimate(b, h, t, index, lists, n, u, scratch)
+                estimate(b, h, t, q, index, lists, n, u, scratch)
             if operations & MERGE:
                 merge(b, h, output, u)
             if operations & LOOK:

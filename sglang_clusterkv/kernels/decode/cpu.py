@@ -18,6 +18,7 @@ from sglang_clusterkv.kernels.threads_cpu import run, threads
 from sglang_clusterkv.kernels.trace.cpu import nobody
 from sglang_clusterkv.kernels.trace.last import LastRead
 from sglang_clusterkv.kernels.vectors_cpu import ROW_FORMATS
+from sglang_clusterkv.memory import movement
 from sglang_clusterkv.memory.rotation import rotation_signs
 from sglang_clusterkv.memory.sharing import no_shared_segments
 
@@ -39,7 +40,13 @@ class LayerArrays(NamedTuple):
     value_scales: np.ndarray
     spread: np.ndarray  # uint16 [C, H]
     cluster_end: np.ndarray  # int16 [C, H]
-    vectors: np.ndarray  # uint16 [pages, H, 3, D/4]
+    vectors: (
+        np.ndarray
+    )  # uint16 [pages, H, 3, D/4]; on other pages than a segment's first, of its movement the rows that meet
+    # the query, and apart, of the same memory:
+    meets_scales: np.ndarray  # uint16 [pages, H, ...], their scales
+    adds: np.ndarray  # uint16 [pages, H, D/4], the rows that are added
+    adds_scales: np.ndarray
     members: np.ndarray  # int16 [S, H]
     codes: np.ndarray  # uint8 [S, H, code_bytes]; empty where nothing is refined
     code_scales: np.ndarray  # uint16 [S, H]
@@ -48,6 +55,8 @@ class LayerArrays(NamedTuple):
 def layer_arrays(index: ClusterIndex, layer: int) -> LayerArrays:
     """Views of a layer of the index."""
     view = index.layer(layer)
+    vectors = bits(view.segment_vectors)
+    scales = vectors[:, :, movement.SCALES]
     return LayerArrays(
         key_rows=view.key_rows.numpy(),
         key_scales=_NO_SCALES if view.key_scales is None else bits(view.key_scales),
@@ -55,7 +64,10 @@ def layer_arrays(index: ClusterIndex, layer: int) -> LayerArrays:
         value_scales=_NO_SCALES if view.value_scales is None else bits(view.value_scales),
         spread=bits(view.spread),
         cluster_end=view.cluster_end.numpy(),
-        vectors=bits(view.segment_vectors),
+        vectors=vectors,
+        meets_scales=scales,
+        adds=vectors[:, :, movement.ADDS],
+        adds_scales=scales[:, :, movement.row_codec(index.geometry.head_dim).scales :],
         members=view.members.numpy(),
         codes=np.empty((0, 0, 0), np.uint8) if view.codes is None else view.codes.numpy(),
         code_scales=np.empty((0, 0), np.uint16) if view.code_scales is None else bits(view.code_scales),
@@ -163,7 +175,7 @@ class CpuDecoder:
         numbers = Numbers(
             np.float32(scale), np.float32(config.choice_spread), np.float32(config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page, self.limit, config.budget_tokens,
-            config.estimate_clusters,
+            config.estimate_clusters, int(config.moving_values == "always"),
         )  # fmt: skip
         run(
             self._kernel, self.buffers.candidates.size, operations, q,
@@ -234,9 +246,9 @@ class CpuDecoder:
         """Exact attention over always-attended and recalled tokens."""
         self._do(chain_cpu.ATTEND, self._any_layer, scale, q, keys, values, output)
 
-    def estimate(self, layer: int) -> None:
+    def estimate(self, q: np.ndarray, layer: int, scale: float) -> None:
         """What was not recalled, by clusters."""
-        self._alone(chain_cpu.ESTIMATE, layer)
+        self._do(chain_cpu.ESTIMATE, layer, scale, q, self._nothing, self._nothing, q)
 
     def merge(self, output: np.ndarray) -> None:
         """Both parts into `output`."""

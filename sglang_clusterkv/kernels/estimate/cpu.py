@@ -10,8 +10,10 @@ import numpy as np
 
 from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, float_of_bf16, part
 from sglang_clusterkv.kernels.threshold_cpu import threshold
-from sglang_clusterkv.kernels.vectors_cpu import add_rows
+from sglang_clusterkv.kernels.vectors_cpu import INT4, TOGETHER, add_rows, dot_rows
+from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.masses import NO_MASS
+from sglang_clusterkv.memory.movement import RANK
 
 
 @functools.cache
@@ -45,7 +47,44 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
         return total
 
     @part(fastmath=FAST)
-    def estimate(b: Any, h: Any, t: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
+    def width(left: Any, spread: Any) -> Any:
+        """The spreads of a segment's clusters, by what is left of them."""
+        total = np.float32(0.0)
+        for c in range(len(left)):
+            total += left[c] * spread[c]
+        return total
+
+    @part(fastmath=FAST)
+    def move(
+        q: Any, spread: Any, left: Any, pages: Any, segment_begin: Any, segments: Any, page_count: Any, h: Any, index: Any,
+        n: Any, rows: Any, products: Any, weights: Any, output: Any,
+    ) -> None:  # fmt: skip
+        """Adds to each query head's output by how much the values of what is left move with it."""
+        listed = 0
+        for s in range(segments):
+            first = segment_begin[s]
+            last = segment_begin[s + 1] if s + 1 < segments else page_count
+            one, end, behind = first * n.per_page, last * n.per_page, first + SEGMENT_VECTOR_PAGES
+            count = min(last - behind, RANK)
+            for g in range(group):
+                share = n.estimate_spread * n.scale * width(left[g, one:end], spread[one:end])
+                for i in range(count):
+                    weights[g, listed + i] = share
+            for i in range(count):
+                rows[listed + i] = pages[behind + i]
+            listed += count
+        if listed == 0:
+            return
+        for i in range(TOGETHER):
+            rows[listed + i] = rows[listed - 1]
+        dot_rows(INT4, channels, group, index.vectors, index.meets_scales, rows, 0, listed, h, q, products)
+        for g in range(group):
+            for i in range(listed):
+                weights[g, i] *= products[g, i]
+        add_rows(INT4, channels, group, index.adds, index.adds_scales, rows, 0, listed, h, weights, output)
+
+    @part(fastmath=FAST)
+    def estimate(b: Any, h: Any, t: Any, q: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
         clusters = lists.page_count[b] * n.per_page
         size, taken, keys, mass = u.size[b, h], u.taken[b, h], scratch.keys[t], scratch.chance[t, 0]
         left, rows, own, pages = scratch.left[t], scratch.rows[t], scratch.own[t], lists.pages[b]
@@ -98,6 +137,11 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
         add_rows(
             row_format, channels, group, index.value_rows, index.value_scales, rows, 0, listed, h, own, output
         )  # fmt: skip
+        if n.moves:
+            move(
+                q[b, h], u.spread[b, h], left, pages, segment_begin, segments, page_count, h, index, n, rows,
+                scratch.chance[t], own, output,
+            )  # fmt: skip
         for g in range(group):
             u.estimate_lse[b, h, g] = u.peak[b, h, g] + np.log(sums[g])
             inverse = np.float32(1.0) / sums[g] if sums[g] > 0 else np.float32(0.0)

@@ -8,7 +8,9 @@ import torch
 
 from sglang_clusterkv.kernels.merge.reference import Partial
 from sglang_clusterkv.kernels.score.reference import Scores, segment_vectors
+from sglang_clusterkv.memory import movement
 from sglang_clusterkv.memory.codec import rows_at
+from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.masses import NO_MASS
 
 if TYPE_CHECKING:
@@ -16,7 +18,15 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
 
 
-def estimate(scores: Scores, left: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep) -> Partial:
+def estimate(
+    scores: Scores,
+    left: torch.Tensor,
+    index: ClusterIndex,
+    layer: int,
+    step: SparseStep,
+    q: torch.Tensor,
+    scale: float,
+) -> Partial:
     """Attention to the tokens that were not recalled, as if each had its cluster's mean value.
 
     The `estimate_clusters` clusters with the most mass left (the estimate's mass per token, times the tokens left) use their
@@ -28,6 +38,8 @@ def estimate(scores: Scores, left: torch.Tensor, index: ClusterIndex, layer: int
         index: the cluster index.
         layer: counted from this rank's first.
         step: the lists of this step.
+        q: float32 [B, H, G, D].
+        scale: of the logits.
     """
     view = index.layer(layer)
     logits = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus  # [B, H, G, C]
@@ -52,4 +64,31 @@ def estimate(scores: Scores, left: torch.Tensor, index: ClusterIndex, layer: int
     by_segment = rest.new_zeros((*rest.shape[:-1], step.segment_begin.shape[1])).scatter_add_(-1, segment, rest)
     segment_values = segment_vectors(index, layer, step)[..., 1, :]  # [B, S, H, D]
     output = output + torch.einsum("bhgs,bshd->bhgd", by_segment, segment_values)
+    if index.config.moving_values == "always":
+        spread = index.layer(layer).spread[rows].float().transpose(1, 2).unsqueeze(2)
+        wide = rest.new_zeros(by_segment.shape).scatter_add_(-1, segment, weights * spread)
+        output = output + index.config.estimate_spread * scale * moved(wide, q, index, layer, step)
     return Partial(output, lse)
+
+
+def moved(wide: torch.Tensor, q: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep) -> torch.Tensor:
+    """Sum over the segments of their covariance of values and keys times the query, float32 [B, H, G, D].
+
+    Args:
+        wide: float32 [B, H, G, S], weights of the segments.
+        q: float32 [B, H, G, D].
+        index: the cluster index.
+        layer: counted from this rank's first.
+        step: the lists of this step.
+    """
+    place = torch.arange(movement.RANK, device=q.device)
+    first = step.segment_begin.unsqueeze(-1) + SEGMENT_VECTOR_PAGES + place  # [B, S, R]
+    end = torch.cat((step.segment_begin[:, 1:], step.page_count.unsqueeze(1)), 1)
+    number = torch.arange(step.segment_begin.shape[1], device=q.device)
+    end = torch.where(number + 1 == step.segment_count.unsqueeze(1), step.page_count.unsqueeze(1), end)
+    real = (first < end.unsqueeze(-1)) & (number < step.segment_count.unsqueeze(1)).unsqueeze(-1)
+    pages = step.pages.gather(1, torch.where(real, first, 0).flatten(1)).view(first.shape)
+    meets, adds = movement.unpack(index.layer(layer).segment_vectors[pages])  # [B, S, R, H, D]
+    meets, adds = (torch.where(real[..., None, None], rows, 0.0) for rows in (meets, adds))
+    found = torch.einsum("bsrhd,bhgd->bhgsr", meets, q) * wide.unsqueeze(-1)
+    return torch.einsum("bhgsr,bsrhd->bhgd", found, adds)

@@ -69,15 +69,18 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
 
     mean_key = center.to(torch.bfloat16)
     # Rows are relative to the mean as stored, so that a step adds one q.mean per segment and nothing is lost.
-    key_rows, key_scales = index.row_codec.encode(centroids + (center - mean_key.float()).unsqueeze(1))
-    value_rows, value_scales = index.row_codec.encode(mean_values)
+    key_rows, key_scales = encode.rows(index.row_codec, centroids + (center - mean_key.float()).unsqueeze(1))
+    value_rows, value_scales = encode.rows(index.row_codec, mean_values)
     codes = code_scales = None
     if "codes" in index.arrays:  # whether or not a step refines just now
         stored = index.row_codec.decode(key_rows, key_scales) + mean_key.float().unsqueeze(1)
         codes, code_scales = encode.token_codes(keys, stored, labels, members, index.token_codec)
     moved = None
     if index.keeps_movement and (rank := moved_values.rank_of(tokens // index.geometry.page_size)):
-        moved = moved_values.pack(*movement.factors(centered, centroids, values, mean_values, labels, rank))
+        factors = movement.factors(centered, centroids, values, mean_values, labels, rank)
+        rows, scales = encode.rows(moved_values.row_codec(keys.shape[2]), torch.stack(factors, -2))
+        assert scales is not None
+        moved = moved_values.pack(rows, scales)
     return SegmentTables(
         labels=labels,
         members=members,

@@ -40,11 +40,14 @@ def row_codec(head_dim: int) -> RowCodec:
     return RowCodec("int4", head_dim)
 
 
-def pack(meets: torch.Tensor, adds: torch.Tensor) -> torch.Tensor:
-    """What pages hold of their components: two float32 [..., D] -> bf16 [..., 3, D/4], bits that are no numbers."""
-    rows, scales = row_codec(meets.shape[-1]).encode(torch.stack((meets, adds), -2))
-    assert scales is not None
-    packed = torch.zeros((*meets.shape[:-1], 3, meets.shape[-1] // 4), dtype=torch.int16, device=meets.device)
+def pack(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What pages hold of their components: bf16 [..., 3, D/4], bits that are no numbers.
+
+    Args:
+        rows: uint8 [..., 2, D/2], by `row_codec`, of the rows that meet the query and of those that are added.
+        scales: bf16 [..., 2, scales], theirs.
+    """
+    packed = torch.zeros((*rows.shape[:-2], 3, rows.shape[-1] // 2), dtype=torch.int16, device=rows.device)
     packed[..., :SCALES, :] = rows.view(torch.int16)
     packed[..., SCALES, : 2 * scales.shape[-1]] = scales.flatten(-2).view(torch.int16)
     return packed.view(torch.bfloat16)

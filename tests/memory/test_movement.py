@@ -15,11 +15,17 @@ from sglang_clusterkv.memory.codec import RowCodec
 HEAD_SIZES = [16, 32, 64, 80, 96, 128, 192, 256]
 
 
+def packed_of(meets: torch.Tensor, adds: torch.Tensor) -> torch.Tensor:
+    rows, scales = movement.row_codec(meets.shape[-1]).encode(torch.stack((meets, adds), -2))
+    assert scales is not None
+    return movement.pack(rows, scales)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_SIZES)
 def test_rows_come_back_as_their_codec_has_them(head_dim: int) -> None:
     generator = torch.Generator().manual_seed(head_dim)
     meets, adds = (size * torch.randn(2, 8, head_dim, generator=generator) for size in (1.0, 30.0))
-    packed = movement.pack(meets, adds)
+    packed = packed_of(meets, adds)
     assert packed.shape == (2, 8, 3, head_dim // 4) and packed.dtype is torch.bfloat16
     codec = RowCodec("int4", head_dim)
     for found, rows in zip(movement.unpack(packed), (meets, adds), strict=True):
@@ -30,7 +36,7 @@ def test_rows_come_back_as_their_codec_has_them(head_dim: int) -> None:
 def test_each_row_lies_in_the_place_of_a_quarter(head_dim: int) -> None:
     """As kernels find them: two packed rows, then their scales, one set behind the other."""
     meets, adds = torch.randn(2, 1, head_dim, generator=torch.Generator().manual_seed(1))
-    bits = movement.pack(meets, adds)[0].view(torch.int16)
+    bits = packed_of(meets, adds)[0].view(torch.int16)
     codec = RowCodec("int4", head_dim)
     for part, rows in ((movement.MEETS, meets), (movement.ADDS, adds)):
         packed, scales = codec.encode(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from sglang_clusterkv.kernels.encode import reference
-from sglang_clusterkv.memory.codec import TokenCodec
+from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
 
 
 def within_variance(centered: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> reference.Variance:
@@ -18,6 +18,15 @@ def within_variance(centered: torch.Tensor, centroids: torch.Tensor, labels: tor
 
         return cpu.within_variance(centered, centroids, labels)
     return reference.within_variance(centered, centroids, labels)
+
+
+def rows(codec: RowCodec, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `codec` makes of float32 [..., D]: see `RowCodec.encode`."""
+    if x.device.type == "cpu" and codec.name == "int4":
+        from sglang_clusterkv.kernels.encode import cpu
+
+        return cpu.int4_rows(codec, x)
+    return codec.encode(x)
 
 
 def token_codes(

@@ -1,4 +1,4 @@
-"""Variances and token codes on the CPU: one pass over a head's keys each."""
+"""Variances, rows in 4 bits and token codes on the CPU: one pass over a head's keys each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_clusterkv.kernels.cpu_math import FAST, njit
+from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, float_of_bf16, nearest, njit
 from sglang_clusterkv.kernels.encode.reference import Variance
-from sglang_clusterkv.memory.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL, SLICES, TokenCodec
+from sglang_clusterkv.memory.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL, SLICES, RowCodec, TokenCodec
 from sglang_clusterkv.memory.rotation import rotation_matrix
 
 _INNER, _OUTER, _BORDER = np.float32(INNER_LEVEL), np.float32(OUTER_LEVEL), np.float32(LEVEL_BORDER)
@@ -77,6 +77,39 @@ def _encode(rotated: Any, code_bits: Any, codes: Any, scales: Any) -> None:
                 crumb = (1 if abs(value) >= border else 0) + (2 if value < 0 else 0)
                 codes[i, w] |= crumb << (2 * j)
         scales[i] = fit / norm
+
+
+@njit(cache=True)
+def _int4(x: Any, words: Any, scales: Any) -> None:
+    """x [R, D] into words, uint32 [R, D/8], and scales, bf16's bits as uint16 [R, groups]. Exactly: no `FAST` here."""
+    channels, groups = x.shape[1], scales.shape[1]
+    eighth, group = channels // SLICES, channels // groups
+    for r in range(x.shape[0]):
+        for w in range(eighth):
+            words[r, w] = 0
+        for s in range(groups):
+            largest, number = np.float32(0.0), True
+            for d in range(s * group, (s + 1) * group):
+                largest = max(largest, abs(x[r, d]))
+                number &= x[r, d] == x[r, d]
+            bits = np.int64(bits_of_float(largest / np.float32(7.0)))
+            scales[r, s] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 if number else 0x7FC0
+        for j in range(SLICES):
+            scale = float_of_bf16(scales[r, j * eighth // group])
+            if scale > 0:
+                for w in range(eighth):
+                    level = min(max(nearest(x[r, j * eighth + w] / scale), np.float32(-8.0)), np.float32(7.0))
+                    words[r, w] |= np.uint32((np.int32(level) & 15) << (4 * j))
+
+
+def int4_rows(codec: RowCodec, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `RowCodec.encode`, of a codec of 4 bits; the same to the bit."""
+    rows = x.reshape(-1, codec.head_dim).contiguous()
+    packed = torch.empty((*x.shape[:-1], codec.packed_bytes), dtype=torch.uint8)
+    scales = torch.empty((*x.shape[:-1], codec.scales), dtype=torch.bfloat16)
+    words = packed.view(-1, codec.packed_bytes).numpy().view(np.uint32)
+    _int4(rows.numpy(), words, scales.view(torch.uint16).view(-1, codec.scales).numpy())
+    return packed, scales
 
 
 def within_variance(centered: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> Variance:

@@ -16,6 +16,7 @@ import pytest
 
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.memory import movement
 from sglang_clusterkv.serving import active, compat, plugin
 from sglang_clusterkv.serving.compat import (
     HOST_TIER_REFUSALS,
@@ -200,6 +201,18 @@ def test_recalled_extends_are_refused_on_a_gpu():
     assert compat.refusal(SimpleNamespace(**SERVED), MODEL, recall_extends=True) is None
 
 
+def test_values_move_on_a_cpu_alone():
+    changed = SimpleNamespace(**SERVED | {"device": "cuda"})
+    said = compat.refusal(changed, MODEL, moving_values=True)
+    assert said == f"--attention-backend clusterkv cannot serve this: {MOVING_VALUES_REFUSALS[0].sentence}"
+    assert compat.refusal(changed, MODEL) is None
+    assert compat.refusal(SimpleNamespace(**SERVED), MODEL, moving_values=True) is None
+    for device, expected in (("cpu", "always"), ("cuda", "never")):
+        assert movement.resolve(ClusterKVConfig(), device).moving_values == expected
+        never = ClusterKVConfig(moving_values="never")
+        assert movement.resolve(never, device) == never
+
+
 def test_every_row_has_a_case_and_says_what_to_do():
     assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
     assert {name for name, *_ in HOST_TIER_CASES} == {row.name for row in HOST_TIER_REFUSALS}
@@ -272,13 +285,16 @@ def resolve(model_path, monkeypatch):
 
 
 CLUSTERKV = ("--attention-backend", "clusterkv")
+ON_A_CPU = ClusterKVConfig(moving_values="always")  # the defaults, as they are resolved
 
 
 def test_the_page_size_is_16_unless_set(resolve):
     record, view = resolve(*CLUSTERKV)
-    assert view.page_size == 16 and active.config_of(record) == ClusterKVConfig()
+    assert view.page_size == 16 and active.config_of(record) == ON_A_CPU
     record, view = resolve(*CLUSTERKV, "--page-size", "64")
-    assert view.page_size == 64 and active.config_of(record) == ClusterKVConfig(sink_tokens=64, window_tokens=128)
+    assert view.page_size == 64 and active.config_of(record) == ClusterKVConfig(
+        sink_tokens=64, window_tokens=128, moving_values="always"
+    )
 
 
 def test_the_flag_reaches_every_process(resolve, monkeypatch):
@@ -403,7 +419,7 @@ def test_learned_attention_sinks_are_served(resolve, model_path, tmp_path):
     gpt_oss = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64, "sliding_window": 128}
     (tmp_path / "config.json").write_text(json.dumps(config | gpt_oss))
     record, _ = resolve(*CLUSTERKV, "--disable-hybrid-swa-memory", model=tmp_path)
-    assert active.config_of(record) == ClusterKVConfig()
+    assert active.config_of(record) == ON_A_CPU
     from sglang.srt.arg_groups import model_hook, overrides
 
     assert overrides.attention_backends_of(overrides.resolved_view(record)) == ("clusterkv", "clusterkv")
@@ -415,7 +431,7 @@ def test_models_with_sliding_layers_in_one_pool_are_served(resolve, model_path, 
     gemma = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 512, "head_dim": 64}
     (tmp_path / "config.json").write_text(json.dumps(config | gemma))
     record, _ = resolve(*CLUSTERKV, model=tmp_path)
-    assert active.config_of(record) == ClusterKVConfig()
+    assert active.config_of(record) == ON_A_CPU
 
 
 @pytest.mark.parametrize(
@@ -582,7 +598,7 @@ def test_a_scheduler_process_gets_its_hooks_and_its_configuration(resolve, monke
         assert active.active_config() is None
         record, _ = resolve(*CLUSTERKV)
         publish(record, role="scheduler")
-        assert active.active_config() == ClusterKVConfig()
+        assert active.active_config() == ON_A_CPU
         assert hasattr(TpModelWorker.forward_batch_generation, "__wrapped__")
     finally:
         restore_context(before)

@@ -16,7 +16,7 @@ SCALE_BYTES = {"token": WHOLE_SCALE, "token8": 1, "cluster": 0}
 
 @dataclass(frozen=True)
 class Format:
-    """The defaults are what is served.
+    """The defaults are what is served, but that values stay.
 
     Attributes:
         tokens_per_cluster: on average; None: the clusters that are stored.

@@ -81,7 +81,7 @@ def test_what_is_stored_has_the_bytes_of_the_index() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    config = ClusterKVConfig(budget_tokens=128, candidate_tokens=1024)
+    config = ClusterKVConfig(budget_tokens=128, candidate_tokens=1024, moving_values="never")
     reading = Reading(4000, 200, 64, config)
     ours = POLICIES["ours"].metadata_bytes(reading)
     by_hand = {

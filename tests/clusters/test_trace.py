@@ -352,13 +352,13 @@ def test_no_more_are_traced_at_once_than_four() -> None:
 
 
 def test_bytes_are_counted_as_the_tables_of_the_documents_do() -> None:
-    config = CONFIG
-    segment = config.segment_tokens
-    for clustered, base in ((4 * segment, 90), (20 * segment, 200)):
+    segment = CONFIG.segment_tokens
+    for moving, clustered, base in (("never", 4 * segment, 90), ("always", 20 * segment, 200)):
+        config = msgspec.structs.replace(CONFIG, moving_values=moving)
         reading = Reading(clustered, base, 64, config)
         ours = POLICIES["ours"].step_bytes(reading, 1)
         assert ours == sparse_bytes(config, 64, 2, clustered=clustered, base=base, segments=clustered // segment)
-    assert kv_bytes(10, 64, 2) == POLICIES["dense"].step_bytes(Reading(0, 10, 64, config), 1)
+    assert kv_bytes(10, 64, 2) == POLICIES["dense"].step_bytes(Reading(0, 10, 64, CONFIG), 1)
 
 
 # ---- off

@@ -444,7 +444,7 @@ def test_bytes_by_hand() -> None:
         "quest": recalled + 250 * 256,
         "published": recalled + 50 * (128 + 4) + 2 * 128,
         "codes": recalled + 4000 * 10,
-        # 500 clusters of 36-byte rows, spread and end; 3.9 segments of three vectors, and 16 rows by which values move; 500 mean
+        # 500 clusters of 36-byte rows, spread and end; 3.9 segments of three vectors and 16 rows by which values move; 500 mean
         # values; codes of 18 + 2 bytes.
         "ours": recalled + 500 * 40 + 4000 / 1024 * 960 + 500 * 36 + 1024 * 20,
         "ours-still-values": recalled + 500 * 40 + 4000 / 1024 * 384 + 500 * 36 + 1024 * 20,

@@ -8,6 +8,7 @@ import ast
 import inspect
 import pkgutil
 import textwrap
+import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -91,15 +92,35 @@ def _parameters(function: Any) -> str:
         return f"no signature: {function!r}"
 
 
-# Python parses a whole file to find a class in it; several launches in one process ask again.
+# Several launches in one process ask again.
 @cache
 def _source(found: Any) -> str:
     return inspect.getsource(found)
 
 
 @cache
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    """The classes of a file by their qualified names. inspect would parse the file anew for each of them."""
+    found: dict[str, ast.ClassDef] = {}
+
+    def visit(node: ast.AST, outer: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found.setdefault(outer + child.name, child)
+                visit(child, f"{outer}{child.name}.")
+            elif isinstance(child, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+                visit(child, outer)
+
+    with tokenize.open(file) as text:
+        visit(ast.parse(text.read()), "")
+    return found
+
+
+@cache
 def _assigned(cls: type) -> frozenset[str]:
-    tree = ast.parse(textwrap.dedent(_source(cls)))
+    file = inspect.getsourcefile(cls)
+    tree: ast.AST | None = _classes(file).get(cls.__qualname__) if file else None
+    tree = tree or ast.parse(textwrap.dedent(_source(cls)))  # one that a function makes
     return frozenset(
         node.attr
         for node in ast.walk(tree)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tests.serving.matrix import page, serving
-from tests.serving.matrix.architectures import ARCHITECTURES, ON_TWO_RANKS
+from tests.serving.matrix.architectures import ARCHITECTURES
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
             if result["outcome"] != architecture.outcome:
                 sys.exit(f"{architecture.name} was to be {architecture.outcome}: {result}")
             found.append((architecture, result))
-    page.PAGE.write_text(page.text(found, ON_TWO_RANKS))
+    page.PAGE.write_text(page.text(found))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ class Architecture:
         recalls: layers that recall.
         dense: reasons of the other layers.
         arguments: of sgl.Engine that it needs.
-        every_change: runs in every `make test`; the others in `make test-long`.
         outcome: "works", "refused" or "not startable".
         config_only: nothing makes weights for it: it is refused, or ends, before they are read.
         own_config: the class of its configuration, which checkpoints bring as code, for Transformers does not know it; `tiny`
@@ -53,7 +52,6 @@ class Architecture:
     recalls: tuple[int, ...] = (0, 1)
     dense: frozenset[str] = frozenset()
     arguments: dict[str, Any] = field(default_factory=dict)
-    every_change: bool = False
     outcome: str = "works"
     config_only: bool = False
     own_config: str = ""
@@ -103,13 +101,12 @@ ARCHITECTURES = (
             "head_dim": 128, "hidden_size": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "attention_bias": False,
             "tie_word_embeddings": True,
         },
-        every_change=True,
     ),
     *(
         Architecture(
-            f"Qwen 3, KV cache in {dtype}", "Qwen3ForCausalLM", "qwen3", 128, "keys and values in 8 bits",
+            f"Qwen 3 (KV cache in {dtype})", "Qwen3ForCausalLM", "qwen3", 128, "keys and values in 8 bits",
             {"head_dim": 128, "hidden_size": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
-            arguments={"kv_cache_dtype": dtype}, every_change=dtype == "fp8_e4m3",
+            arguments={"kv_cache_dtype": dtype},
         )
         for dtype in ("fp8_e4m3", "fp8_e5m2")
     ),
@@ -138,7 +135,6 @@ ARCHITECTURES = (
             "max_position_embeddings": 4096,
         },
         kv_heads=4,
-        every_change=True,
     ),
     Architecture(
         "Phi-4", "Phi3ForCausalLM", "phi3", 128, "",
@@ -151,7 +147,7 @@ ARCHITECTURES = (
             "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
             "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
         },
-        layers=6, kv_heads=1, recalls=(5,), dense=frozenset({"sliding"}), every_change=True,
+        layers=6, kv_heads=1, recalls=(5,), dense=frozenset({"sliding"}),
     ),
     Architecture(
         "Gemma 2", "Gemma2ForCausalLM", "gemma2", 256, "every layer caps its logits",
@@ -173,7 +169,7 @@ ARCHITECTURES = (
                 "original_max_position_embeddings": 4096,
             },
         },
-        recalls=(1,), dense=frozenset({"sliding"}), every_change=True,
+        recalls=(1,), dense=frozenset({"sliding"}),
         arguments={"disable_hybrid_swa_memory": True, "moe_runner_backend": "triton"},
     ),
     Architecture(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.serving.matrix.architectures import Architecture
+from tests.serving.matrix.architectures import ON_TWO_RANKS, Architecture
 
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 _HEAD = """# Models
@@ -16,9 +16,8 @@ size, rope, windows, norms, biases and scales are the real ones. On a CPU, in fl
 
 *works*: a prompt whose clusters fit the budget gets the log-probabilities of a prefill of the same text, within 0.001; a longer
 one recalls in every layer that can, and only in these; a prefix that two prompts share is clustered once. It says nothing of
-quality, which hangs on the weights ([quality.md](quality.md)). The reason why SGLang does not start a
-model, or ends at its first prompt, is the first error in its log. `make test` runs {every_change};
-`make test-long` runs all, and {tensor} on two ranks.
+quality, which hangs on the weights ([quality.md](quality.md)). The reason why SGLang does not start a model, or ends at its
+first prompt, is the first error in its log. `make test` runs all of it, `make test-long` {tensor} on two ranks.
 
 SGLang runs OLMo 3 by its code for OLMo 2, and SmolLM3 and Seed-OSS in the implementation of Transformers.
 
@@ -54,12 +53,11 @@ def _flags(arguments: dict[str, Any]) -> str:
     return ", ".join(flag if value is True else f"{flag} {value}" for flag, value in flags)
 
 
-def text(results: list[tuple[Architecture, dict[str, Any]]], tensor: tuple[str, ...]) -> str:
-    """The whole page; tensor: names of those that are served on two ranks too."""
-    often = [architecture.name for architecture, _ in results if architecture.every_change]
-    head = _HEAD.format(every_change=_listed(often), tensor=_listed(tensor))
-    return head + "\n".join(row_of(architecture, result) for architecture, result in results) + "\n"
+def head() -> str:
+    """What stands above the table's rows."""
+    return _HEAD.format(tensor=" and ".join(ON_TWO_RANKS))
 
 
-def _listed(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:-1]) + " and " + names[-1]
+def text(results: list[tuple[Architecture, dict[str, Any]]]) -> str:
+    """The whole page."""
+    return head() + "\n".join(row_of(architecture, result) for architecture, result in results) + "\n"

@@ -183,10 +183,13 @@ def imports() -> None:
     import sglang.srt.entrypoints.engine
     import sglang.srt.managers.detokenizer_manager
     import sglang.srt.managers.scheduler
-    import sglang.srt.managers.tp_worker  # noqa: F401
+    import sglang.srt.managers.tp_worker
+    import sglang.srt.models.registry  # noqa: F401
     import transformers  # noqa: F401
 
-    from sglang_clusterkv.serving import backend  # noqa: F401
+    from sglang_clusterkv.serving import backend, sglang_differences  # noqa: F401
+
+    sglang_differences.check()  # it remembers what it read of SGLang's source
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from sglang_clusterkv.memory.mass import layer_groups
 from tests.serving.matrix import page, serving
-from tests.serving.matrix.architectures import ARCHITECTURES, BY_NAME, ON_TWO_RANKS, Architecture
+from tests.serving.matrix.architectures import BY_NAME, ON_TWO_RANKS, Architecture
 
 pytestmark = pytest.mark.server
 
@@ -35,13 +35,8 @@ def served(folder: Path, names: list[str], **environment: str) -> dict[str, dict
 
 
 @pytest.fixture(scope="module")
-def often(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return served(tmp_path_factory.mktemp("often"), [a.name for a in ARCHITECTURES if a.every_change])
-
-
-@pytest.fixture(scope="module")
-def rest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return served(tmp_path_factory.mktemp("rest"), [a.name for a in ARCHITECTURES if not a.every_change])
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return served(tmp_path_factory.mktemp("matrix"), [*BY_NAME])
 
 
 def assert_as_expected(architecture: Architecture, result: dict[str, Any]) -> None:
@@ -62,21 +57,11 @@ def assert_as_expected(architecture: Architecture, result: dict[str, Any]) -> No
     assert not result["faults"] and not result["build_conflicts"]
 
 
-@pytest.mark.parametrize("name", [a.name for a in ARCHITECTURES if a.every_change])
-def test_an_architecture_is_served(name: str, often: dict[str, dict[str, Any]]) -> None:
-    assert_as_expected(BY_NAME[name], often[name])
-    assert page.row_of(BY_NAME[name], often[name]) in page.PAGE.read_text().splitlines(), (
-        "run python -m tests.serving.matrix"
-    )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", [a.name for a in ARCHITECTURES if not a.every_change])
-def test_another_architecture_comes_to_what_the_table_says(name: str, rest: dict[str, dict[str, Any]]) -> None:
-    assert_as_expected(BY_NAME[name], rest[name])
-    assert page.row_of(BY_NAME[name], rest[name]) in page.PAGE.read_text().splitlines(), (
-        "run python -m tests.serving.matrix"
-    )
+@pytest.mark.parametrize("name", BY_NAME)
+def test_an_architecture_comes_to_what_the_table_says(name: str, results: dict[str, dict[str, Any]]) -> None:
+    assert_as_expected(BY_NAME[name], results[name])
+    row = page.row_of(BY_NAME[name], results[name])
+    assert row in page.PAGE.read_text().splitlines(), "run python -m tests.serving.matrix"
 
 
 @pytest.mark.long
@@ -89,8 +74,10 @@ def test_two_ranks_come_to_the_same(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_whole_table() -> None:
-    lines = page.PAGE.read_text().splitlines()
-    assert [line.split(" | ")[0][2:] for line in lines if line.startswith("| ")][1:] == [*BY_NAME]
+    text = page.PAGE.read_text()
+    assert text.startswith(page.head()), "run python -m tests.serving.matrix"
+    lines = text.removeprefix(page.head()).splitlines()
+    assert [line.split(" | ")[0][2:] for line in lines] == [*BY_NAME]
 
 
 def test_the_first_error_of_a_log_is_told() -> None:

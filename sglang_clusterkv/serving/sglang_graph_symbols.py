@@ -32,9 +32,20 @@ DECODE_GRAPHS = (
         "prepares a capture, and every replay's start",
         mentions=(
             "attn_backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)",
-            "self._run_in_graph_metadata_prep(attn_backend, forward_batch)",
             '"on_after_cuda_graph_warmup"',
         ),
+    ),
+    Symbol(
+        _RUNNER + "DecodeCudaGraphRunner.capture_one_shape",
+        "records what a replay's start does",
+        mentions=("self._run_in_graph_metadata_prep(attn_backend, forward_batch)",),
+        since="0.5.23",
+    ),
+    Symbol(
+        _RUNNER + "DecodeCudaGraphRunner.capture_one_shape",
+        "records what a replay's start does (0.5.22)",
+        mentions=("attn_backend.init_forward_metadata_in_graph(forward_batch)",),
+        before="0.5.23",
     ),
     Symbol(
         _RUNNER + "DecodeCudaGraphRunner._resolve_attention_variant",
@@ -45,6 +56,13 @@ DECODE_GRAPHS = (
         _RUNNER + "DecodeCudaGraphRunner._init_replay_attn_metadata_from_view",
         "prepares a replay",
         mentions=("attn_backend.init_forward_metadata_out_graph(fb_view)",),
+        since="0.5.23",
+    ),
+    Symbol(
+        _RUNNER + "DecodeCudaGraphRunner.load_batch",
+        "prepares a replay (0.5.22)",
+        mentions=("attn_backend.init_forward_metadata_out_graph(fb_view)",),
+        before="0.5.23",
     ),
     Symbol(
         "model_executor.model_runner.ModelRunner._forward_raw",

@@ -1,7 +1,12 @@
 """The installed SGLang has every symbol that the plugin relies on, with the signature it was written against.
 
-Red when SGLang changed one of them, or when the comparison stops noticing a change.
+Red when SGLang changed one of them, when the comparison stops noticing a change, or a new row leaves out the older release.
 """
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +25,17 @@ def test_the_installed_sglang_is_as_expected():
     report = sglang_differences.report()
     assert report["differences"] == []
     assert report["ok"] and report["symbols"] == len(sglang_differences.of_release(SYMBOLS)) > 60
+
+
+@pytest.mark.long
+def test_the_older_release_that_is_served_is_as_expected(tmp_path):
+    """As `make check SGLANG=0.5.22`; pip fetches its wheel."""
+    install = ["pip", "install", "--quiet", "--no-compile", "--no-deps", "--target", str(tmp_path), "sglang==0.5.22"]
+    subprocess.run([sys.executable, "-m", *install], check=True)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-m", "sglang_clusterkv.tools.cli", "check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "SGLang 0.5.22" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_changed_signature_is_reported_by_name(monkeypatch):

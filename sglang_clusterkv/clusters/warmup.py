@@ -63,7 +63,8 @@ def compile_kernels(
     """
     begin = time.perf_counter()
     by_size = _compiles_by_size(device)
-    segment_tokens = max(MIN_SEGMENT_PAGES, _SEGMENT_CLUSTERS * config.tokens_per_cluster // page_size) * page_size
+    least = MIN_SEGMENT_PAGES + (not by_size)  # on a CPU one whose values move
+    segment_tokens = max(least, _SEGMENT_CLUSTERS * config.tokens_per_cluster // page_size) * page_size
     config = msgspec.structs.replace(
         config,
         dense_below_tokens=0,  # nothing may go the dense way

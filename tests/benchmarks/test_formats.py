@@ -6,6 +6,7 @@ more than its bits must, or a part of the step that is done otherwise does somet
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
@@ -17,19 +18,24 @@ from benchmarks.policies.steps import Reformed, Step, dots
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
+from sglang_clusterkv.memory.movement import RANK
 from sglang_clusterkv.memory.step import SparseStep
 from tests.support.scenes import Scene
 
 SCALE = 0.2
 LENGTHS = [700, 333]
 CONFIG = ClusterKVConfig(budget_tokens=64, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
+MOVING = msgspec.structs.replace(CONFIG, moving_values="always")
 
 
 class World:
     """Two requests, the step that decodes both, and queries."""
 
-    def __init__(self, sharp: float = 1.0) -> None:
-        self.scene = Scene(CONFIG)
+    def __init__(self, sharp: float = 1.0, config: ClusterKVConfig = CONFIG) -> None:
+        self.scene = Scene(config)
+        if config is MOVING:
+            for values, keys in zip(self.scene.values, self.scene.keys, strict=True):
+                values[..., :6] += 4 * keys[..., 6:12]
         for row, length in enumerate(LENGTHS, 1):
             self.scene.prefill(row, length)
         step = self.scene.decode([1, 2], [length + 1 for length in LENGTHS]).sparse
@@ -60,6 +66,15 @@ def test_the_format_that_is_served_is_ours(sharp: float) -> None:
     world = World(sharp)
     torch.testing.assert_close(run(world, Format()), reference.sparse_decode(*world.arguments))  # type: ignore[arg-type]
     torch.testing.assert_close(run(world, Format(tokens_per_cluster=8)), run(world, Format()))
+
+
+def test_values_move_as_they_are_served_to_move() -> None:
+    """Here by the best factors of their rank, there by some that are next to them: four bits round them differently."""
+    world = World(2.0, MOVING)
+    served = reference.sparse_decode(*world.arguments)  # type: ignore[arg-type]
+    still, moved = run(world, Format()), run(world, Format(rank=RANK))
+    assert (served - moved).norm() < 0.35 * (moved - still).norm()
+    assert (moved - still).norm() > 0.005 * still.norm()
 
 
 def test_every_change_changes_something() -> None:

@@ -70,7 +70,7 @@ def test_the_format_that_is_served_is_ours(sharp: float) -> None:
 
 def test_values_move_as_they_are_served_to_move() -> None:
     """Here by the best factors of their rank, there by some that are next to them: four bits round them differently."""
-    world = World(2.0, MOVING)
+    world = World(1.0, MOVING)
     served = reference.sparse_decode(*world.arguments)  # type: ignore[arg-type]
     still, moved = run(world, Format()), run(world, Format(rank=RANK))
     assert (served - moved).norm() < 0.35 * (moved - still).norm()

@@ -10,6 +10,7 @@ from benchmarks.cited.numbers import milliseconds, percent, small
 from benchmarks.cited.tables import MEMORY, Rows, figures
 
 RECENCY = "quality-recency-20261129-140928"
+RECENCY_QWEN = "quality-recency-20261130-030612"
 NEAR = (
     "newest_2",
     "newest_4",
@@ -33,16 +34,14 @@ def _recency_lines(found: Any) -> list[tuple[str, int, Any]]:
     return sorted(lines, key=lambda line: line[1])
 
 
-@figures("recency", MEMORY, RECENCY)
-def _(found: Any) -> Rows:
+def _recency(found: Any) -> Rows:
     return [
         [kind, str(budget), str(shares["steps"]), *(small(shares[name]["all"], 2) for name in NEAR)]
         for kind, budget, shares in _recency_lines(found)
     ]
 
 
-@figures("recency-layers", MEMORY, RECENCY)
-def _(found: Any) -> Rows:
+def _recency_layers(found: Any) -> Rows:
     rows: Rows = []
     for kind, budget, shares in _recency_lines(found):
         for name, title in (("newest_4", "newest 1/4"), ("lru_2", "LRU 2"), ("newest_4_or_lru_2", "either")):
@@ -51,6 +50,11 @@ def _(found: Any) -> Rows:
             if budget == 512:
                 rows.append([kind, title, *means, small(shares[name]["worst_tenth"], 2)])
     return rows
+
+
+for model, result in (("recency", RECENCY), ("recency-qwen", RECENCY_QWEN)):
+    figures(model, MEMORY, result)(_recency)
+    figures(f"{model}-layers", MEMORY, result)(_recency_layers)
 
 
 @figures("tier-model", MEMORY, RECENCY)

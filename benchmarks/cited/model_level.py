@@ -331,6 +331,17 @@ def _(moving: Any, now: Any) -> str:
     )
 
 
+@figures("moving-values", QUALITY, "quality-model-20261130-031652")
+def _(found: Any) -> Rows:
+    arms, rows = Arms(found), []
+    for budget in ("256", "512"):
+        still, moving = f"ours-{budget}-moving_values never", f"ours-{budget}"
+        sides = [[arms.kib(name), arms.kl_interval(name), arms.answers(name)] for name in (still, moving)]
+        sides[1].insert(2, arms.over(moving, still))
+        rows.append([budget, *sides[0], *sides[1]])
+    return rows
+
+
 @figures("shared-budgets", QUALITY, "quality-model-20261128-092825")
 def _(found: Any) -> Rows:
     arms = Arms(found)

@@ -333,7 +333,8 @@ def _(moving: Any, now: Any) -> str:
 
 @figures("moving-values", QUALITY, "quality-model-20261130-031652")
 def _(found: Any) -> Rows:
-    arms, rows = Arms(found), []
+    arms = Arms(found)
+    rows: Rows = []
     for budget in ("256", "512"):
         still, moving = f"ours-{budget}-moving_values never", f"ours-{budget}"
         sides = [[arms.kib(name), arms.kl_interval(name), arms.answers(name)] for name in (still, moving)]

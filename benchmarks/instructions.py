@@ -220,6 +220,7 @@ _MANY_HELD = {
     "if clusters == 0": 0, "if clusters <= FEW": 0, "if clusters <= SOME": 0, "if clusters <= MANY": 1,
     "else clusters <= MANY": 0, "else LARGE": 0,
 }  # fmt: skip
+_NO_CODES = {"if CODES": 0}
 _NO_TIES = {"if between > room": 0}
 _MASSES = {"if clusters == 0": 0}
 _OWN = {"else part < own_parts": 0}
@@ -249,8 +250,14 @@ PIECES = {
             "select, a block of the list": _added(case, held | {"if between > 1": 0}, firsts=1),
         }.items()
     },
-    "values, 64": Piece("refine values 2 bits D=128 G=4 x64", {}),
-    "values, 256": Piece("refine values 2 bits D=128 G=4 x256", {}),
+    **{
+        name: piece
+        for tile in (64, 256)
+        for name, piece in {
+            f"values, {tile}": Piece(f"refine values 2 bits D=128 G=4 x{tile}", _NO_CODES),
+            f"values, {tile}, codes": Piece(f"refine values 2 bits D=128 G=4 x{tile}", {}, _NO_CODES),
+        }.items()
+    },
     **{
         f"{name}{text}": piece
         for text, case, held in (
@@ -258,9 +265,10 @@ PIECES = {
             (", large", "refine recall K=2048 C=131,072", _MANY_HELD | _NO_TIES),
         )
         for name, piece in {
-            "choice, a program": Piece(case, held),
+            "choice, a program": Piece(case, held | _NO_CODES),
             "choice, a halving of each": _added(case, held, halvings=1),
             "choice, a block of the list": _added(case, held, own_list=1),
+            "choice, codes": Piece(case, held | {"for range(GROUP)": 4}, held | _NO_CODES),
         }.items()
     },
     "attend, a program": Piece(_ATTEND, {}),

@@ -32,6 +32,7 @@ STEP_OPTIONS = (
     "refine",
     "choice_spread",
     "estimate",
+    "estimate_codes",
     "estimate_spread",
     "estimate_clusters",
     "moving_values",
@@ -61,6 +62,7 @@ class ClusterKVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     outlier_share: float = 0.0625
     choice_spread: float = 0.75
     estimate: bool = True
+    estimate_codes: bool = True
     estimate_spread: float = 0.25
     estimate_clusters: int = 512
     moving_values: Literal["auto", "always", "never"] = "auto"
@@ -93,6 +95,7 @@ FIELD_DOCS: dict[str, str] = {
     "outlier_share": "Share of a segment's clusters that its farthest keys get: a query finds keys unlike their cluster.",
     "choice_spread": "Weight of a cluster's spread in the choice of clusters; more is more optimistic about wide ones.",
     "estimate": "Estimate the clusters that were not recalled by their means instead of leaving them out.",
+    "estimate_codes": "In that estimate, candidates that were not recalled count by their codes; nothing more is read.",
     "estimate_spread": "Weight of a cluster's spread in that estimate.",
     "estimate_clusters": "Clusters estimated by their own mean value; the rest by their segment's mean value.",
     "moving_values": "Estimated values move with the query, as values do with keys inside clusters; auto: on a CPU alone.",
@@ -103,8 +106,7 @@ FIELD_DOCS: dict[str, str] = {
     "likely faster, never with a host tier; never: each request by itself. See [gpu.md](gpu.md).",
     "recall_extend_tokens": "Prompts of which all but so many tokens, or fewer, come from the prefix cache recall for "
     "these as a decode step does; 0 is off. On a CPU alone. See [design.md](design.md#recalled-extends).",
-    "recluster_every": "Decoded tokens that have left the window become a segment each time there are so many; whole "
-    "pages, four or more, at most segment_tokens.",
+    "recluster_every": "Decoded tokens behind the window become a segment each time there are so many; whole pages, at least four.",
     "merge_segments": "Neighbouring segments that one running request alone sees are clustered again as one, when that at "
     "least doubles the largest of them, completes one of segment_tokens or adds a third to a prompt's last one.",
     "reproducible": "Requests one after another get the same answer whatever was served before: segments are built again "

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.tools.demo_model import default_out
-from tests.support.interpreter import interpreting
+from tests.support.interpreter import interpreting, scan_whole_arrays
 from tests.support.servers import ASLEEP, CHUNK, DEMO_CHUNK, DEMO_CONFIG, POOL, OneServer
 from tests.support.tiny_model import tiny_model
 from tests.support.traffic import CONFIG, logging_of_requests
@@ -55,6 +55,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Import Triton before SGLang does, which may be in any test module."""
     with interpreting(config.getoption("device")):
         import triton.language  # noqa: F401
+
+        if config.getoption("device") == "cpu":
+            scan_whole_arrays()
 
 
 def share_of(nodeid: str) -> str:

@@ -49,6 +49,7 @@ def test_the_defaults_are_those_of_the_design():
         "outlier_share": 0.0625,
         "choice_spread": 0.75,
         "estimate": True,
+        "estimate_codes": True,
         "estimate_spread": 0.25,
         "estimate_clusters": 512,
         "moving_values": "auto",

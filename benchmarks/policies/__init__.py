@@ -156,6 +156,7 @@ def _by_error(budget: int) -> LayerBudgets:
 
 
 STILL: dict[str, object] = {"moving_values": "never"}
+_NO_CODES: dict[str, object] = {"estimate_codes": False}  # what an earlier step chose are not this step's candidates
 
 POLICIES: dict[str, Policy] = {
     "dense": Policy("dense", lambda r: 0.0, {"dense_below_tokens": EVERYTHING}, is_method=False),
@@ -174,12 +175,13 @@ POLICIES: dict[str, Policy] = {
     "ours-still-values": Policy("ours, values that stay", _ours, STILL),
     "ours-no-spread": Policy("ours without spread", _ours, {"choice_spread": 0.0, "estimate_spread": 0.0}),
     "ours-whole-clusters": Policy("ours, whole clusters (no refining)", _ours, {"refine": False}),
-    "ours-reused-2": Policy("ours, a choice serves 2 steps", _reused(2), make=lambda budget: ReusedChoice(2)),
-    "ours-reused-4": Policy("ours, a choice serves 4 steps", _reused(4), make=lambda budget: ReusedChoice(4)),
+    "ours-reused-2": Policy("ours, a choice serves 2 steps", _reused(2), _NO_CODES, lambda budget: ReusedChoice(2)),
+    "ours-reused-4": Policy("ours, a choice serves 4 steps", _reused(4), _NO_CODES, lambda budget: ReusedChoice(4)),
     "ours-reused-4-alike": Policy(
         "ours, a choice serves 4 steps while cosine >= .9",
         _reused(1),
-        make=lambda budget: ReusedChoice(4, 0.9),
+        _NO_CODES,
+        lambda budget: ReusedChoice(4, 0.9),
         counted=True,
     ),
     "ours-shared-budget": Policy("ours, heads of a layer share their budgets", _ours, make=SharedBudget),

@@ -55,6 +55,7 @@ class ChangedChoice(ABC):
         decoder.refine(layer, scale)
         decoder.recall()
         self.change(grouped, layer, step, decoder)
+        _note_rest(decoder)
         decoder.attend(q_rows, key_rows, bits(values), scale, out)
         decoder.estimate(q_rows, layer, scale)
         decoder.merge(out)
@@ -170,6 +171,15 @@ class LayerBudgets(ChangedChoice):
             for h in range(heads):
                 if decoder.buffers.candidates[b, h] > self._budget:
                     _recall(decoder, b, h, _best(decoder, b, h, int(self._budgets[layer])))
+
+
+def _note_rest(decoder: CpuDecoder) -> None:
+    """Candidates that were not recalled, of which codes tell the estimate."""
+    u, page_size = decoder.buffers, decoder.index.geometry.page_size
+    for b, h in np.ndindex(*u.candidates.shape):
+        place = u.place[b, h, : u.candidates[b, h]].astype(np.int64)
+        slots = decoder.lists.pages[b, place // page_size] * page_size + place % page_size
+        u.rest[b, h, : len(slots)] = ~np.isin(slots, u.recalled[b, h, : u.recalled_count[b, h]])
 
 
 def _best(decoder: CpuDecoder, b: int, h: int, most: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Ours, with other summaries of what is not recalled: mean values in two bits, clusters of clusters, values that move; and
 with other caps of the spread.
 
-By the kernels' references: this measures accuracy, not time.
+By the kernels' references, without codes in the estimate: this measures accuracy, not time.
 """
 
 from __future__ import annotations

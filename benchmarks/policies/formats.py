@@ -16,7 +16,7 @@ SCALE_BYTES = {"token": WHOLE_SCALE, "token8": 1, "cluster": 0}
 
 @dataclass(frozen=True)
 class Format:
-    """The defaults are what is served, but that values stay.
+    """The defaults are what is served, but that values stay and codes are not in the estimate.
 
     Attributes:
         tokens_per_cluster: on average; None: the clusters that are stored.
@@ -34,7 +34,7 @@ class Format:
         every: steps that a choice serves.
         reused: what such a choice is: candidates, of which each step recalls the best by its own query, or recalled tokens.
         least_cosine: of every query to that of the choice, else a head chooses anew.
-        codes_in_estimate: candidates that were not recalled count with the logits of their codes.
+        codes_in_estimate: candidates that were not recalled count with the logits of their codes, as with `estimate_codes`.
         left_logits: a cluster's mean logit is that of its tokens left: without the recalled ones' own.
         left_values: a cluster's mean value likewise.
     """

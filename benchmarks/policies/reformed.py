@@ -21,7 +21,6 @@ from sglang_clusterkv.memory.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL
 from sglang_clusterkv.memory.rotation import rotation_matrix
 
 SIGN_LEVEL = math.sqrt(2 / math.pi)  # mean size of a normal variable
-LOST = {1: 1 - 2 / math.pi, 2: 0.1175}  # of a normal variable's energy, in so many bits
 STEPS_PER_OCTAVE = 16  # of a scale in eight bits
 # Levels of three bits, in units of the root mean square, and what lies between them (Max, 1960).
 THREE_BITS = (0.2451, 0.7560, 1.344, 2.152)

@@ -12,9 +12,10 @@ import torch
 
 from benchmarks.policies.estimates import Source
 from benchmarks.policies.formats import Format
-from benchmarks.policies.reformed import LEAST_SHARE, LOST, MOST_SHARE, Tables, tables
+from benchmarks.policies.reformed import LEAST_SHARE, MOST_SHARE, Tables, tables
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.merge.reference import Partial, merge, note_mass
+from sglang_clusterkv.memory.codec import CODE_LOSS
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
 from sglang_clusterkv.memory.rotation import rotation_matrix
@@ -195,10 +196,10 @@ class Step:
         if form.left_logits:
             sums = self._by_cluster(exact_logits.masked_fill(~read.unsqueeze(2), 0.0))
             dot = (t.size.unsqueeze(1) * dot - sums) / left.clamp(min=1).unsqueeze(2)
-        per_token = dot + bonus
+        per_token = by_token = dot + bonus
         if form.codes_in_estimate:
-            per_token = self._with_codes(q, scored, candidates & ~read, per_token, left)
-        logits = left.log().unsqueeze(2) + per_token
+            by_token = self._with_codes(q, scored, candidates & ~read, per_token)
+        logits = left.log().unsqueeze(2) + by_token
         lse = logits.logsumexp(-1)
         weights = (logits - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()
         mass = (per_token - scored.total.unsqueeze(-1)).exp().mean(2) * left
@@ -223,24 +224,16 @@ class Step:
             output = output + MOVEMENT_WEIGHT * self._scale * moved
         return Partial(output, lse)
 
-    def _with_codes(
-        self,
-        q: torch.Tensor,
-        scored: Scored,
-        rest: torch.Tensor,
-        per_token: torch.Tensor,
-        left: torch.Tensor,
-    ) -> torch.Tensor:
-        """Logits of a cluster's tokens, float32 [N, H, G, C], where those of `rest` count by their codes.
+    def _with_codes(self, q: torch.Tensor, scored: Scored, rest: torch.Tensor, per_token: torch.Tensor) -> torch.Tensor:
+        """Logits of a cluster's tokens, float32 [N, H, G, C]: where some are of `rest`, these tell it by their codes.
 
         And by what codes lose on average.
         """
         by_code = self._logits(q, scored, self._t.second).masked_fill_(~rest.unsqueeze(2), -torch.inf)
         peak = torch.maximum(by_code.amax(-1, keepdim=True), per_token.amax(-1, keepdim=True))
-        sums = self._by_cluster((by_code - peak).exp_()) * (LOST[self._form.code_bits] * scored.bonus).exp()
-        others = (left - self._by_cluster(rest.float())).unsqueeze(2) * (per_token - peak).exp()
-        found = ((sums + others) / left.clamp(min=1).unsqueeze(2)).log() + peak
-        return torch.where(left.unsqueeze(2) > 0, found, per_token)
+        number = self._by_cluster(rest.float()).unsqueeze(2)
+        mean = (self._by_cluster((by_code - peak).exp_()) / number.clamp(min=1)).log() + peak
+        return torch.where(number > 0, mean + CODE_LOSS[self._form.code_bits] * scored.bonus, per_token)
 
     def _by_cluster(self, x: torch.Tensor) -> torch.Tensor:
         """Sums over the clusters' tokens: float32 [N, H, (G,) T] -> [N, H, (G,) C]."""

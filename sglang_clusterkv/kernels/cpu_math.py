@@ -24,6 +24,7 @@ part = functools.partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 NEGLIGIBLE = np.float32(-1.0e30)
 _WORD = ir.IntType(32)
+_FEW = 16  # floats
 
 
 # numba widens every integer operation to 64 bits, which would halve the lanes of a vector: so these are built in LLVM.
@@ -139,6 +140,47 @@ def larger(typing_context: Any, a: Any, b: Any) -> Any:
         return builder.call(found, args, fastmath=("nnan", "nsz"))
 
     return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def dot_of_few(typing_context: Any, a: Any, b: Any, begin: Any, count: Any) -> Any:
+    """Sum of a[begin + i] * b[begin + i] over i < count, of float32 arrays; for sums of about 16, which take no loop."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide, mask = ir.VectorType(ir.FloatType(), _FEW), ir.VectorType(ir.IntType(1), _FEW)
+        pointer = wide.as_pointer()
+        kind = ir.FunctionType(wide, [pointer, _WORD, mask, wide])
+        load = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{_FEW}f32.p0")
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), wide])
+        add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{_FEW}f32")
+        nothing = ir.Constant(wide, None)
+        places = ir.Constant(ir.VectorType(_WORD, _FEW), [_WORD(i) for i in range(_FEW)])
+        sums = cgutils.alloca_once_value(builder, nothing)
+        step = ir.Constant(args[3].type, _FEW)
+        with cgutils.for_range_slice(builder, ir.Constant(args[3].type, 0), args[3], step, inc=True) as (first, _):
+            left = builder.trunc(builder.sub(args[3], first), _WORD)
+            empty = ir.Constant(places.type, ir.Undefined)
+            left = builder.insert_element(empty, left, _WORD(0))
+            left = builder.shuffle_vector(left, empty, ir.Constant(places.type, None))
+            listed = builder.icmp_signed("<", places, left)
+            at = builder.add(args[2], first)
+            rows = [
+                builder.call(
+                    load,
+                    [
+                        builder.bitcast(element_pointer(context, builder, kind, array, [at]), pointer),
+                        _WORD(4),
+                        listed,
+                        nothing,
+                    ],
+                )
+                for kind, array in zip(signature.args[:2], args[:2], strict=True)
+            ]
+            product = builder.fmul(*rows, flags=("contract",))
+            builder.store(builder.fadd(builder.load(sums), product, flags=("contract",)), sums)
+        return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), builder.load(sums)], fastmath=("reassoc",))
+
+    return types.float32(a, b, types.intp, types.intp), codegen
 
 
 @njit(inline="always")

@@ -214,8 +214,11 @@ def _refine(shape: StepShape, config: ClusterKVConfig, lists: Lists, chosen: int
     touched = lists.candidates // config.tokens_per_cluster  # clusters, each of average size
     read = lists.candidates * (code + _LONG) + touched * shape.group * _FLOAT
     read += shape.group * shape.head_dim * _FLOAT
-    values = shape.pairs * (read + lists.candidates * (_FLOAT + _INT)) + _page_bytes(shape, lists)
-    choice = lists.candidates * (_LONG + _FLOAT + _INT) + lists.recalled * (_LONG + 2 * _INT)
+    # Each candidate's mass by query head, and of their clusters the logits that follow, with the mark at the spread.
+    masses = lists.candidates * shape.group * _FLOAT if config.estimate and config.estimate_codes else 0
+    marks = touched * (shape.group * _FLOAT + 2 * _HALF) if masses else 0
+    values = shape.pairs * (read + lists.candidates * (_FLOAT + _INT) + masses) + _page_bytes(shape, lists)
+    choice = lists.candidates * (_LONG + _FLOAT + _INT) + lists.recalled * (_LONG + 2 * _INT) + masses + marks
     tile = grids.candidate_tile(shape.pairs, config.candidate_tokens, shape.head_dim)
     programs = shape.pairs * -(-config.candidate_tokens // tile)
     choice = shape.pairs * choice + chosen

@@ -82,11 +82,14 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
         + PIECES[f"select, a block of the list{large}"] * -(-lists.clusters // grids.select_block(bool(large)))
     )
     tile = grids.candidate_tile(pairs, config.candidate_tokens)
-    values = PIECES[f"values, {tile}"] * -(-config.candidate_tokens // tile)
+    by_code = config.estimate and config.estimate_codes
+    values = PIECES[f"values, {tile}"] + by_code * PIECES[f"values, {tile}, codes"] * shape.group / 4
+    values *= -(-config.candidate_tokens // tile)
     choice = (
         PIECES[f"choice, a program{large}"]
         + PIECES[f"choice, a halving of each{large}"] * HALVINGS
         + PIECES[f"choice, a block of the list{large}"] * -(-lists.clusters // listed)
+        + by_code * PIECES[f"choice, codes{large}"] * (shape.group + 1) / 5  # a scan for each query head, and one
     )
     splits = grids.split_count(pairs, lists.base + lists.recalled)
     attend = (
@@ -110,7 +113,7 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
         "select: masses": Work(pairs * masses * 4, 4, 8),
         "select: clusters": Work(pairs * select * warps, warps, 1 if large else 2),
         "refine: values": Work(pairs * values * 4 * scaled, 4, 10 if tile == grids.FEW_CANDIDATES else 4),
-        "refine: choice": Work(pairs * choice * warps, warps, 1 if large else 3),
+        "refine: choice": Work(pairs * choice * warps, warps, 1 if large else 2 if by_code else 3),
         "attend": Work(pairs * attend * 4 * scaled, 4, 4),
         "estimate": Work(pairs * estimate * 4 * scaled, 4, 4),
         "merge": Work(pairs * shape.group * PIECES["merge, a program"] * 4, 4, 8),

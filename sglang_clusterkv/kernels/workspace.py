@@ -90,8 +90,10 @@ class Workspace:
     # Written by score.
     rotated: torch.Tensor  # float32 [B, H, G, D], R q: for refine only
     segment_bonus: torch.Tensor  # float32 [B, H, G, S], bonus of a cluster with spread 1: scale^2 / 2 * sum_d q_d^2 V_d
-    dot: torch.Tensor  # float32 [H, G, C], scale q.centroid, the segment's mean included
-    spread: torch.Tensor  # bf16 [H, C], as stored in the index
+    # float32 [H, G, C], scale q.centroid, the segment's mean included; where codes are estimated by, refine puts the log of the
+    # mean mass of a cluster's candidates that were not recalled there, if there are any
+    dot: torch.Tensor
+    spread: torch.Tensor  # bf16 [H, C], as stored in the index; refine makes it negative where `dot` is by codes
     base_logit: torch.Tensor  # float32 [B, H, G, W], exact logits of the always-attended tokens
     base_lse: torch.Tensor  # float32 [B, H, G, base_tiles], of base_logit, by tile
     choice_lse: (
@@ -110,6 +112,7 @@ class Workspace:
 
     # Written by refine.
     value: torch.Tensor  # float32 [B, H, K], mean over the group of exp(logit - total)
+    by_code: torch.Tensor  # float32 [B, H, G, K], exp(logit - total), where codes are estimated by
     position: torch.Tensor  # int32 [B, H, K], of the candidate's token; select's before
     recalled: torch.Tensor  # int64 [B, H, R], slots, in the order of `candidates`: by cluster, then by position
     recalled_count: torch.Tensor  # int32 [B, H]
@@ -184,6 +187,7 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
         candidates=allocate((*by_head, shape.candidates), torch.int64),
         candidate_count=allocate(by_head, torch.int32),
         value=allocate((*by_head, shape.candidates), torch.float32),
+        by_code=allocate((*by_query, shape.candidates), torch.float32),
         position=allocate((*by_head, shape.candidates), torch.int32),
         recalled=allocate((*by_head, shape.budget), torch.int64),
         recalled_count=allocate(by_head, torch.int32),

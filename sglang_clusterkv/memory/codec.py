@@ -8,6 +8,7 @@ unpacks slice j of all words with one shift and one mask, and multiplies it with
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 
 # Levels of a 2-bit code, in units of the root mean square: the optimal quantiser of a normal variable (Max, 1960).
 INNER_LEVEL, OUTER_LEVEL, LEVEL_BORDER = 0.4528, 1.510, 0.9816
+
+# Share of a normal variable's energy that codes of so many bits leave out (Max, 1960).
+CODE_LOSS = {1: 1 - 2 / math.pi, 2: 0.1175}
 
 SLICES = 8  # a row has eight slices of head_dim / 8 channels
 

@@ -5,3 +5,6 @@ SPREAD_CAP = 2.0
 
 # A mass below this counts as none: kernels whose exponentials end at other numbers rank what is left alike.
 NO_MASS = 1e-30
+
+# A token's mass by its code is not counted as more than this, so that sums of them stay finite.
+MOST_MASS = 1e20

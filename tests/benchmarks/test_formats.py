@@ -64,7 +64,10 @@ def run(world: World, form: Format) -> torch.Tensor:
 @pytest.mark.parametrize("sharp", [1.0, 4.0])
 def test_the_format_that_is_served_is_ours(sharp: float) -> None:
     world = World(sharp)
-    torch.testing.assert_close(run(world, Format()), reference.sparse_decode(*world.arguments))  # type: ignore[arg-type]
+    for codes in (True, False):
+        world.scene.index.config = msgspec.structs.replace(CONFIG, estimate_codes=codes)
+        served = reference.sparse_decode(*world.arguments)  # type: ignore[arg-type]
+        torch.testing.assert_close(run(world, Format(codes_in_estimate=codes)), served)
     torch.testing.assert_close(run(world, Format(tokens_per_cluster=8)), run(world, Format()))
 
 

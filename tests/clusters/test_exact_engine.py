@@ -28,7 +28,7 @@ from sglang_clusterkv.kernels.estimate.reference import estimate
 from sglang_clusterkv.kernels.kmeans import reference as kmeans_reference
 from sglang_clusterkv.kernels.merge.reference import merge
 from sglang_clusterkv.kernels.movement import reference as movement_reference
-from sglang_clusterkv.kernels.refine.reference import candidate_scores, recall, recall_all
+from sglang_clusterkv.kernels.refine.reference import candidate_logits, candidate_scores, recall_all, refine
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.memory import movement as moved_values
@@ -393,12 +393,16 @@ def reference_stages(placed: Placed, layer: int, q: torch.Tensor) -> list[list[S
     limit = config.candidate_tokens if config.refine else config.budget_tokens
     candidates = select(scores, index, layer, step, limit)
     if config.refine:
-        value = candidate_scores(q, scores, candidates, index, layer, placed.scale)
-        recalled = recall(value, scores, candidates, config.budget_tokens)
+        value = candidate_scores(
+            candidate_logits(q, scores, candidates, index, layer, placed.scale), scores, candidates
+        )
+        recalled = refine(q, scores, candidates, index, layer, step, placed.scale)
     else:
         recalled = recall_all(scores, candidates)
     exact = attend(q, keys, values, step, recalled.slots, recalled.count, placed.scale)
-    estimated = estimate(scores, recalled.left, index, layer, step, q, placed.scale) if config.estimate else None
+    estimated = None
+    if config.estimate:
+        estimated = estimate(scores, recalled.left, index, layer, step, q, placed.scale, recalled.code)
     merged = merge(exact, estimated) if estimated else exact
     chain = reference.sparse_decode(q.flatten(1, 2), keys, values, index, layer, step, placed.scale)
     torch.testing.assert_close(chain, merged.output.flatten(1, 2))
@@ -542,6 +546,11 @@ def check_step(placed: Placed, row: int, layer: int, head: int, q: np.ndarray, s
     parts, shipped, tied = [exact], [s.exact], 0.0
     if options.estimate:
         est = ex.estimate_logits(q, scale, clusters, s.left, options.estimate_spread)
+        if options.refine and options.estimate_codes:
+            rest = ~np.isin(s.candidate, s.recalled)
+            est = ex.estimate_by_codes(
+                est, s.left, logits[:, rest], of_candidate[rest], s.total, spreads, options.code_bits
+            )
         own = ex.own_value_clusters(s.estimate_mass, s.left, options.estimate_clusters)
         estimated = ex.softmax_output(est, ex.estimate_values(clusters, own))
         moved = ex.moved(q, scale, clusters, est, options.estimate_spread)
@@ -664,6 +673,7 @@ OPTIONS = {
     "defaults": {},
     "whole clusters": {"refine": False},
     "no estimate": {"estimate": False},
+    "no codes in the estimate": {"estimate_codes": False},
     "whole clusters only": {"refine": False, "estimate": False},
     "all are candidates": {"candidate_tokens": 10_000},
     "all are recalled": {"budget_tokens": 10_000, "candidate_tokens": 10_000},

@@ -94,7 +94,7 @@ class ReferenceWorld(TracedWorld):
         )
         exact = attend(grouped, keys, values, step.sparse, recalled.slots, recalled.count, SCALE, tier).lse.double()
         if config.estimate:
-            rest = estimate(scores, recalled.left, index, layer, step.sparse, grouped, SCALE).lse
+            rest = estimate(scores, recalled.left, index, layer, step.sparse, grouped, SCALE, recalled.code).lse
             whole = torch.logaddexp(exact, rest.double())
         else:
             whole = torch.maximum(exact, scores.total.double())

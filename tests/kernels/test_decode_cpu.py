@@ -6,6 +6,7 @@ or padding cluster, or divides by zero where the reference is finite; buffers gr
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -13,17 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sglang_clusterkv
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import cpu_math
 from sglang_clusterkv.kernels.decode import cpu, prepare, reference
-from sglang_clusterkv.kernels.refine.reference import candidate_scores
+from sglang_clusterkv.kernels.refine.reference import candidate_logits, candidate_scores, recall
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.memory.fp8 import FP8
 from sglang_clusterkv.memory.masses import SPREAD_CAP
 from sglang_clusterkv.memory.rotation import rotation_matrix
+from sglang_clusterkv.memory.step import SparseStep
 from tests.support.scenes import Scene
 
 SCALE = 0.2
@@ -108,7 +112,9 @@ def test_a_pool_in_fp8_gives_what_the_reference_gives_and_what_its_numbers_in_fl
     torch.testing.assert_close(output, cpu.sparse_decode(q, *wide, *arguments), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("fields", [{"estimate": False}, {"refine": False}, {"estimate_clusters": 4096}])
+@pytest.mark.parametrize(
+    "fields", [{"estimate": False}, {"refine": False}, {"estimate_clusters": 4096}, {"estimate_codes": False}]
+)
 def test_every_switch_does_what_it_does_in_the_reference(fields: dict[str, object]) -> None:
     scene, step = scene_and_step(config_of(**fields))
     q = scene.queries(3, 2)
@@ -128,6 +134,56 @@ def test_an_estimate_wider_than_the_choice_gives_what_the_reference_gives(sharpn
     scores = score(q.unflatten(1, (2, 1)), scene.keys[0], scene.index, 0, step, SCALE)
     over = ((scores.dot + scores.estimate_bonus).amax(-1) - scores.dot.amax(-1)).amax()
     assert 0 < over <= SPREAD_CAP, f"the estimate's peak is {over} above the choice's"
+
+
+@functools.cache
+def scene_of_all() -> tuple[Scene, SparseStep]:
+    return scene_and_step(config_of())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200), st.integers(0, 400), st.integers(1, 90), st.booleans(), st.booleans())
+def test_every_token_counts_once(budget: int, more: int, own: int, codes: bool, refine: bool) -> None:
+    """A query of nothing weighs all tokens alike, so the mass of all is their number, whatever is read and estimated how."""
+    scene, step = scene_of_all()
+    scene.index.config = config_of(
+        budget_tokens=budget,
+        candidate_tokens=budget + more,
+        estimate_clusters=own,
+        estimate_codes=codes,
+        refine=refine,
+    )
+    decoder = cpu.CpuDecoder(scene.index, 2, torch.float32)
+    decoder.prepare(step, 2, 2, 32)
+    q = np.zeros((3, 2, 2, 32), np.float32)
+    decoder.run(q, scene.keys[0].numpy(), scene.values[0].numpy(), 0, SCALE, np.empty_like(q))
+    u, base = decoder.buffers, step.base_count.numpy()[:, None, None]
+    clustered = step.page_count.numpy()[:, None, None] * 16
+    assert len(np.unique(u.recalled[2, 1, :budget])) == budget
+    np.testing.assert_allclose(np.exp(u.exact_lse), np.broadcast_to(base + budget, u.lse.shape), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(u.lse), np.broadcast_to(base + clustered, u.lse.shape), rtol=1e-5)
+
+
+def test_codes_tell_what_is_left_better_than_mean_keys() -> None:
+    """Where all tokens are candidates, so that no cluster's mean makes up for another's."""
+    scene, step = scene_of_all()
+    q = 2 * scene.queries(3, 4)
+    grouped, errors = q.unflatten(1, (2, 2)).numpy(), []
+    exact = torch.stack([dense_lse(scene, row, length, q[row - 1]) for row, length in enumerate((701, 334, 1301), 1)])
+    for codes in (False, True):
+        scene.index.config = config_of(candidate_tokens=10_000, estimate_codes=codes)
+        decoder = cpu.CpuDecoder(scene.index, 2, torch.float32)
+        decoder.prepare(step, 2, 2, 32)
+        pool = scene.keys[0].numpy(), scene.values[0].numpy()
+        decoder.run(grouped, *pool, 0, SCALE, np.empty_like(grouped))
+        errors.append(np.abs(decoder.buffers.lse - exact.numpy()).mean())
+    assert errors[1] < 0.75 * errors[0], errors
+
+
+def dense_lse(scene: Scene, row: int, length: int, q: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of all tokens' logits of a request with two query heads per kv head, [H, 2]."""
+    keys = scene.keys[0][scene.slots(row, length)]
+    return (SCALE * torch.einsum("hgd,thd->hgt", q.unflatten(0, (2, 2)), keys)).logsumexp(-1)
 
 
 def test_a_division_by_zero_raises_in_no_kernel() -> None:
@@ -207,12 +263,23 @@ def test_each_stage_equals_its_reference() -> None:
     decoder.rotate(grouped.numpy())
     np.testing.assert_allclose(buffers.rotated, grouped @ rotation_matrix(32).T, atol=1e-5)
     decoder.refine(0, SCALE)
-    value = candidate_scores(grouped, expected, chosen, scene.index, 0, SCALE)
+    logits = candidate_logits(grouped, expected, chosen, scene.index, 0, SCALE)
+    value = candidate_scores(logits, expected, chosen)
     for b, h in itertools.product(range(3), range(2)):
         count = int(chosen.count[b, h])
         order = np.argsort(buffers.place[b, h, :count])
         np.testing.assert_array_equal(buffers.place[b, h, :count][order], chosen.position[b, h, :count])
         np.testing.assert_allclose(buffers.value[b, h, :count][order], value[b, h, :count], rtol=1e-4)
+        masses = (logits - expected.total.unsqueeze(-1)).exp()[b, h, :, :count]
+        np.testing.assert_allclose(buffers.by_code[b, h, :, :count][:, order], masses, rtol=1e-4, atol=1e-30)
+
+    decoder.recall()
+    recalled = recall(value, expected, chosen, 48)
+    for b, h in itertools.product(range(3), range(2)):
+        count = int(chosen.count[b, h])
+        gone = torch.isin(chosen.slot[b, h, :count], recalled.slots[b, h])
+        rest = buffers.place[b, h, :count][buffers.rest[b, h, :count] == 1]
+        assert sorted(rest.tolist()) == chosen.position[b, h, :count][~gone].tolist() and len(rest) == count - 48
 
 
 def test_ties_go_to_the_lower_position() -> None:

@@ -450,14 +450,14 @@ def test_whole_clusters_are_taken_without_refining(rng):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("estimate", [True, False])
-def test_decode_is_what_plain_loops_compute(seed, estimate):
+@pytest.mark.parametrize(("estimate", "codes"), [(True, True), (True, False), (False, True)])
+def test_decode_is_what_plain_loops_compute(seed, estimate, codes):
     rng = np.random.default_rng(seed)
     q, keys, values, scale = some_request(rng, head_dim=16, heads=2, tokens=112)
     segments, rotation = [(8, 40), (40, 96)], ex.hadamard_rotation(16, random_signs(rng, 16))
     stored = [ex.store_segment(keys[b:e], values[b:e], rotation, tokens_per_cluster=4) for b, e in segments]
     clusters, members, y = ex.request_clusters(segments, stored, 112)
-    options = ex.Options(10, 24, 3, estimate=estimate)
+    options = ex.Options(10, 24, 3, estimate=estimate, estimate_codes=codes)
     step = ex.decode(q, keys, values, scale, clusters, members, y, rotation, options)
     expected, recalled, total = loops(q, keys, values, scale, stored, [b for b, _ in segments], rotation, options)
     assert set(step.recalled_position.tolist()) == recalled
@@ -500,18 +500,26 @@ def loops(q, keys, values, scale, stored, begins, rotation, options):
             break
     rotated = [[dot(rotation[i], q[h]) for i in channels] for h in heads]
 
-    def score(t):
+    def by_code(h, t):
         s, c = of_position[t]
-        y = stored[s].y[t - begins[s]]
-        logits = [scale * (dot(q[h], stored[s].centroid[c]) + dot(rotated[h], y)) for h in heads]
-        return sum(math.exp(logits[h]) / total[h] for h in heads) / len(q)
+        return math.exp(scale * (dot(q[h], stored[s].centroid[c]) + dot(rotated[h], stored[s].y[t - begins[s]])))
+
+    def score(t):
+        return sum(by_code(h, t) / total[h] for h in heads) / len(q)
 
     recalled = set(
         sorted(candidates[: options.candidate_tokens], key=lambda t: (-score(t), t))[: options.budget_tokens]
     )
     left = {w: size[w] - sum(of_position[t] == w for t in recalled) for w in size}
     est = {w: [math.exp(logit(h, w, left[w], options.estimate_spread, 2)) for h in heads] for w in size if left[w]}
-    ranked = sorted(est, key=lambda w: (-sum(est[w][h] / total[h] for h in heads), w))
+    of_mean, lost = dict(est), {1: 1 - 2 / math.pi, 2: 0.1175}[options.code_bits]
+    for w in est if options.estimate_codes else ():
+        rest = [t for t in candidates[: options.candidate_tokens] if of_position[t] == w and t not in recalled]
+        if rest:
+            # What codes lose, as the spread is counted: the difference of the logit with that weight and with none.
+            more = [logit(h, w, 1, lost, 2) - logit(h, w, 1, 0.0) for h in heads]
+            est[w] = [left[w] * math.exp(more[h]) * sum(by_code(h, t) for t in rest) / len(rest) for h in heads]
+    ranked = sorted(of_mean, key=lambda w: (-sum(of_mean[w][h] / total[h] for h in heads), w))
     output = []
     for h in heads:
         parts = [(math.exp(scale * dot(q[h], keys[t])), values[t]) for t in [*base, *sorted(recalled)]]

@@ -62,11 +62,16 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     assert launches["select: clusters"].bytes == pairs * (4086 * 8 + 2048 * 12)
 
     code = 32 + 2 + 2  # two bits a channel, scale, member
-    values = 2048 * (code + 8 + 4 + 4) + 256 * 16 + 4 * 128 * 4
+    values = 2048 * (code + 8 + 4 + 4 + 16) + 256 * 16 + 4 * 128 * 4  # a candidate's masses of four query heads
     assert launches["refine: values"].programs == pairs * 8
     assert by_name(LLAMA._replace(batch=1))["refine: values"].programs == 8 * 32
     assert launches["refine: values"].bytes == pages + pairs * values
-    assert launches["refine: choice"].bytes == pairs * (2048 * 16 + 512 * 16 + 4086 * 8 + 515 * 4)
+    assert launches["refine: choice"].bytes == pairs * (
+        2048 * (16 + 16) + 512 * 16 + 4086 * 8 + 515 * 4 + 256 * (16 + 4)
+    )  # fmt: skip
+    without = by_name(LLAMA, msgspec.structs.replace(CONFIG, estimate_codes=False))
+    assert launches["refine: values"].bytes - without["refine: values"].bytes == pairs * 2048 * 16
+    assert {name for name in without if without[name] != launches[name]} == {"refine: values", "refine: choice"}
 
     part = group * 129 * 4
     assert launches["attend"].programs == pairs * 4

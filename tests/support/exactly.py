@@ -32,6 +32,8 @@ CODE_OUTER = 1.510
 SPREAD_CAP = 2.0  # of g in the estimate
 MOVEMENT_RANK = 8
 NO_MASS = 1e-30  # a mass below counts as none where tokens and clusters are ranked
+MOST_MASS = 1e20  # a token's by its code, where it is estimated
+CODE_LOSS = {1: 1 - 2 / np.pi, 2: 0.1175}  # of a normal variable's energy, by bits
 
 
 def f64(x: ArrayLike) -> Floats:
@@ -465,6 +467,8 @@ class Options(NamedTuple):
     estimate_spread: float = 0.25
     refine: bool = True
     estimate: bool = True
+    estimate_codes: bool = True
+    code_bits: int = 2
 
 
 def exact_logits(q: Floats, k: Floats, scale: float) -> Floats:
@@ -495,6 +499,22 @@ def choice_logits(q: Floats, scale: float, clusters: Clusters, choice_spread: fl
 def estimate_logits(q: Floats, scale: float, clusters: Clusters, left: Ints, estimate_spread: float = 0.25) -> Floats:
     """est [G, C] by the sizes left [C]; with clusters.size as left, the logits that `total` sums."""
     return cluster_logits(q, scale, clusters, left, estimate_spread, SPREAD_CAP)
+
+
+def estimate_by_codes(
+    est: Floats, left: Ints, logits: Floats, cluster: Ints, total_logits: Floats, spreads: Floats, code_bits: int
+) -> Floats:
+    """est [G, C], where clusters of candidates that were not recalled have the mean mass of these per token left [C].
+
+    logits [G, n], by codes, and cluster [n] of these candidates; total_logits [G]; spreads [G, C]: g.
+    """
+    est = f64(est).copy()
+    logits = np.minimum(f64(logits), f64(total_logits)[:, None] + np.log(MOST_MASS))
+    for c in np.unique(cluster):
+        mine = logits[:, cluster == c]
+        mean = log_sum_exp(mine) - np.log(mine.shape[1])
+        est[:, c] = np.log(left[c]) + mean + CODE_LOSS[code_bits] * np.minimum(spreads[:, c], SPREAD_CAP)
+    return est
 
 
 def choice_log_mass(choice: Floats, base_logits: Floats, size: Ints) -> Floats:
@@ -633,7 +653,7 @@ class Decoded(NamedTuple):
     candidate_logits: Floats  # [G, N]; without refine nobody asks for them and they are still here
     recalled_position: Ints  # [n] ascending
     left: Ints  # [C]
-    est: Floats  # [G, C] by the sizes left
+    est: Floats  # [G, C] by the sizes left, and by codes
     own: Ints  # clusters estimated by their own mean value; empty without estimate
     output: Floats  # [G, D]
 
@@ -680,6 +700,10 @@ def decode(
 
     left = left_sizes(clusters.size, cluster[chosen])
     est = estimate_logits(q, scale, clusters, left, options.estimate_spread)
+    if options.refine and options.estimate_codes:
+        rest = np.setdiff1d(np.arange(len(position)), chosen)
+        spreads = spread_term(q, scale, clusters)
+        est = estimate_by_codes(est, left, logits[:, rest], cluster[rest], total_logits, spreads, options.code_bits)
     attended = np.concatenate([base, recalled])
     all_logits, all_values = [exact_logits(q, keys[attended], scale)], [values[attended]]
     own = np.empty(0, dtype=np.int64)

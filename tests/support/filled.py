@@ -177,11 +177,21 @@ class Filled:
         for b in range(batch):
             own = int(self.step.page_count[b]) * self.index.clusters_per_page
             of_request(w, w.left, b, own)[:] = chosen.left[b, :, :own].int()
+            self._fill_logits(b, own)
             for h in range(heads):
                 count = int(chosen.count[b, h])
                 w.recalled[b, h] = FAR
                 w.recalled[b, h, :count] = chosen.slots[b, h, :count].flip(0)
         w.recalled_count[:batch] = chosen.count.int()
+
+    def _fill_logits(self, b: int, own: int) -> None:
+        """As refine leaves them: by codes where there are candidates that were not recalled, and spreads negative there."""
+        w, code = self.decoder.workspace, self.recalled.code
+        if code is not None:
+            found = code[b, :, :, :own]
+            dot, spread = of_request(w, w.dot, b, own), of_request(w, w.spread, b, own)
+            dot[:] = torch.where(found == -torch.inf, self.scores.dot[b, :, :, :own], found)
+            spread[:] = torch.where(found[:, 0] == -torch.inf, spread.abs(), -spread.abs())
 
     def exact(self) -> Partial:
         """What attend should give."""
@@ -191,7 +201,7 @@ class Filled:
 
     def estimated(self) -> Partial:
         """What the estimate should give."""
-        return estimate(self.scores, self.recalled.left, self.index, 0, self.step, self.wide, SCALE)
+        return estimate(self.scores, self.recalled.left, self.index, 0, self.step, self.wide, SCALE, self.recalled.code)
 
 
 def merged(output: torch.Tensor, lse: torch.Tensor) -> Partial:

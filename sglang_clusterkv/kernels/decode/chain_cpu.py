@@ -47,6 +47,7 @@ class Numbers(NamedTuple):
     budget: int  # recalled tokens
     own: int  # clusters that are estimated by their own mean value
     moves: int  # 1: mean values move with the query
+    by_code: bool  # candidates that were not recalled are estimated by their codes
 
 
 class Lists(NamedTuple):
@@ -65,8 +66,8 @@ class Lists(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """What the operations of one layer hand to each other; B, H, G, D as in the references. C clusters, W tokens that are
-    always attended, K candidates and R recalled tokens: what the step has, rounded up, whatever the configuration allows."""
+    """What the operations of one layer hand to each other; B, H, G, D as in the references. S segments, C clusters, W tokens
+    that are always attended, K candidates, R recalled tokens: as many as the step has, rounded up, whatever is configured."""
 
     size: np.ndarray  # int32 [B, H, C]
     begin: np.ndarray  # int32 [B, H, C]
@@ -75,6 +76,7 @@ class Buffers(NamedTuple):
     log_mass: np.ndarray  # float32 [B, H, C]
     dot: np.ndarray  # float32 [B, H, G, C]
     weight: np.ndarray  # float32 [B, H, G, C]
+    variances: np.ndarray  # float32 [B, H, S, G]
     base_logit: np.ndarray  # float32 [B, H, G, W]
     peak: np.ndarray  # float32 [B, H, G]
     total: np.ndarray  # float32 [B, H, G]
@@ -83,6 +85,8 @@ class Buffers(NamedTuple):
     value: np.ndarray  # float32 [B, H, K]
     place: np.ndarray  # int32 [B, H, K]
     of_cluster: np.ndarray  # int32 [B, H, K]
+    by_code: np.ndarray  # float32 [B, H, G, K + TOGETHER]
+    rest: np.ndarray  # float32 [B, H, K]
     recalled: np.ndarray  # int64 [B, H, R]
     recalled_count: np.ndarray  # int32 [B, H]
     lse: np.ndarray  # float32 [B, H, G]: of what was read, then of all tokens
@@ -93,7 +97,15 @@ class Buffers(NamedTuple):
 
 
 def make_buffers(
-    batch: int, heads: int, group: int, channels: int, clusters: int, base: int, candidates: int, recalled: int
+    batch: int,
+    heads: int,
+    group: int,
+    channels: int,
+    segments: int,
+    clusters: int,
+    base: int,
+    candidates: int,
+    recalled: int,
 ) -> Buffers:
     """Allocate the buffers of a step."""
     by_head, by_query = (batch, heads), (batch, heads, group)
@@ -112,6 +124,7 @@ def make_buffers(
         log_mass=floats(*by_head, clusters),
         dot=floats(*by_query, clusters),
         weight=floats(*by_query, clusters),
+        variances=floats(*by_head, segments, group),
         base_logit=floats(*by_query, base + TOGETHER),
         peak=floats(*by_query),
         total=floats(*by_query),
@@ -120,6 +133,8 @@ def make_buffers(
         value=floats(*by_head, candidates),
         place=ints(*by_head, candidates),
         of_cluster=ints(*by_head, candidates),
+        by_code=floats(*by_query, candidates + TOGETHER),
+        rest=floats(*by_head, candidates),
         recalled=np.empty((*by_head, recalled), np.int64),
         recalled_count=ints(*by_head),
         lse=floats(*by_query),
@@ -131,7 +146,7 @@ def make_buffers(
 
 
 class Scratch(NamedTuple):
-    """What an operation needs while it runs, for each of T threads; N slots, L keys, S segments."""
+    """What an operation needs while it runs, for each of T threads; N slots, L keys."""
 
     left: np.ndarray  # float32 [T, G, C]
     chance: np.ndarray  # float32 [T, G, C + TOGETHER]
@@ -149,11 +164,10 @@ class Scratch(NamedTuple):
     order: np.ndarray  # int64 [UNPACKED + TOGETHER], ascending
     squares: np.ndarray  # float32 [T, G, D]: of a request's queries
     vectors: np.ndarray  # float32 [T, G, 2 + TOGETHER]: their products with a segment's vectors
-    variances: np.ndarray  # float32 [T, S, G]
 
 
 def make_scratch(
-    threads: int, group: int, channels: int, segments: int, clusters: int, base: int, candidates: int, recalled: int
+    threads: int, group: int, channels: int, clusters: int, base: int, candidates: int, recalled: int
 ) -> Scratch:
     """Allocate it."""
     listed, keys = max(base + recalled, candidates) + TOGETHER, max(clusters, candidates)
@@ -175,7 +189,6 @@ def make_scratch(
         order=np.arange(UNPACKED + TOGETHER),
         squares=np.empty((threads, group, channels), np.float32),
         vectors=np.empty((threads, group, 2 + TOGETHER), np.float32),
-        variances=np.empty((threads, segments, group), np.float32),
     )
 
 
@@ -240,7 +253,7 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
         recall=recall_pair,
         recall_all=recall_all_pair,
         attend=attend_pair(channels, group, pool),
-        estimate=estimate_pair(channels, group, row_format),
+        estimate=estimate_pair(channels, group, row_format, code_bits),
         merge=merge_pair,
         look=look_pair,
     )

@@ -128,11 +128,11 @@ class CpuDecoder:
         tokens, base = _room(step.recallable_tokens), _room(step.base_slots.shape[1])
         candidates, recalled = min(self.limit, tokens), min(self.config.budget_tokens, tokens)
         segments = -(-step.segment_begin.shape[1] // 16) * 16
-        shape = (step.batch, heads, group, channels, clusters, base, candidates, recalled, threads(), segments)
+        shape = (step.batch, heads, group, channels, segments, clusters, base, candidates, recalled, threads())
         if shape != self._shape:
             self._shape = ()
-            self.buffers = make_buffers(*shape[:8])
-            self.scratch = make_scratch(threads(), group, channels, segments, clusters, base, candidates, recalled)
+            self.buffers = make_buffers(*shape[:9])
+            self.scratch = make_scratch(threads(), group, channels, clusters, base, candidates, recalled)
             self._bundle()
             self._shape = shape
         shared = no_shared_segments(step.batch, step.segment_begin.shape[1]) if step.shared is None else step.shared
@@ -153,10 +153,9 @@ class CpuDecoder:
         if more > 0:
             self.buffers = u._replace(recalled=np.pad(u.recalled, ((0, 0), (0, 0), (0, more))))
             clusters, base = u.size.shape[2], u.base_logit.shape[3]
-            channels, segments = u.rotated.shape[3], self.scratch.variances.shape[1]
             self.scratch = make_scratch(
-                len(self.scratch.bins), u.dot.shape[2], channels, segments, clusters, base, u.value.shape[2], tokens
-            )  # fmt: skip
+                len(self.scratch.bins), u.dot.shape[2], u.rotated.shape[3], clusters, base, u.value.shape[2], tokens
+            )
             self._bundle()
 
     def _do(
@@ -175,7 +174,7 @@ class CpuDecoder:
         numbers = Numbers(
             np.float32(scale), np.float32(config.choice_spread), np.float32(config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page, self.limit, config.budget_tokens,
-            config.estimate_clusters, int(config.moving_values == "always"),
+            config.estimate_clusters, int(config.moving_values == "always"), config.refine and config.estimate_codes,
         )  # fmt: skip
         run(
             self._kernel, self.buffers.candidates.size, operations, q,

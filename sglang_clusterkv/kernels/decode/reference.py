@@ -43,7 +43,7 @@ def sparse_decode(
         recalled = recall_all(scores, candidates)
     exact = attend(grouped, keys, values, step, recalled.slots, recalled.count, scale, tier, by_head)
     if config.estimate:
-        whole = merge(exact, estimate(scores, recalled.left, index, layer, step, grouped, scale))
+        whole = merge(exact, estimate(scores, recalled.left, index, layer, step, grouped, scale, recalled.code))
     else:
         whole = Partial(exact.output, scores.total)
     output = whole.output.flatten(1, 2).to(q.dtype)

@@ -1,4 +1,4 @@
-"""Estimate on the CPU: from the exponentials that score kept, so that only mean values are read."""
+"""Estimate on the CPU: from the exponentials that score and refine kept, so that only mean values are read."""
 
 from __future__ import annotations
 
@@ -8,34 +8,80 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, float_of_bf16, part
+from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, dot_of_few, fast_exp, float_of_bf16, part
 from sglang_clusterkv.kernels.threshold_cpu import threshold
 from sglang_clusterkv.kernels.vectors_cpu import INT4, TOGETHER, add_rows, dot_rows
+from sglang_clusterkv.memory.codec import CODE_LOSS
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
-from sglang_clusterkv.memory.masses import NO_MASS
+from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
 from sglang_clusterkv.memory.movement import RANK
 
 
 @functools.cache
-def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., None]:
-    """Compile the estimate of one (request b, kv head h) for one head_dim, group size and row format.
+def estimate_pair(channels: int, group: int, row_format: int, code_bits: int) -> Callable[..., None]:
+    """Compile the estimate of one (request b, kv head h) for one head_dim, group size, row format and code width.
 
-    Inputs `size`, `weight`, `peak`, `total` as score leaves them, `taken` [B, H, C] as recall leaves it. Outputs: estimate
-    [B, H, G, D] and estimate_lse [B, H, G], as `merge.reference.Partial`; -inf where nothing is left.
+    Inputs `size`, `spread`, `variances`, `weight`, `peak`, `total` as score leaves them, `by_code` as refine does, `taken`
+    [B, H, C] and `rest` as recall does. Outputs: estimate [B, H, G, D] and estimate_lse [B, H, G], as
+    `merge.reference.Partial`; -inf where nothing is left.
     """
     quarter = channels // 4
-    least = np.float32(NO_MASS)
+    least, cap, loss = np.float32(NO_MASS), np.float32(SPREAD_CAP), np.float32(CODE_LOSS[code_bits])
 
     @part(fastmath=FAST)
-    def remaining(size: Any, taken: Any, weight: Any, clusters: Any, share: Any, left: Any, mass: Any) -> Any:
-        """What is left of a query head's clusters; its share of their masses is added to `mass`. Returns the sum."""
-        total = np.float32(0.0)
+    def remaining(size: Any, taken: Any, weight: Any, clusters: Any, share: Any, left: Any, mass: Any) -> None:
+        """What is left of a query head's clusters; its share of their masses is added to `mass`."""
         for c in range(clusters):
             part = np.float32(size[c] - taken[c]) / max(np.float32(size[c]), np.float32(1.0))
             value = weight[c] * part
             left[c] = value
             mass[c] += value * share
-            total += value
+
+    @part(fastmath=FAST)
+    def exponentials(x: Any, count: Any) -> None:
+        """exp in place."""
+        for i in range(count):
+            x[i] = fast_exp(x[i])
+
+    @part(fastmath=FAST)
+    def by_codes(b: Any, h: Any, lists: Any, n: Any, u: Any, left: Any, factors: Any, named: Any) -> None:
+        """What is left of clusters with candidates that were not recalled, by what these weigh on average.
+
+        A cluster's candidates lie together, clusters in their order. factors [G, C] and named [C] are overwritten.
+        """
+        by_code, rest, of_cluster, number = u.by_code[b, h], u.rest[b, h], u.of_cluster[b, h], u.candidates[b, h]
+        size, taken, spread, variances = u.size[b, h], u.taken[b, h], u.spread[b, h], u.variances[b, h]
+        share = np.empty(group, np.float32)
+        for g in range(group):
+            share[g] = np.exp(u.total[b, h, g] - u.peak[b, h, g])
+        found, end, segments, s, behind = 0, 0, lists.segment_count[b], -1, 0
+        while end < number:
+            begin, c = end, np.int64(of_cluster[end])
+            end = min(begin + size[c], number)
+            while of_cluster[end - 1] != c:  # the cluster of which not all are candidates
+                end -= 1
+            tokens = end - begin - taken[c]
+            if tokens > 0:
+                while c >= behind:
+                    s += 1
+                    behind = lists.segment_begin[b, s + 1] * n.per_page if s + 1 < segments else len(size)
+                each = np.float32(size[c] - taken[c]) / np.float32(tokens)
+                for g in range(group):
+                    left[g, np.uint64(c)] = dot_of_few(by_code[g], rest, begin, end - begin) * each * share[g]
+                    factors[g, np.uint64(found)] = loss * min(spread[np.uint64(c)] * variances[s, g], cap)
+                named[np.uint64(found)] = c
+                found += 1
+        for g in range(group):
+            exponentials(factors[g], found)
+            for i in range(found):
+                left[g, np.uint64(named[i])] *= factors[g, i]
+
+    @part(fastmath=FAST)
+    def sum_of(left: Any, clusters: Any) -> Any:
+        """What is left of all clusters of a query head."""
+        total = np.float32(0.0)
+        for c in range(clusters):
+            total += left[c]
         return total
 
     @part(fastmath=FAST)
@@ -92,7 +138,11 @@ def estimate_pair(channels: int, group: int, row_format: int) -> Callable[..., N
         mass[:clusters] = 0.0
         for g in range(group):
             share = np.exp(u.peak[b, h, g] - u.total[b, h, g]) / np.float32(group)
-            sums[g] = remaining(size, taken, u.weight[b, h, g], clusters, share, left[g], mass)
+            remaining(size, taken, u.weight[b, h, g], clusters, share, left[g], mass)
+        if n.by_code:
+            by_codes(b, h, lists, n, u, left, own, scratch.near[t])
+        for g in range(group):
+            sums[g] = sum_of(left[g], clusters)
             for d in range(channels):
                 output[g, d] = 0.0
         vectors, per_page = index.vectors, n.per_page

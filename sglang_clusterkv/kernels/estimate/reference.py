@@ -9,9 +9,9 @@ import torch
 from sglang_clusterkv.kernels.merge.reference import Partial
 from sglang_clusterkv.kernels.score.reference import Scores, segment_vectors
 from sglang_clusterkv.memory import movement
-from sglang_clusterkv.memory.codec import rows_at
+from sglang_clusterkv.memory.codec import CODE_LOSS, rows_at
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
-from sglang_clusterkv.memory.masses import NO_MASS
+from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
@@ -26,11 +26,15 @@ def estimate(
     step: SparseStep,
     q: torch.Tensor,
     scale: float,
+    code: torch.Tensor | None = None,
 ) -> Partial:
     """Attention to the tokens that were not recalled, as if each had its cluster's mean value.
 
-    The `estimate_clusters` clusters with the most mass left (the estimate's mass per token, times the tokens left) use their
-    own mean value; all others, per head and segment, the segment's.
+    A token of a cluster with candidates that were not recalled counts as these do on average, by their codes and by what
+    codes lose; any other as its cluster's tokens do.
+
+    The `estimate_clusters` clusters with the most mass left (the estimate's mass per token without codes, times the tokens
+    left) use their own mean value; all others, per head and segment, the segment's.
 
     Args:
         scores: of the clusters.
@@ -40,9 +44,14 @@ def estimate(
         step: the lists of this step.
         q: float32 [B, H, G, D].
         scale: of the logits.
+        code: as `Recalled` has it; None: codes are not in the estimate.
     """
     view = index.layer(layer)
-    logits = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus  # [B, H, G, C]
+    per_token = scores.dot + scores.estimate_bonus  # [B, H, G, C]
+    if code is not None:
+        lost = CODE_LOSS[index.config.code_bits] * scores.bonus.clamp(max=SPREAD_CAP)
+        per_token = torch.where(code == -torch.inf, per_token, code + lost)
+    logits = left.float().log().unsqueeze(2) + per_token
     lse = logits.logsumexp(-1)
     # A request whose clusters were all recalled has nothing to estimate: its weight is zero, not NaN.
     weights = (logits - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()

@@ -30,7 +30,7 @@ from sglang_clusterkv.kernels.triton_rows import (
     row_constants,
 )
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, log2, natural_lse, normalise, raise_peak
-from sglang_clusterkv.memory.codec import RowCodec
+from sglang_clusterkv.memory.codec import CODE_LOSS, RowCodec
 
 if TYPE_CHECKING:
     from sglang_clusterkv.kernels.grids import EstimateParts
@@ -44,16 +44,20 @@ STAGES = 2  # a third one spills registers
 
 @triton.jit
 def left_logits(
-    dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, clusters_stride, segments_stride,
+    dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, code_loss, clusters_stride, segments_stride,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Estimate logits in base 2 [G, N] of clusters c [N] of which `tokens` are left; -inf where not live."""
+    """Estimate logits in base 2 [G, N] of clusters c [N] of which `tokens` are left; -inf where not live.
+
+    Where the spread is negative, `dot` is by codes.
+    """
     g = tl.arange(0, GROUP_PAD)
     wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32)
     real = (g < GROUP)[:, None] & live[None, :]
     logits = tl.load(dot + g[:, None] * clusters_stride + c[None, :], mask=real, other=0.0)
     bonus = tl.load(segment_bonus + g[:, None] * segments_stride + segment[None, :], mask=real, other=0.0)
-    bonus = estimate_spread * tl.minimum(wide[None, :] * bonus, CAP)
+    weight = tl.where(wide < 0, code_loss, estimate_spread)
+    bonus = weight[None, :] * tl.minimum(tl.abs(wide)[None, :] * bonus, CAP)
     logits = (logits + bonus) * LOG2_E + log2(tl.maximum(tokens, 1).to(tl.float32))[None, :]
     return tl.where(live[None, :], logits, float("-inf"))
 
@@ -95,7 +99,7 @@ def store_part(
 @triton.jit
 def own_part(
     rows, row_scales, pages, segment_of_page, own, dot, segment_bonus, spread, left, output, lse, h, begin, end,
-    estimate_spread, clusters_stride, segments_stride,
+    estimate_spread, code_loss, clusters_stride, segments_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
     FORMAT: tl.constexpr, PER_SCALE: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr,
     LIMITED: tl.constexpr, DOT: tl.constexpr,
@@ -114,7 +118,7 @@ def own_part(
         tokens = tl.load(left + c, mask=live, other=0)
         live &= tokens > 0  # an empty cluster's row is anything
         logits = left_logits(
-            dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, clusters_stride, segments_stride,
+            dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, code_loss, clusters_stride, segments_stride,
             GROUP, GROUP_PAD,
         )  # fmt: skip
         row = (tl.load(pages + page_at, mask=live, other=0) * PER_PAGE + c % PER_PAGE) * HEADS + h
@@ -126,7 +130,7 @@ def own_part(
 @triton.jit
 def rest_part(
     vectors, pages, segment_of_page, segment_begin, mass, dot, segment_bonus, spread, left, output, lse, h, begin, end,
-    low, high, last, estimate_spread, clusters_stride, segments_stride,
+    low, high, last, estimate_spread, code_loss, clusters_stride, segments_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, QUARTER_PAD: tl.constexpr,
     PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +151,7 @@ def rest_part(
         live = (tokens > 0) & ~in_list(bits, c, low, high, last)
         segment = tl.load(segment_of_page + c // PER_PAGE, mask=listed, other=0).to(tl.int32)
         logits = left_logits(
-            dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, clusters_stride, segments_stride,
+            dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, code_loss, clusters_stride, segments_stride,
             GROUP, GROUP_PAD,
         )  # fmt: skip
         peak, keep, part = raise_peak(peak, logits)
@@ -172,8 +176,8 @@ def rest_part(
 @triton.jit(do_not_specialize=["own_parts", "rest_parts", "capacity", "pages_stride", "segment_begin_stride"])
 def estimate_kernel(
     rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
-    mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, pages_stride, segment_begin_stride,
-    clusters_stride, segments_stride, own_stride,
+    mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, code_loss, pages_stride,
+    segment_begin_stride, clusters_stride, segments_stride, own_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
     QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
     PER_PAGE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -201,8 +205,8 @@ def estimate_kernel(
         begin, end = part * share, tl.minimum((part + 1) * share, count)
         own_part(
             rows, row_scales, pages, segment_of_page, own + pair * own_stride, dot, segment_bonus, spread, left, output, lse, h,
-            begin, end, estimate_spread, clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD,
-            FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN, LIMITED, DOT,
+            begin, end, estimate_spread, code_loss, clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS,
+            EIGHTH_PAD, FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN, LIMITED, DOT,
         )  # fmt: skip
     elif LIMITED:
         share = tl.cdiv(tl.cdiv(clusters, BLOCK_REST), rest_parts) * BLOCK_REST
@@ -210,7 +214,7 @@ def estimate_kernel(
         low, high, last = tl.load(edge + pair * 3), tl.load(edge + pair * 3 + 1), tl.load(edge + pair * 3 + 2)
         rest_part(
             vectors, pages, segment_of_page, segment_begin + b * segment_begin_stride, mass + at, dot, segment_bonus, spread,
-            left, output, lse, h, begin, tl.minimum(begin + share, clusters), low, high, last, estimate_spread,
+            left, output, lse, h, begin, tl.minimum(begin + share, clusters), low, high, last, estimate_spread, code_loss,
             clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, QUARTER_PAD, PER_PAGE, BLOCK_REST,
             SEGMENTS, DOT,
         )  # fmt: skip
@@ -281,8 +285,8 @@ def estimate(
         arrays.value_rows, arrays.value_scales, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin,
         step.page_count, w.offset, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.own_edge,
         w.rest_output, w.rest_lse, parts.own, parts.rest, parts.own + parts.rest, index.config.estimate_clusters,
-        index.config.estimate_spread, step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.segments,
-        w.own.shape[2], **constants, num_stages=STAGES,
+        index.config.estimate_spread, CODE_LOSS[index.config.code_bits], step.pages.stride(0), step.segment_begin.stride(0),
+        shape.clusters, shape.segments, w.own.shape[2], **constants, num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -292,7 +296,7 @@ _TYPES = {
     **dict.fromkeys(("dot", "segment_bonus", "mass", "output", "lse"), "*fp32"),
     **dict.fromkeys(("left", "own", "edge", "offset"), "*i32"),
     **dict.fromkeys(("own_parts", "rest_parts", "capacity", "limit"), "i32"),
-    **{"estimate_spread": "fp32"},
+    **dict.fromkeys(("estimate_spread", "code_loss"), "fp32"),
     **dict.fromkeys(
         ("pages_stride", "segment_begin_stride", "clusters_stride", "segments_stride", "own_stride"), "i32"
     ),

@@ -11,7 +11,7 @@ import numpy as np
 from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, fast_exp, float_of_bf16, part
 from sglang_clusterkv.kernels.threshold_cpu import threshold
 from sglang_clusterkv.kernels.vectors_cpu import CODES_1, CODES_2, TOGETHER, dot_rows
-from sglang_clusterkv.memory.masses import NO_MASS
+from sglang_clusterkv.memory.masses import MOST_MASS, NO_MASS
 
 
 @functools.cache
@@ -43,10 +43,10 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
 
     Outputs, for the k-th candidate, candidates in order of cluster: value [B, H, K] (mean over the group of
     exp(logit - total), 0 below `NO_MASS`), place [B, H, K] (position in the request's list of recallable tokens),
-    of_cluster [B, H, K].
+    of_cluster [B, H, K]; and by_code [B, H, G, K], exp(logit - total), `MOST_MASS` at most.
     """
     row_format = CODES_2 if code_bits == 2 else CODES_1
-    mean, least = np.float32(1.0 / group), np.float32(NO_MASS)
+    mean, least, most = np.float32(1.0 / group), np.float32(NO_MASS), np.float32(MOST_MASS)
 
     @part(fastmath=FAST)
     def listed(b: Any, h: Any, lists: Any, n: Any, u: Any, slots: Any) -> Any:
@@ -84,12 +84,12 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
     def value_of(
         b: Any, h: Any, t: Any, rotated: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any
     ) -> None:  # fmt: skip
-        slots, logits, factors = scratch.slots[t], scratch.logits[t], scratch.factors[t]
+        slots, by_code, factors = scratch.slots[t], u.by_code[b, h], scratch.factors[t]
         count = listed(b, h, lists, n, u, slots)
         for i in range(TOGETHER):
             slots[count + i] = slots[max(count - 1, 0)]
         dot_rows(
-            row_format, channels, group, index.codes, index.code_scales, slots, 0, count, h, rotated[b, h], logits
+            row_format, channels, group, index.codes, index.code_scales, slots, 0, count, h, rotated[b, h], by_code
         )  # fmt: skip
         value, place, of_cluster = u.value[b, h], u.place[b, h], u.of_cluster[b, h]
         code_scales, members = index.code_scales, index.members
@@ -99,11 +99,13 @@ def value_pair(channels: int, group: int, code_bits: int) -> Callable[..., None]
             place[k] += members[slot, np.uint64(h)]
             value[k] = 0.0
         for g in range(group):
-            of_head, dot, total = logits[g], u.dot[b, h, g], u.total[b, h, g]
+            of_head, dot, total = by_code[g], u.dot[b, h, g], u.total[b, h, g]
             for k in range(count):
                 of_head[k] = dot[np.uint64(of_cluster[k])] + factors[k] * of_head[k] - total
             for k in range(count):
-                value[k] += mean * fast_exp(of_head[k])
+                mass = fast_exp(of_head[k])
+                value[k] += mean * mass
+                of_head[k] = min(mass, most)
         for k in range(count):
             value[k] = np.float32(0.0) if value[k] < least else value[k]
 
@@ -115,9 +117,10 @@ def recall_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any
     """Recall the best candidates of one (request, kv head), `budget` of them (ties: the lower place).
 
     taken [B, H, C] is overwritten by the tokens recalled of each cluster; recalled [B, H, R] and recalled_count [B, H] list
-    them.
+    them. rest [B, H, K]: 1 for a candidate that was not recalled, 0 for the others.
     """
     keys, tied, ones, value, place = scratch.keys[t], scratch.tied[t], scratch.ones, u.value[b, h], u.place[b, h]
+    rest = u.rest[b, h]
     taken, of_cluster, recalled, pages = u.taken[b, h], u.of_cluster[b, h], u.recalled[b, h], lists.pages[b]
     number = u.candidates[b, h]
     for k in range(number):
@@ -135,11 +138,13 @@ def recall_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any
     count = 0
     for k in range(number):
         key = np.int64(keys[k])
+        rest[k] = 1.0
         if key > border or (key == border and 0xFFFFFFFF - place[k] >= lowest):
             at = np.int64(place[k])
             page = at // n.page_size
             recalled[count] = pages[page] * n.page_size + at - page * n.page_size
             taken[of_cluster[k]] += 1
+            rest[k] = 0.0
             count += 1
     u.recalled_count[b, h] = count
 

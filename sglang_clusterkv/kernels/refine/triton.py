@@ -24,17 +24,20 @@ from sglang_clusterkv.kernels.triton_rows import (
     padded_group,
     padded_slice,
 )
-from sglang_clusterkv.kernels.triton_softmax import LOG2_E, exp2
+from sglang_clusterkv.kernels.triton_softmax import LN_2, LOG2_E, exp2, log2
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
 from sglang_clusterkv.kernels.workspace import Workspace
-from sglang_clusterkv.memory.masses import NO_MASS
+from sglang_clusterkv.memory.masses import MOST_MASS, NO_MASS
 
 if TYPE_CHECKING:
+    from sglang_clusterkv.config import ClusterKVConfig
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
 
 LEAST_BLOCK = 64  # candidates
 LEAST_MASS = tl.constexpr(NO_MASS)
+LEAST_SUM = tl.constexpr(1e-37)  # so that a sum's sign is seen
+MOST = tl.constexpr(MOST_MASS)
 MOST_HALF = tl.constexpr(65504.0)  # the largest float16
 
 
@@ -58,12 +61,13 @@ def _position(
 @triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride"])
 def value_kernel(
     rotated, codes, code_scales, members, pages, segment_of_page, segment_begin, offset,
-    dot, total, candidates, candidate_count, value, position,
+    dot, total, candidates, candidate_count, value, position, by_code,
     pages_stride, segment_begin_stride, clusters_stride, candidates_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, GROUP_KEPT: tl.constexpr, CHANNELS: tl.constexpr,
     SLICE_PAD: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+    CODES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (kv heads, tiles of `BLOCK` candidates, requests): each candidate's value and position.
+    """Grid (kv heads, tiles of `BLOCK` candidates, requests): each candidate's value and position; if CODES, its masses.
 
     codes: [S, H, D / 8], int16 for two bits, uint8 for one. DOT: dtype of the products, float16 or float32.
     """
@@ -103,6 +107,9 @@ def value_kernel(
         whole = tl.load(total + pair * GROUP + h, mask=real_head, other=0.0)
         logit = of_cluster + (scale * code_scale)[:, None] * first_columns(dots, BLOCK, GROUP_PAD, GROUP_KEPT)
         share = tl.where(real_head[None, :], exp2((logit - whole[None, :]) * LOG2_E), 0.0)
+        if CODES:
+            at = by_code + pair * GROUP * candidates_stride + h[None, :] * candidates_stride + k[:, None]
+            tl.store(at, tl.minimum(share, MOST), mask=mask)
         mean = tl.sum(share, 1) * (1.0 / GROUP)
         tl.store(value + pair * candidates_stride + k, tl.where(mean < LEAST_MASS, 0.0, mean), mask=live)
         at = _position(
@@ -112,21 +119,57 @@ def value_kernel(
         tl.store(position + pair * candidates_stride + k, at, mask=live)
 
 
+@triton.jit
+def restarted(before, behind):
+    """A sum that goes on with `behind`, or begins with it where that is negative: sums are negative that have begun."""
+    return tl.where(behind < 0, behind, tl.where(before < 0, before - behind, before + behind))
+
+
+@triton.jit
+def put_codes(
+    by_code, total, dot, spread, candidates, cluster, rest, k, count, there, candidates_stride, clusters_stride,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """`dot` of clusters with candidates that were not recalled (`rest`) becomes the log of these candidates' mean mass, and
+    `spread` becomes negative, by which the estimate knows them. A cluster's candidates lie together.
+
+    by_code: [G, K] of the (request, kv head), as are all pointers; k: places of the candidates, of which there are `count`.
+    """
+    before = (tl.load(candidates + k - 1, mask=there & (k > 0), other=-1) >> 32).to(tl.int32)
+    behind = (tl.load(candidates + k + 1, mask=k + 1 < count, other=-1) >> 32).to(tl.int32)
+    begins, live = cluster != before, k < count
+    number = tl.where(live, rest.to(tl.int32) + 0x10000, 0)
+    number = tl.abs(tl.associative_scan(tl.where(begins & live, -number, number), 0, restarted)) & 0xFFFF
+    last = live & (cluster != behind) & (number > 0)
+    log_number = log2(tl.maximum(number, 1).to(tl.float32))
+    for g in range(GROUP):  # unrolled it would spill
+        mass = tl.load(by_code + g * candidates_stride + k, mask=there, other=0.0)
+        mass = tl.where(rest, mass, 0.0) + LEAST_SUM
+        mass = tl.abs(tl.associative_scan(tl.where(begins, -mass, mass), 0, restarted))
+        logit = (log2(mass) - log_number) * LN_2 + tl.load(total + g)
+        tl.store(dot + g * clusters_stride + cluster, logit, mask=last)
+    wide = tl.load(spread + cluster, mask=last, other=0.0).to(tl.float32)
+    tl.store(spread + cluster, -tl.abs(wide), mask=last)
+
+
 @triton.jit(do_not_specialize=["pages_stride"])
 def recall_kernel(
     pages, page_count, offset, candidates, candidate_count, value, position, left, recalled, recalled_count, mass, own, edge,
+    by_code, total, dot, spread,
     pages_stride, clusters_stride, candidates_stride, recalled_stride, own_stride, budget, estimate_clusters,
-    HEADS: tl.constexpr, PAGE: tl.constexpr, CANDIDATES: tl.constexpr, OWN: tl.constexpr, PER_PAGE: tl.constexpr,
-    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, CANDIDATES: tl.constexpr, CODES: tl.constexpr,
+    OWN: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr,
+    BLOCK: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, requests): recall the `budget` candidates of the highest value (ties: the lower position).
 
-    CANDIDATES: padded. If OWN, `list_own` follows, whose constants the others are.
+    CANDIDATES: padded. If CODES, `put_codes` follows; if OWN, `list_own`, whose constants the others are.
     """
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     pair = request * HEADS + head
     count = tl.load(candidate_count + pair)
+    candidates += pair * candidates_stride
     k = tl.arange(0, CANDIDATES)
     live = k < count
     there = k < candidates_stride  # what lies between is nothing, but loaded: what ends anywhere is loaded one by one
@@ -143,16 +186,22 @@ def recall_kernel(
     rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
     slot = _slot(pages + request * pages_stride, at, chosen, PAGE)
     tl.store(recalled + pair * recalled_stride + rank, slot, mask=chosen)
-    cluster = (tl.load(candidates + pair * candidates_stride + k, mask=there, other=0) >> 32).to(tl.int32)
-    left += head.to(tl.int64) * clusters_stride + tl.load(offset + request) // TILE * TILE
+    cluster = (tl.load(candidates + k, mask=there, other=0) >> 32).to(tl.int32)
+    first = head.to(tl.int64) * clusters_stride + tl.load(offset + request) // TILE * TILE
+    left += first
     tl.atomic_add(left + cluster, -1, mask=chosen, sem="relaxed")
     tl.store(recalled_count + pair, tl.minimum(count, budget))
+    if CODES:
+        put_codes(
+            by_code + pair * GROUP * candidates_stride, total + pair * GROUP,
+            dot + first + head.to(tl.int64) * (GROUP - 1) * clusters_stride, spread + first, candidates, cluster,
+            live & ~chosen, k, count, there, candidates_stride, clusters_stride, GROUP,
+        )  # fmt: skip
     if OWN:
         tl.debug_barrier()  # what is left of a cluster is read by other threads than changed it
         clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-        mass += head.to(tl.int64) * clusters_stride + tl.load(offset + request) // TILE * TILE
         list_own(
-            mass,
+            mass + first,
             left,
             clusters,
             estimate_clusters,
@@ -192,8 +241,13 @@ def recall_all_kernel(
         tl.store(recalled_count + pair, count)
 
 
+def has_codes(config: ClusterKVConfig) -> bool:
+    """Whether candidates that were not recalled are estimated by their codes."""
+    return config.refine and config.estimate and config.estimate_codes
+
+
 def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dtype, tile: int) -> dict[str, Any]:
-    """Constants of the values' kernel but for the page size, by argument name; tile: candidates of a program.
+    """Constants of the values' kernel but for the page size and CODES, by argument name; tile: candidates of a program.
 
     Queries of 16 bits are multiplied in float16 once they are rotated: it has no fewer digits than they had before.
     """
@@ -218,7 +272,7 @@ def warps(block: int, clusters: int) -> int:
 def refine_values(
     index: ClusterIndex, layer: int, step: SparseStep, scale: float, limit: int, w: Workspace, dtype: torch.dtype
 ) -> None:
-    """Values and positions of all candidates.
+    """Values and positions of all candidates; and their masses, where the estimate has codes.
 
     Args:
         index: the cluster index.
@@ -233,15 +287,17 @@ def refine_values(
     tile = grids.candidate_tile(step.batch * shape.heads, limit, shape.channels)
     value_kernel[(shape.heads, triton.cdiv(limit, tile), step.batch)](
         w.rotated, arrays.codes, arrays.code_scales, arrays.members, step.pages, step.segment_of_page,
-        step.segment_begin, w.offset, w.dot, w.total, w.candidates, w.candidate_count, w.value, w.position,
+        step.segment_begin, w.offset, w.dot, w.total, w.candidates, w.candidate_count, w.value, w.position, w.by_code,
         step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.candidates, scale,
-        PAGE=index.geometry.page_size,
+        PAGE=index.geometry.page_size, CODES=has_codes(index.config),
         **constants(shape.heads, shape.group, shape.channels, index.config.code_bits, dtype, tile),
     )  # fmt: skip
 
 
 def recall(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> None:
     """Recall the best `budget_tokens` candidates, and list the clusters that the estimate takes at their own mean value.
+
+    Where the estimate has codes, `dot` and `spread` of clusters with other candidates become what these tell.
 
     Args:
         index: the cluster index.
@@ -255,10 +311,10 @@ def recall(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
     clusters = step.pages.shape[1] * index.clusters_per_page
     recall_kernel[(shape.heads, step.batch)](
         step.pages, step.page_count, w.offset, w.candidates, w.candidate_count, w.value, w.position, w.left, w.recalled,
-        w.recalled_count, w.estimate_mass, w.own, w.own_edge,
+        w.recalled_count, w.estimate_mass, w.own, w.own_edge, w.by_code, w.total, w.dot, w.spread,
         step.pages.stride(0), shape.clusters, shape.candidates, shape.budget, w.own.shape[2], config.budget_tokens,
         config.estimate_clusters,
-        HEADS=shape.heads, PAGE=index.geometry.page_size, CANDIDATES=block,
+        HEADS=shape.heads, GROUP=shape.group, PAGE=index.geometry.page_size, CANDIDATES=block, CODES=has_codes(config),
         OWN=config.estimate and is_limited(clusters, config.estimate_clusters),
         **own_constants(index.clusters_per_page, clusters), num_warps=warps(block, clusters),
     )  # fmt: skip
@@ -277,8 +333,8 @@ def recall_all(index: ClusterIndex, layer: int, step: SparseStep, limit: int, w:
 
 _TYPES = {
     **dict.fromkeys(("pages", "page_count", "segment_of_page", "segment_begin", "candidates", "recalled"), "*i64"),
-    **dict.fromkeys(("rotated", "dot", "total", "value", "mass"), "*fp32"),
-    **{"members": "*i16", "code_scales": "*bf16", "scale": "fp32"},
+    **dict.fromkeys(("rotated", "dot", "total", "value", "mass", "by_code"), "*fp32"),
+    **{"members": "*i16", "code_scales": "*bf16", "spread": "*bf16", "scale": "fp32"},
     **dict.fromkeys(("offset", "candidate_count", "position", "left", "recalled_count", "own", "edge"), "*i32"),
     **dict.fromkeys(("pages_stride", "segment_begin_stride"), "i32"),
     **dict.fromkeys(("clusters_stride", "candidates_stride", "recalled_stride", "own_stride"), "i32"),
@@ -298,7 +354,7 @@ COMPILE_CASES = [
     *(
         _case(
             f"values {bits} bits D={channels} G={group} x{tile}", value_kernel,
-            constants(8, group, channels, bits, torch.bfloat16, tile),
+            constants(8, group, channels, bits, torch.bfloat16, tile) | {"CODES": True},
             tensor_cores=8, programs_per_sm=4 if tile == FEW_CANDIDATES else 2,
         )
         for bits, channels, group, tile in (
@@ -308,14 +364,20 @@ COMPILE_CASES = [
             (1, 128, 4, MANY_CANDIDATES),
         )
     ),
-    _case("values 2 bits D=128 G=4 float32", value_kernel, constants(8, 4, 128, 2, torch.float32, MANY_CANDIDATES)),
+    _case(
+        "values 2 bits D=128 G=4 float32", value_kernel,
+        constants(8, 4, 128, 2, torch.float32, MANY_CANDIDATES) | {"CODES": False},
+    ),
     *(
         _case(
-            f"recall K={block} C={clusters:,}", recall_kernel,
-            {"HEADS": 8, "CANDIDATES": block, "OWN": True, **own_constants(2, clusters)},
+            f"recall K={block} C={clusters:,}{name}", recall_kernel,
+            {"HEADS": 8, "GROUP": group, "CANDIDATES": block, "CODES": codes, "OWN": True, **own_constants(2, clusters)},
             num_warps=warps(block, clusters), programs_per_sm=2 if clusters == 4096 else 1,
         )
-        for block, clusters in ((512, 4096), (2048, 4096), (2048, 131072))
+        for block, clusters, group, codes, name in (
+            (512, 4096, 4, True, ""), (2048, 4096, 4, True, ""), (2048, 131072, 4, True, ""), (2048, 4096, 8, True, " G=8"),
+            (2048, 4096, 4, False, " without codes"),
+        )
     ),
     _case("recall all", recall_all_kernel, {"HEADS": 8, "BLOCK": FEW_CANDIDATES}, programs_per_sm=8),
 ]  # fmt: skip

@@ -91,7 +91,8 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
 
     Its outputs, for query head g and cluster c: size [B, H, C], begin [B, H, C] (in the request's list of recallable
     tokens), dot [B, H, G, C] (scale q.centroid), weight [B, H, G, C] (size times exp(estimate logit less size - peak)),
-    log_mass [B, H, C], base_logit [B, H, G, W], peak and total [B, H, G].
+    log_mass [B, H, C], base_logit [B, H, G, W], peak and total [B, H, G]; variances [B, H, S, G], the bonus of a cluster of
+    spread 1 of segment s.
     sinks: [H, G], `NEGLIGIBLE` where there are none.
     """
     quarter = channels // 4
@@ -203,7 +204,7 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
         scratch: Any,
     ) -> None:  # fmt: skip
         rows, chance, tile, order = scratch.rows[t], scratch.chance[t], scratch.unpacked[t], scratch.order
-        squares, found, variances = scratch.squares[t], scratch.vectors[t], scratch.variances[t]
+        squares, found, variances = scratch.squares[t], scratch.vectors[t], u.variances[b, h]
         per_page, segments, page_count = n.per_page, lists.segment_count[b], lists.page_count[b]
         segment_begin, clusters, tokens = lists.segment_begin[b], page_count * per_page, lists.base_count[b]
         size, begin, spread, dot = u.size[b, h], u.begin[b, h], u.spread[b, h], u.dot[b, h]

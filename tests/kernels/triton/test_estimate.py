@@ -63,6 +63,11 @@ def test_the_estimate_equals_the_reference(
     assert_is_reference(filled)
 
 
+@pytest.mark.parametrize("fields", [{"estimate_codes": False}, {"refine": False}, {"code_bits": 1}])
+def test_logits_are_those_of_means_or_of_codes(fields: dict[str, object], device: str) -> None:
+    assert_is_reference(Filled(config_of(**fields), device, group=1))
+
+
 @pytest.mark.parametrize("limit", [1, 40, 100, 10_000])
 def test_any_number_of_own_values_is_right(limit: int, device: str) -> None:
     """40: more than the shorter request has, fewer than the other."""
@@ -176,9 +181,7 @@ def test_rows_of_which_nothing_is_left_are_not_read(centroid_dtype: str, device:
         of_request(w, w.left, b, len(rows))[:, 1] = 0
         left[b, :, 1] = 0
     result = estimated(filled)
-    scores = filled.scores
-    logits = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus
-    assert_close(result.lse, logits.logsumexp(-1), torch.float32)
+    assert_close(result.lse, filled.estimated().lse, torch.float32)
     assert result.output.isfinite().all()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import grids
-from sglang_clusterkv.kernels.refine.reference import Recalled, candidate_scores, recall, recall_all
+from sglang_clusterkv.kernels.refine.reference import Recalled, candidate_logits, candidate_scores, recall, recall_all
 from sglang_clusterkv.kernels.refine.triton import recall as recall_triton
 from sglang_clusterkv.kernels.select.reference import Candidates, select
 from sglang_clusterkv.memory.rotation import rotation_matrix
@@ -27,6 +27,7 @@ class Chosen(Filled):
 
     def __init__(self, config: ClusterKVConfig, device: str, **sizes: object) -> None:
         super().__init__(config, device, **sizes)  # type: ignore[arg-type]
+        self._fill_scores()
         decoder = self.decoder
         self.candidates = select(self.scores, self.index, 0, self.step, decoder.limit)
         w, page = decoder.workspace, self.index.geometry.page_size
@@ -80,7 +81,8 @@ def test_values_equal_the_reference(head_dim: int, group: int, bits: int, kv_hea
     chosen = Chosen(config_of(code_bits=bits), device, head_dim=head_dim, group=group, kv_heads=kv_heads)
     chosen.decoder.refine(0, SCALE, torch.float32)
     w = chosen.decoder.workspace
-    expected = candidate_scores(chosen.wide, chosen.scores, chosen.candidates, chosen.index, 0, SCALE)
+    logits = candidate_logits(chosen.wide, chosen.scores, chosen.candidates, chosen.index, 0, SCALE)
+    expected = candidate_scores(logits, chosen.scores, chosen.candidates)
     for (b, h), order in chosen.order.items():
         count = len(order)
         assert torch.equal(w.position[b, h, :count], chosen.candidates.position[b, h][order].int())
@@ -113,6 +115,37 @@ def test_the_best_are_recalled_and_ties_go_to_the_lower_position(budget: int, le
     chosen.fill_values(value)
     chosen.decoder.recall(0)
     chosen.assert_recalled(recall(value, chosen.scores, chosen.candidates, budget))
+
+
+@pytest.mark.parametrize(("group", "bits"), [(1, 2), (3, 1), (4, 2)])
+def test_candidates_that_are_left_tell_their_clusters_logits(group: int, bits: int, device: str) -> None:
+    """By their codes; every other cluster's stays what it was."""
+    chosen = Chosen(config_of(code_bits=bits), device, group=group)
+    w, expected = chosen.decoder.workspace, chosen.recalled
+    chosen.decoder.refine(0, SCALE, torch.float32)
+    chosen.decoder.recall(0)
+    chosen.assert_recalled(expected)
+    assert expected.code is not None
+    for b in range(chosen.step.batch):
+        own = int(chosen.step.page_count[b]) * chosen.index.clusters_per_page
+        code, dot = expected.code[b, :, :, :own], of_request(w, w.dot, b, own)
+        told = code > -torch.inf
+        assert 4 < int(told[:, 0].sum()) < told[:, 0].numel() and torch.equal(told, told[:, :1].expand_as(told))
+        tolerance = 1e-4 if device == "cpu" else 2e-2
+        torch.testing.assert_close(dot[told], code[told], rtol=tolerance, atol=tolerance)
+        assert torch.equal(dot[~told], chosen.scores.dot[b, :, :, :own][~told])
+        stored = chosen.index.layer(0).spread[chosen.index.cluster_rows(chosen.step.pages[b]).flatten()[:own]].T
+        assert torch.equal(of_request(w, w.spread, b, own), torch.where(told[:, 0], -stored, stored))
+
+
+def test_without_codes_no_logit_changes(device: str) -> None:
+    chosen = Chosen(config_of(estimate_codes=False), device, group=1)
+    w = chosen.decoder.workspace
+    before = [tensor.clone() for tensor in (w.dot, w.spread, w.by_code)]
+    chosen.decoder.refine(0, SCALE, torch.float32)
+    chosen.decoder.recall(0)
+    for tensor, kept in zip((w.dot, w.spread, w.by_code), before, strict=True):
+        torch.testing.assert_close(tensor, kept, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_budget_beyond_the_candidates_recalls_them_all(device: str) -> None:

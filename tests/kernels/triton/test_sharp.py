@@ -13,7 +13,7 @@ import torch
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder
-from sglang_clusterkv.kernels.refine.reference import candidate_scores, recall
+from sglang_clusterkv.kernels.refine.reference import candidate_logits, candidate_scores, recall
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.memory.masses import NO_MASS
@@ -37,7 +37,7 @@ def test_what_is_far_below_the_peak_is_ranked_alike(deviation: int, device: str)
     index, step = sharp.index, sharp.step
     scores = score(grouped, sharp.keys, index, 0, step, SCALE)
     candidates = select(scores, index, 0, step, CONFIG.candidate_tokens)
-    value = candidate_scores(grouped, scores, candidates, index, 0, SCALE)
+    value = candidate_scores(candidate_logits(grouped, scores, candidates, index, 0, SCALE), scores, candidates)
     recalled = recall(value, scores, candidates, CONFIG.budget_tokens)
     clusters = scores.size.shape[-1]
     taken = torch.zeros_like(scores.size)

@@ -106,7 +106,7 @@ FIELD_DOCS: dict[str, str] = {
     "likely faster, never with a host tier; never: each request by itself. See [gpu.md](gpu.md).",
     "recall_extend_tokens": "Prompts of which all but so many tokens, or fewer, come from the prefix cache recall for "
     "these as a decode step does; 0 is off. On a CPU alone. See [design.md](design.md#recalled-extends).",
-    "recluster_every": "Decoded tokens behind the window become a segment each time there are so many; whole pages, at least four.",
+    "recluster_every": "So many decoded tokens behind the window become a segment, each time; whole pages, four or more.",
     "merge_segments": "Neighbouring segments that one running request alone sees are clustered again as one, when that at "
     "least doubles the largest of them, completes one of segment_tokens or adds a third to a prompt's last one.",
     "reproducible": "Requests one after another get the same answer whatever was served before: segments are built again "

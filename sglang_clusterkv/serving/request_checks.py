@@ -28,6 +28,7 @@ class Takes:
     logits: range  # tokens that it can answer
     placeholders: frozenset[int] = frozenset()  # ids that stand for pictures, sound or video
     traces: bool = False  # whether the server keeps traces for requests that ask for one
+    first_start: int = -1  # the least place from which log-probabilities are given; -1 is behind the prompt
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def problem_of(request: Any, takes: Takes) -> str | None:
     return (
         problem_of_ids(request.input_ids, takes.ids, placeholders, may_be_empty=history)
         or _problem_of_answer(request, takes.logits)
+        or _problem_of_start(request, takes.first_start)
         or trace.problem_of(getattr(request, "sampling_params", None), takes.traces)
     )
 
@@ -130,6 +132,14 @@ def _problem_of_answer(request: Any, logits: range) -> str | None:
     if (getattr(request, "top_logprobs_num", 0) or 0) > len(logits):
         return f"top_logprobs_num is {request.top_logprobs_num}: the model has {len(logits)} tokens."
     return None
+
+
+def _problem_of_start(request: Any, first: int) -> str | None:
+    """What is wrong with the place from which a prompt's log-probabilities are asked for; SGLang looks for its end alone."""
+    start = getattr(request, "logprob_start_len", None)
+    if not getattr(request, "return_logprob", False) or start is None or start >= first:
+        return None
+    return f"logprob_start_len is {start}: use {first} or more."
 
 
 def _outside(what: str, ids: set[int], vocabulary: range) -> str:

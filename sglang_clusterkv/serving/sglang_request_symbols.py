@@ -31,7 +31,7 @@ REQUESTS = (
         "managers.io_struct.TokenizedGenerateReqInput",
         "what is checked",
         attributes="rid http_worker_ipc input_ids input_embeds positional_embed_overrides token_indices_to_pool mm_inputs "
-        "session_id session_params sampling_params top_logprobs_num",
+        "session_id session_params sampling_params top_logprobs_num return_logprob logprob_start_len",
     ),
     Symbol(
         "managers.io_struct.TokenizedEmbeddingReqInput",

@@ -331,7 +331,7 @@ def _(moving: Any, now: Any) -> str:
     )
 
 
-@figures("moving-values", QUALITY, "quality-model-20261130-031652")
+@figures("moving-values", QUALITY, "quality-model-20261130-033301")
 def _(found: Any) -> Rows:
     arms = Arms(found)
     rows: Rows = []

@@ -10,8 +10,9 @@ import torch
 from sglang_clusterkv.kernels.cpu_math import FAST, bits_of_float, float_of_bf16, nearest, njit
 from sglang_clusterkv.kernels.encode.reference import Variance
 from sglang_clusterkv.memory.codec import INNER_LEVEL, LEVEL_BORDER, OUTER_LEVEL, SLICES, RowCodec, TokenCodec
-from sglang_clusterkv.memory.rotation import rotation_matrix
+from sglang_clusterkv.memory.rotation import rotation_signs
 
+_TOGETHER = 32  # tokens that are rotated at once
 _INNER, _OUTER, _BORDER = np.float32(INNER_LEVEL), np.float32(OUTER_LEVEL), np.float32(LEVEL_BORDER)
 
 
@@ -35,13 +36,32 @@ def _variance(centered: Any, centroids: Any, labels: Any, by_channel: Any, by_cl
         by_cluster[c] /= np.float32(max(sizes[c], 1))
 
 
-@njit(cache=True)
-def _residuals(keys: Any, stored: Any, labels: Any, members: Any, out: Any) -> None:
-    for i in range(keys.shape[0]):
-        member = members[i]
-        cluster = labels[member]
-        for d in range(keys.shape[1]):
-            out[i, d] = keys[member, d] - stored[cluster, d]
+@njit(cache=True, fastmath=FAST)
+def _rotated(keys: Any, stored: Any, labels: Any, members: Any, signs: Any, block: Any, tile: Any, out: Any) -> None:
+    """Rotated residuals in the order of `members`, out [M, D]; signs [D] with the rotation's factor; tile [D, tokens at once].
+
+    By the butterflies of Hadamard's matrix, each of which all tokens of the tile take together.
+    """
+    channels, together = tile.shape
+    for first in range(0, keys.shape[0], together):
+        count = min(together, keys.shape[0] - first)
+        for i in range(count):
+            member = members[first + i]
+            cluster = labels[member]
+            for d in range(channels):
+                tile[d, i] = (keys[member, d] - stored[cluster, d]) * signs[d]
+        width = 1
+        while width < block:
+            for begin in range(0, channels, 2 * width):
+                for d in range(begin, begin + width):
+                    for i in range(together):
+                        x, y = tile[d, i], tile[d + width, i]
+                        tile[d, i] = x + y
+                        tile[d + width, i] = x - y
+            width *= 2
+        for i in range(count):
+            for d in range(channels):
+                out[first + i, d] = tile[d, i]
 
 
 @njit(cache=True, fastmath=FAST)
@@ -133,12 +153,14 @@ def token_codes(
     heads, tokens, channels = keys.shape
     codes = torch.empty((heads, tokens, codec.code_bytes), dtype=torch.uint8)
     scales = torch.empty((heads, tokens))
-    residuals = torch.empty((tokens, channels))
+    block = channels & -channels
+    signs = (rotation_signs(channels) / block**0.5).numpy()
+    rotated, tile = np.empty((tokens, channels), np.float32), np.zeros((channels, _TOGETHER), np.float32)
     for head in range(heads):
-        _residuals(
-            keys[head].numpy(), stored[head].numpy(), labels[head].numpy(), members[head].numpy(), residuals.numpy()
-        )
-        rotated = residuals @ rotation_matrix(channels).T
+        _rotated(
+            keys[head].numpy(), stored[head].numpy(), labels[head].numpy(), members[head].numpy(), signs, block, tile,
+            rotated,
+        )  # fmt: skip
         words = codes[head].numpy()
-        _encode(rotated.numpy(), codec.bits, words.view(np.uint16) if codec.bits == 2 else words, scales[head].numpy())
+        _encode(rotated, codec.bits, words.view(np.uint16) if codec.bits == 2 else words, scales[head].numpy())
     return codes, scales.to(torch.bfloat16)

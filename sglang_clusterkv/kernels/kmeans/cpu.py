@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_clusterkv.kernels.cpu_math import njit
+from sglang_clusterkv.kernels.cpu_math import larger, njit
 from sglang_clusterkv.kernels.kmeans.reference import start_positions
 
 
@@ -17,7 +17,7 @@ def _argmax_rows(scores: np.ndarray, labels: np.ndarray) -> None:
         labels[i] = 0  # of NaN keys: a label is an address
         best = scores[i, 0]
         for j in range(1, columns):
-            best = max(best, scores[i, j])
+            best = larger(best, scores[i, j])
         for j in range(columns):
             if scores[i, j] == best:
                 labels[i] = j

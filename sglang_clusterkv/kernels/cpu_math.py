@@ -204,6 +204,24 @@ def fast_exp(x: Any) -> Any:
 
 
 @njit(inline="always")
+def exp_below_one(x: Any) -> Any:
+    """exp(x) in float32 for x up to 1, and exp(-87) for less; relative error below 2e-7 + 6e-8 |x|, as if x had been rounded.
+
+    Two thirds of `fast_exp`'s work.
+    """
+    bounded = max(x, np.float32(-87.0))
+    n = nearest(bounded * np.float32(1.4426950408889634))
+    r = bounded - n * np.float32(0.6931471805599453)
+    p = np.float32(0.00829761940985918)
+    p = p * r + np.float32(0.04191562905907631)
+    p = p * r + np.float32(0.16667576134204865)
+    p = p * r + np.float32(0.4999889135360718)
+    p = p * r + np.float32(0.9999997019767761)
+    p = p * r + np.float32(1.0000001192092896)
+    return p * power_of_two(n)
+
+
+@njit(inline="always")
 def fast_log(x: Any) -> Any:
     """log(x) of a positive normal float32, error below 2e-7, relative to the result or to 1 where that is more.
 

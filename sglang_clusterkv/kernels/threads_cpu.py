@@ -82,9 +82,8 @@ def run(kernel: Callable[..., None], items: int, *args: Any, most: int | None = 
         most: threads, at most.
     """
     count = min(threads(), items, most or items)
-    counter = np.zeros(
-        4, np.int64
-    )  # of this call: who comes late finds nothing to do; of two stages, where there are two
+    # Of this call: who comes late finds nothing to do. Of three stages, where there are so many.
+    counter = np.zeros(6, np.int64)
     _helpers.start(count - 1)
     for number in range(1, count):
         _helpers.call(kernel, (number, counter, items, *args))

@@ -10,15 +10,15 @@ there is an instruction for it, else computed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sglang_clusterkv.kernels.cpu_math import element_pointer
 from sglang_clusterkv.kernels.fp8_cpu import floats_of_fp8
+from sglang_clusterkv.kernels.llvm_cpu import AHEAD, BYTE, HALF, REAL, WORD, Build, Loop, constants, levels_type
 from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL, channels_per_scale
 
 # Formats of a row: of the index's (memory/codec.py), of the pool's, of codes. Those before FLOAT32 have scales per channels.
@@ -27,89 +27,6 @@ ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}
 TOGETHER = (
     4  # rows that are computed together at most; lists have room for as many more entries, and so have their results
 )
-_AHEAD = 8  # rows that are being loaded while one is computed
-
-_BYTE, _HALF, _WORD, _REAL = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_REGISTERS = 24  # vectors that a loop may keep, of 32 with AVX-512 and 16 without
-_LINE = 64
-
-
-class _Build(NamedTuple):
-    """What building one intrinsic needs."""
-
-    context: Any
-    builder: Any
-    features: frozenset[str]
-
-    @classmethod
-    def of(cls, context: Any, builder: Any) -> _Build:
-        """Asks numba's target, which is not always this machine."""
-        names = context.codegen().magic_tuple()[2].split(",")
-        return cls(context, builder, frozenset(name[1:] for name in names if name.startswith("+")))
-
-    @property
-    def lanes(self) -> int:
-        """Floats in a vector."""
-        return 16 if "avx512f" in self.features else 8
-
-    @property
-    def registers(self) -> int:
-        """Vectors that a loop may keep."""
-        return _REGISTERS if "avx512f" in self.features else _REGISTERS // 2
-
-    def place(self, number: int) -> Any:
-        """An index."""
-        return self.context.get_constant(types.intp, number)
-
-    def address(self, kind: Any, array: Any, *at: Any) -> Any:
-        """Of an array's element; missing indices are zero."""
-        return element_pointer(self.context, self.builder, kind, array, list(at))
-
-    def load(self, pointer: Any, kind: Any, lanes: int) -> Any:
-        """So many values of a kind from a pointer."""
-        return self.builder.load(self.builder.bitcast(pointer, ir.VectorType(kind, lanes).as_pointer()), align=1)
-
-    def store(self, vector: Any, pointer: Any) -> None:
-        """A vector to a pointer."""
-        self.builder.store(vector, self.builder.bitcast(pointer, vector.type.as_pointer()), align=4)
-
-    def pick(self, vector: Any, lanes: list[int], other: Any = None) -> Any:
-        """These lanes of a vector, or of it and another behind it."""
-        other = ir.Constant(vector.type, ir.Undefined) if other is None else other
-        return self.builder.shuffle_vector(vector, other, constants(_WORD, lanes))
-
-    def spread(self, scalar: Any, lanes: int) -> Any:
-        """So many times the same value."""
-        empty = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
-        return self.pick(self.builder.insert_element(empty, scalar, _WORD(0)), [0] * lanes)
-
-    def call(self, name: str, result: Any, *args: Any) -> Any:
-        """An intrinsic of LLVM."""
-        kind = ir.FunctionType(result, [arg.type for arg in args])
-        found = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
-        return self.builder.call(found, args)
-
-    def multiply_add(self, a: Any, b: Any, total: Any) -> Any:
-        """total + a * b, in one rounding where there is an instruction for it."""
-        return self.builder.fadd(total, self.builder.fmul(a, b, flags=("contract",)), flags=("contract",))
-
-    def prefetch(self, pointer: Any, count: int) -> None:
-        """Start loading so many bytes."""
-        octets = self.builder.bitcast(pointer, _BYTE.as_pointer())
-        for offset in range(0, count, _LINE):
-            at = self.builder.gep(octets, [_WORD(offset)])
-            self.call("llvm.prefetch.p0", ir.VoidType(), at, _WORD(0), _WORD(3), _WORD(1))
-
-    def floats_of_bf16(self, bits: Any) -> Any:
-        """Floats of a vector of bf16's bits."""
-        wide = ir.VectorType(_WORD, bits.type.count)
-        moved = self.builder.shl(self.builder.zext(bits, wide), constants(_WORD, [16] * bits.type.count))
-        return self.builder.bitcast(moved, ir.VectorType(_REAL, bits.type.count))
-
-
-def constants(kind: Any, values: list[Any]) -> Any:
-    """A vector of constants."""
-    return ir.Constant(ir.VectorType(kind, len(values)), values)
 
 
 class _Rows:
@@ -123,25 +40,25 @@ class _Rows:
         scales: pointer to its scales, for formats that have some.
     """
 
-    def __init__(self, build: _Build, row_format: int, channels: int, packed: Any, scales: Any) -> None:
+    def __init__(self, build: Build, row_format: int, channels: int, packed: Any, scales: Any) -> None:
         self._build, self._format, self._channels, self._packed = build, row_format, channels, packed
         self._words = channels // 8
         self._shared = channels_per_scale(channels)
         self._tables: dict[int, Any] = {}
         if row_format in (INT4, INT8):
-            self._scales = build.floats_of_bf16(build.load(scales, _HALF, channels // self._shared))
+            self._scales = build.floats_of_bf16(build.load(scales, HALF, channels // self._shared))
         if row_format == INT4:
-            self._levels = build.load(packed, _WORD, self._words)
+            self._levels = build.load(packed, WORD, self._words)
         elif row_format in (CODES_2, CODES_1):
-            stored = build.load(packed, _HALF if row_format == CODES_2 else _BYTE, self._words)
-            self._levels = build.builder.zext(stored, ir.VectorType(_WORD, self._words))
+            stored = build.load(packed, HALF if row_format == CODES_2 else BYTE, self._words)
+            self._levels = build.builder.zext(stored, ir.VectorType(WORD, self._words))
 
     def vector(self, first: int) -> Any:
         """Channels `first` and following, as many as a vector has."""
         b, lanes = self._build, self._build.lanes
         if self._format in (INT8, BF16, FLOAT32, E4M3, E5M2):
-            kind = {INT8: _BYTE, BF16: _HALF, FLOAT32: _REAL, E4M3: _BYTE, E5M2: _BYTE}[self._format]
-            at = b.builder.gep(b.builder.bitcast(self._packed, kind.as_pointer()), [_WORD(first)])
+            kind = {INT8: BYTE, BF16: HALF, FLOAT32: REAL, E4M3: BYTE, E5M2: BYTE}[self._format]
+            at = b.builder.gep(b.builder.bitcast(self._packed, kind.as_pointer()), [WORD(first)])
             loaded = b.load(at, kind, lanes)
             if self._format == FLOAT32:
                 return loaded
@@ -149,8 +66,8 @@ class _Rows:
                 return b.floats_of_bf16(loaded)
             if self._format in (E4M3, E5M2):
                 return floats_of_fp8(b.builder, loaded, self._format == E4M3, "f16c" in b.features)
-            wide = b.builder.sext(loaded, ir.VectorType(_WORD, lanes))
-            return b.builder.fmul(b.builder.sitofp(wide, ir.VectorType(_REAL, lanes)), self._scale(first))
+            wide = b.builder.sext(loaded, ir.VectorType(WORD, lanes))
+            return b.builder.fmul(b.builder.sitofp(wide, ir.VectorType(REAL, lanes)), self._scale(first))
         channels = range(first, first + lanes)
         words = b.pick(self._levels, [c % self._words for c in channels])
         slices = [c // self._words for c in channels]
@@ -168,37 +85,32 @@ class _Rows:
         if lanes == 16 and len(groups) == 1:
             group = groups.pop()
             if group not in self._tables:  # the row's 16 values, of these channels
-                levels = constants(_REAL, [float(level) for level in (*range(8), *range(-8, 0))])
+                levels = constants(REAL, [float(level) for level in (*range(8), *range(-8, 0))])
                 self._tables[group] = b.builder.fmul(levels, self._scale(first))
-            moved = b.builder.lshr(words, constants(_WORD, [4 * j for j in slices]))
+            moved = b.builder.lshr(words, constants(WORD, [4 * j for j in slices]))
             return b.call("llvm.x86.avx512.permvar.sf.512", levels_type(16), self._tables[group], moved)
-        left = b.builder.shl(words, constants(_WORD, [28 - 4 * j for j in slices]))
-        signed = b.builder.ashr(left, constants(_WORD, [28] * lanes))
+        left = b.builder.shl(words, constants(WORD, [28 - 4 * j for j in slices]))
+        signed = b.builder.ashr(left, constants(WORD, [28] * lanes))
         return b.builder.fmul(b.builder.sitofp(signed, levels_type(lanes)), self._scale(first))
 
     def _codes(self, words: Any, slices: list[int]) -> Any:
         b, lanes = self._build, self._build.lanes
         if self._format == CODES_1:
-            moved = b.builder.shl(words, constants(_WORD, [31 - j for j in slices]))
-            sign = b.builder.and_(moved, constants(_WORD, [-(1 << 31)] * lanes))
-            one = b.builder.bitcast(constants(_REAL, [1.0] * lanes), sign.type)
+            moved = b.builder.shl(words, constants(WORD, [31 - j for j in slices]))
+            sign = b.builder.and_(moved, constants(WORD, [-(1 << 31)] * lanes))
+            one = b.builder.bitcast(constants(REAL, [1.0] * lanes), sign.type)
             return b.builder.bitcast(b.builder.xor(one, sign), levels_type(lanes))
-        moved = b.builder.lshr(words, constants(_WORD, [2 * j for j in slices]))
+        moved = b.builder.lshr(words, constants(WORD, [2 * j for j in slices]))
         inner, outer = _single(INNER_LEVEL), _single(OUTER_LEVEL)
         name = {16: "llvm.x86.avx512.permvar.sf.512", 8: "llvm.x86.avx2.permps"}[lanes]
         if lanes == 16 or "avx2" in b.features:  # by the lowest bits, of which two are the code
-            table = constants(_REAL, [inner, outer, -inner, -outer] * (lanes // 4))
+            table = constants(REAL, [inner, outer, -inner, -outer] * (lanes // 4))
             return b.call(name, levels_type(lanes), table, moved)
-        ones = constants(_WORD, [1] * lanes)
-        is_outer = b.builder.icmp_unsigned("!=", b.builder.and_(moved, ones), constants(_WORD, [0] * lanes))
-        size = b.builder.select(is_outer, constants(_REAL, [outer] * lanes), constants(_REAL, [inner] * lanes))
-        sign = b.builder.shl(b.builder.lshr(moved, ones), constants(_WORD, [31] * lanes))
+        ones = constants(WORD, [1] * lanes)
+        is_outer = b.builder.icmp_unsigned("!=", b.builder.and_(moved, ones), constants(WORD, [0] * lanes))
+        size = b.builder.select(is_outer, constants(REAL, [outer] * lanes), constants(REAL, [inner] * lanes))
+        sign = b.builder.shl(b.builder.lshr(moved, ones), constants(WORD, [31] * lanes))
         return b.builder.bitcast(b.builder.xor(b.builder.bitcast(size, sign.type), sign), levels_type(lanes))
-
-
-def levels_type(lanes: int) -> Any:
-    """A vector of floats."""
-    return ir.VectorType(_REAL, lanes)
 
 
 def _single(value: float) -> float:
@@ -206,7 +118,7 @@ def _single(value: float) -> float:
     return float(np.float32(value))
 
 
-def _sums(b: _Build, vectors: list[Any]) -> list[Any]:
+def _sums(b: Build, vectors: list[Any]) -> list[Any]:
     """The sums over the lanes of each vector, in lanes of as few vectors: lane i of the first is that of vectors[i].
 
     Always by halves, whichever lane a sum comes to lie in, so that it is the same number there.
@@ -237,35 +149,6 @@ def row_bytes(row_format: int, channels: int) -> int:
     }[row_format]  # fmt: skip
 
 
-class _Loop:
-    """for i in range(0, count, step): between `begin` and `end`, with vectors that are carried from one turn to the next."""
-
-    def __init__(self, b: _Build, count: Any, step: int, carried: list[Any]) -> None:
-        self._b, self._step = b, step
-        builder, before = b.builder, b.builder.block
-        self._check = builder.append_basic_block("rows")
-        body = builder.append_basic_block("row")
-        self._after = builder.append_basic_block("rows.end")
-        builder.branch(self._check)
-        builder.position_at_end(self._check)
-        self.i = builder.phi(count.type)
-        self.i.add_incoming(ir.Constant(count.type, 0), before)
-        self.carried = [builder.phi(value.type) for value in carried]
-        for phi, value in zip(self.carried, carried, strict=True):
-            phi.add_incoming(value, before)
-        builder.cbranch(builder.icmp_signed("<", self.i, count), body, self._after)
-        builder.position_at_end(body)
-
-    def end(self, carried: list[Any]) -> None:
-        """Close the loop; what `carried` holds is its last turn's afterwards."""
-        builder = self._b.builder
-        self.i.add_incoming(builder.add(self.i, ir.Constant(self.i.type, self._step)), builder.block)
-        for phi, value in zip(self.carried, carried, strict=True):
-            phi.add_incoming(value, builder.block)
-        builder.branch(self._check)
-        builder.position_at_end(self._after)
-
-
 @intrinsic(prefer_literal=True)
 def dot_rows(
     typing_context: Any, row_format: Any, channels: Any, group: Any, packed: Any, scales: Any, rows: Any, begin: Any,
@@ -284,9 +167,9 @@ def dot_rows(
     number, size, heads = (value.literal_value for value in (row_format, channels, group))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, kinds = _Build.of(context, builder), signature.args
+        b, kinds = Build.of(context, builder), signature.args
         together = next(rows for rows in (TOGETHER, 2, 1) if rows * heads <= max(b.registers - 8, heads))
-        loop = _Loop(b, args[7], together, [])
+        loop = Loop(b, args[7], together, [])
         first = builder.add(loop.i, args[6])
         unpacked = []
         for r in range(together):
@@ -296,7 +179,7 @@ def dot_rows(
             unpacked.append(_Rows(b, number, size, b.address(kinds[3], args[3], row, args[8]), scale))
         last = builder.add(builder.add(args[6], args[7]), b.place(-1))
         for r in range(together):
-            i = builder.add(first, b.place(r + _AHEAD))
+            i = builder.add(first, b.place(r + AHEAD))
             within = builder.icmp_signed("<", i, last)
             row = builder.load(b.address(kinds[5], args[5], builder.select(within, i, last)))
             b.prefetch(b.address(kinds[3], args[3], row, args[8]), row_bytes(number, size))
@@ -305,7 +188,7 @@ def dot_rows(
         for channel in range(0, size, b.lanes):
             levels = [rows_of.vector(channel) for rows_of in unpacked]
             for g in range(heads):
-                of_query = b.load(b.address(kinds[9], args[9], b.place(g), b.place(channel)), _REAL, b.lanes)
+                of_query = b.load(b.address(kinds[9], args[9], b.place(g), b.place(channel)), REAL, b.lanes)
                 for r, level in enumerate(levels):
                     totals[g * together + r] = b.multiply_add(of_query, level, totals[g * together + r])
         sums = _sums(b, totals)
@@ -332,14 +215,14 @@ def unpack_rows(
     number, size = (value.literal_value for value in (row_format, channels))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, kinds = _Build.of(context, builder), signature.args
+        b, kinds = Build.of(context, builder), signature.args
         last = builder.add(builder.add(args[5], args[6]), b.place(-1))
-        loop = _Loop(b, args[6], 1, [])
+        loop = Loop(b, args[6], 1, [])
         i = builder.add(loop.i, args[5])
         row = builder.load(b.address(kinds[4], args[4], i))
         scale = b.address(kinds[3], args[3], row, args[7]) if number in (INT4, INT8) else None
         unpacked = _Rows(b, number, size, b.address(kinds[2], args[2], row, args[7]), scale)
-        ahead = builder.add(i, b.place(_AHEAD))
+        ahead = builder.add(i, b.place(AHEAD))
         within = builder.icmp_signed("<", ahead, last)
         next_row = builder.load(b.address(kinds[4], args[4], builder.select(within, ahead, last)))
         b.prefetch(b.address(kinds[2], args[2], next_row, args[7]), row_bytes(number, size))
@@ -364,7 +247,7 @@ def add_rows(
     number, size, heads = (value.literal_value for value in (row_format, channels, group))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, kinds = _Build.of(context, builder), signature.args
+        b, kinds = Build.of(context, builder), signature.args
         vectors = list(range(0, size, b.lanes))
         at_once = max(1, b.registers // heads)
         last = builder.add(builder.add(args[6], args[7]), b.place(-1))
@@ -373,12 +256,12 @@ def add_rows(
             places = [
                 b.address(kinds[10], args[10], b.place(g), b.place(channel)) for g in range(heads) for channel in tile
             ]
-            loop = _Loop(b, args[7], 1, [b.load(place, _REAL, b.lanes) for place in places])
+            loop = Loop(b, args[7], 1, [b.load(place, REAL, b.lanes) for place in places])
             i = builder.add(loop.i, args[6])
             row = builder.load(b.address(kinds[5], args[5], i))
             scale = b.address(kinds[4], args[4], row, args[8]) if number in (INT4, INT8) else None
             unpacked = _Rows(b, number, size, b.address(kinds[3], args[3], row, args[8]), scale)
-            ahead = builder.add(i, b.place(_AHEAD))
+            ahead = builder.add(i, b.place(AHEAD))
             within = builder.icmp_signed("<", ahead, last)
             next_row = builder.load(b.address(kinds[5], args[5], builder.select(within, ahead, last)))
             if begin_at == 0:

@@ -12,7 +12,7 @@ import torch
 from sglang.kernels.fused_op import BaseFusedOp
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
 
@@ -38,10 +38,15 @@ class LinearMethod(UnquantizedLinearMethod):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See SGLang's; by our kernel for `MOST_ROWS` tokens in float32."""
-        tensors = (x, layer.weight) if bias is None else (x, layer.weight, bias)
-        if x.dim() == 2 and len(x) <= MOST_ROWS and _served(*tensors):
-            return linear(x, layer.weight, bias)
-        return super().apply(layer, x, bias)
+        return linear(x, layer.weight, bias) if _multiplied(layer, x, bias) else super().apply(layer, x, bias)
+
+
+class LogitsMethod(UnquantizedEmbeddingMethod):
+    """An embedding's, of which SGLang asks a product with all words for logits, as no method of its own with these weights."""
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """See SGLang's; by our kernel for `MOST_ROWS` tokens in float32."""
+        return linear(x, layer.weight, bias) if _multiplied(layer, x, bias) else super().apply(layer, x, bias)
 
 
 def take_over(model: torch.nn.Module) -> None:
@@ -50,8 +55,17 @@ def take_over(model: torch.nn.Module) -> None:
     compile_layers()
     _taken = True
     for layer in model.modules():
-        if type(getattr(layer, "quant_method", None)) is UnquantizedLinearMethod:
+        method = type(getattr(layer, "quant_method", None))
+        if method is UnquantizedLinearMethod:
             layer.quant_method = LinearMethod()
+        elif method is UnquantizedEmbeddingMethod and layer.weight.dtype is torch.float32:
+            layer.quant_method = LogitsMethod()
+
+
+def _multiplied(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a product of a layer's weights goes to our kernel."""
+    tensors = (x, layer.weight) if bias is None else (x, layer.weight, bias)
+    return x.dim() == 2 and len(x) <= MOST_ROWS and _served(*tensors)
 
 
 def _served(*tensors: torch.Tensor) -> bool:

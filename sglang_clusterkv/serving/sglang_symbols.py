@@ -76,6 +76,8 @@ PLATFORM = (
     Symbol("platforms.interface.SRTPlatform.init_backend", "registers them", "self"),
     Symbol("platforms.interface.SRTPlatform.post_load_model", "products of a loaded model", "self model"),
     Symbol("layers.quantization.unquant.UnquantizedLinearMethod.apply", "likewise", "self layer x bias"),
+    Symbol("layers.quantization.unquant.UnquantizedEmbeddingMethod.apply", "logits", "self layer x bias"),
+    Symbol("layers.logits_processor.should_apply_lm_head_quant_method", "whether it is asked", "lm_head quant_method"),
     Symbol("layers.layernorm.RMSNorm.register_oot_forward", "likewise", "op_cls fn platform_key"),
     Symbol(
         "layers.layernorm.RMSNorm",

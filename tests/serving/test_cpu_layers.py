@@ -12,9 +12,10 @@ from unittest.mock import patch
 import pytest
 import sglang.srt.platforms  # before SGLang's layers, which ask for the platform  # noqa: F401
 import torch
+from sglang.srt.layers import logits_processor
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
 from sglang_clusterkv.config import ClusterKVConfig
@@ -81,6 +82,10 @@ class Quantized(UnquantizedLinearMethod):
     """Stands for a method of another kind."""
 
 
+class QuantizedWords(UnquantizedEmbeddingMethod):
+    """Likewise."""
+
+
 def test_a_loaded_models_plain_layers_multiply_by_our_kernel() -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 96) for _ in range(3)))
     for layer, method in zip(model, (UnquantizedLinearMethod(), Quantized(), None), strict=True):
@@ -96,6 +101,25 @@ def test_a_loaded_models_plain_layers_multiply_by_our_kernel() -> None:
                 found = method.apply(layer, x, layer.bias)
             assert ours.called is any(x is one for one in served)
             torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_are_products_by_our_kernel_where_the_words_are_in_float32() -> None:
+    plain, narrow, quantised = (torch.nn.Embedding(96, 64, dtype=dtype) for dtype in (None, torch.bfloat16, None))
+    for layer in (plain, narrow):
+        layer.quant_method = UnquantizedEmbeddingMethod()
+    quantised.quant_method = QuantizedWords()
+    ClusterKVCpuPlatform().post_load_model(torch.nn.Sequential(plain, narrow, quantised))
+    assert type(narrow.quant_method) is UnquantizedEmbeddingMethod and type(quantised.quant_method) is QuantizedWords
+    assert logits_processor.should_apply_lm_head_quant_method(plain, plain.quant_method)
+    words = torch.tensor([5, 95])
+    with torch.no_grad():
+        assert torch.equal(plain.quant_method.embedding(plain, words), plain(words))
+        for tokens in (1, 8, 9):
+            x = torch.randn(tokens, 64)
+            with patch.object(cpu_layers, "linear", side_effect=cpu_layers.linear) as ours:
+                found = plain.quant_method.apply(plain, x, None)
+            assert ours.called is (tokens < 9)
+            torch.testing.assert_close(found, x @ plain.weight.T, rtol=1e-5, atol=1e-5)
 
 
 def test_with_another_backend_everything_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:

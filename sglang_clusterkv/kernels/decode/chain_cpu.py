@@ -15,22 +15,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sglang_clusterkv.kernels.attend.cpu import attend_pair
+from sglang_clusterkv.kernels.cpu_math import njit
 from sglang_clusterkv.kernels.estimate.cpu import estimate_pair
+from sglang_clusterkv.kernels.levels_cpu import BLOCK
 from sglang_clusterkv.kernels.merge.cpu import merge_pair
 from sglang_clusterkv.kernels.refine.cpu import recall_all_pair, recall_pair, rotate_pair, value_pair
-from sglang_clusterkv.kernels.score.cpu import UNPACKED, score_pair, shared_pair
+from sglang_clusterkv.kernels.score.cpu import score_pair, shared_pair
+from sglang_clusterkv.kernels.score.products_cpu import UNPACKED, products_of
 from sglang_clusterkv.kernels.select.cpu import select_pair
 from sglang_clusterkv.kernels.threads_cpu import cached, done, leave, take, wait
 from sglang_clusterkv.kernels.threshold_cpu import BINS
 from sglang_clusterkv.kernels.trace.cpu import look_pair
 from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
+from sglang_clusterkv.memory.codec import SLICES
 from sglang_clusterkv.memory.tier import Reads
 
 if TYPE_CHECKING:  # what `cached` gives the kernel
 
     def given(*args: Any) -> None: ...
 
-    shared = score = select = rotate = refine = recall = recall_all = attend = estimate = merge = look = given
+    split = shared = score = select = rotate = refine = recall = recall_all = attend = estimate = merge = look = given
 
 SCORE, SELECT, ROTATE, REFINE, RECALL, RECALL_ALL, ATTEND, ESTIMATE, MERGE, LOOK = (1 << i for i in range(10))
 
@@ -54,6 +58,7 @@ class Lists(NamedTuple):
     """`memory.step.SparseStep`, as arrays."""
 
     pages: np.ndarray
+    rows: np.ndarray  # int64 [B, C + 2 BLOCK]: cluster rows of the pages, then some of them again
     page_count: np.ndarray
     segment_begin: np.ndarray
     segment_count: np.ndarray
@@ -94,6 +99,11 @@ class Buffers(NamedTuple):
     estimate: np.ndarray  # float32 [B, H, G, D]
     estimate_lse: np.ndarray  # float32 [B, H, G]
     reads: np.ndarray  # int64 [B, H, len(Reads)]: rows read, with a host tier
+    digits: (
+        np.ndarray
+    )  # int8 [B, H, G, 2, D]: queries as score multiplies them, as are the next two (kernels/levels_cpu.py)
+    digit_start: np.ndarray  # int32 [B, H, G, SLICES]
+    digit_unit: np.ndarray  # float32 [B, H, G]
 
 
 def make_buffers(
@@ -142,6 +152,9 @@ def make_buffers(
         estimate=floats(*by_query, channels),
         estimate_lse=floats(*by_query),
         reads=np.zeros((*by_head, len(Reads._fields)), np.int64),
+        digits=np.empty((*by_query, 2, channels), np.int8),
+        digit_start=ints(*by_query, SLICES),
+        digit_unit=floats(*by_query),
     )
 
 
@@ -149,9 +162,9 @@ class Scratch(NamedTuple):
     """What an operation needs while it runs, for each of T threads; N slots, L keys."""
 
     left: np.ndarray  # float32 [T, G, C]
-    chance: np.ndarray  # float32 [T, G, C + TOGETHER]
+    chance: np.ndarray  # float32 [T, G, C + BLOCK]
     own: np.ndarray  # float32 [T, G, C]
-    rows: np.ndarray  # int64 [T, C + TOGETHER]
+    rows: np.ndarray  # int64 [T, C]
     slots: np.ndarray  # int64 [T, N]
     logits: np.ndarray  # float32 [T, G, N]
     factors: np.ndarray  # float32 [T, N]
@@ -162,8 +175,10 @@ class Scratch(NamedTuple):
     ones: np.ndarray  # int32 [L]
     unpacked: np.ndarray  # float32 [T, UNPACKED + TOGETHER, 1, D]
     order: np.ndarray  # int64 [UNPACKED + TOGETHER], ascending
-    squares: np.ndarray  # float32 [T, G, D]: of a request's queries
-    vectors: np.ndarray  # float32 [T, G, 2 + TOGETHER]: their products with a segment's vectors
+    vectors: np.ndarray  # float32 [T, G, 2]: a request's queries' products with a segment's vectors
+    digits: np.ndarray  # int8 [T, 2, D]
+    levels: np.ndarray  # uint8 [T, UNPACKED D]: of unpacked rows, as are the next
+    level_scales: np.ndarray  # float32 [T, UNPACKED SLICES]
 
 
 def make_scratch(
@@ -174,9 +189,9 @@ def make_scratch(
     by_cluster, by_key = (threads, group, clusters), (threads, keys)
     return Scratch(
         left=np.empty(by_cluster, np.float32),
-        chance=np.empty((threads, group, clusters + TOGETHER), np.float32),
+        chance=np.empty((threads, group, clusters + BLOCK), np.float32),
         own=np.empty(by_cluster, np.float32),
-        rows=np.empty((threads, clusters + TOGETHER), np.int64),
+        rows=np.empty((threads, clusters), np.int64),
         slots=np.empty((threads, listed), np.int64),
         logits=np.empty((threads, group, listed), np.float32),
         factors=np.empty((threads, listed), np.float32),
@@ -187,9 +202,25 @@ def make_scratch(
         ones=np.ones(keys, np.int32),
         unpacked=np.zeros((threads, UNPACKED + TOGETHER, 1, channels), np.float32),
         order=np.arange(UNPACKED + TOGETHER),
-        squares=np.empty((threads, group, channels), np.float32),
-        vectors=np.empty((threads, group, 2 + TOGETHER), np.float32),
+        vectors=np.empty((threads, group, 2), np.float32),
+        digits=np.empty((threads, 2, channels), np.int8),
+        levels=np.empty((threads, UNPACKED * channels), np.uint8),
+        level_scales=np.empty((threads, UNPACKED * SLICES), np.float32),
     )
+
+
+@njit(cache=True)
+def cluster_rows(pages: Any, page_count: Any, per_page: Any) -> Any:
+    """`Lists.rows` of pages [B, P]; of those behind page_count [B] nobody asks."""
+    rows = np.empty((pages.shape[0], pages.shape[1] * per_page + 2 * BLOCK), np.int64)
+    for b in range(pages.shape[0]):
+        clusters = page_count[b] * per_page
+        for p in range(page_count[b]):
+            for j in range(per_page):
+                rows[b, p * per_page + j] = pages[b, p] * per_page + j
+        for c in range(clusters, clusters + 2 * BLOCK):
+            rows[b, c] = rows[b, max(clusters - 1, 0)]
+    return rows
 
 
 @functools.cache
@@ -206,6 +237,14 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
         heads = q.shape[1]
         items = (len(lists.shared_first) - 1) * heads if operations & SCORE else 0
         if items:
+            before = counter[4:]
+            pair = take(before)
+            while pair < pairs:
+                b = pair // heads
+                split(b, pair - b * heads, t, q, u, scratch)
+                done(before)
+                pair = take(before)
+            wait(before, pairs)
             before = counter[2:]
             item = take(before)
             while item < items:
@@ -219,6 +258,8 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
             b = pair // heads
             h = pair - b * heads
             if operations & SCORE:
+                if not items:
+                    split(b, h, t, q, u, scratch)
                 score(b, h, t, q, sinks, keys, host, index, lists, n, u, scratch)
             if operations & SELECT:
                 select(b, h, t, lists, n, u, scratch)
@@ -245,6 +286,7 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
     return cached(
         chain,
         (channels, group, row_format, code_bits, pool),
+        split=products_of(channels, group, row_format).split,
         shared=shared_pair(channels, group, row_format),
         score=score_pair(channels, group, row_format, pool),
         select=select_pair,

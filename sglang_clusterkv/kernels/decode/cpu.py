@@ -136,8 +136,10 @@ class CpuDecoder:
             self._bundle()
             self._shape = shape
         shared = no_shared_segments(step.batch, step.segment_begin.shape[1]) if step.shared is None else step.shared
+        pages, page_count = step.pages.numpy(), step.page_count.numpy()
+        rows = chain_cpu.cluster_rows(pages, page_count, self.index.clusters_per_page)
         self.lists = Lists(
-            step.pages.numpy(), step.page_count.numpy(), step.segment_begin.numpy(), step.segment_count.numpy(),
+            pages, rows, page_count, step.segment_begin.numpy(), step.segment_count.numpy(),
             step.base_slots.numpy(), step.base_count.numpy(), *shared,
         )  # fmt: skip
         self._lists = bundle_of(self.lists)

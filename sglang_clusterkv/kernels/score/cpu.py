@@ -16,67 +16,70 @@ from typing import Any
 
 import numpy as np
 
-from sglang_clusterkv.kernels.cpu_math import FAST, fast_exp, fast_log, float_of_bf16, larger, part
+from sglang_clusterkv.kernels.cpu_math import FAST, exp_below_one, fast_exp, fast_log, float_of_bf16, larger, part
 from sglang_clusterkv.kernels.row_cpu import KEYS, pool_kernels
-from sglang_clusterkv.kernels.vectors_cpu import FLOAT32, TOGETHER, dot_rows, unpack_rows
+from sglang_clusterkv.kernels.score.products_cpu import UNPACKED, products_of
+from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
 from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
 from sglang_clusterkv.memory.tier import BASE_HOST
 
-UNPACKED = 32  # rows that are unpacked together: with head_dim 128 they take half of a first-level cache
-
 
 @part(fastmath=FAST)
-def _listed(
-    pages: Any, begin: Any, count: Any, per_page: Any, h: Any, index: Any, rows: Any, size: Any, spread: Any
+def _described(
+    rows: Any, count: Any, h: Any, first: Any, index: Any, ends: Any, size: Any, begin: Any, spread: Any
 ) -> None:  # fmt: skip
-    """Rows, sizes and spreads of the clusters of `count` pages of a list; rows has `TOGETHER` more entries."""
-    previous = np.int64(0)
-    for p in range(count):
-        first = pages[begin + p] * per_page
-        for j in range(per_page):
-            row, c = np.uint64(first + j), np.uint64(p * per_page + j)
-            until = np.int64(index.cluster_end[row, np.uint64(h)])
-            rows[c] = first + j
-            size[c] = until - previous
-            spread[c] = float_of_bf16(index.spread[row, np.uint64(h)])
-            previous = until
-    for i in range(TOGETHER):
-        rows[count * per_page + i] = rows[count * per_page - 1]
+    """Sizes, begins and spreads of a segment's `count` clusters, of which the first begins at `first`, from their rows."""
+    of_head = np.uint64(h)
+    for c in range(count):
+        row = np.uint64(rows[c])
+        ends[c] = index.cluster_end[row, of_head]
+        spread[c] = float_of_bf16(index.spread[row, of_head])
+    size[0], begin[0] = ends[0], first
+    for c in range(1, count):
+        size[c] = ends[c] - ends[c - 1]
+        begin[c] = first + ends[c - 1]
 
 
 @functools.cache
 def shared_pair(channels: int, group: int, row_format: int) -> Callable[..., None]:
     """Compile the products of the clusters of one (shared segment k, kv head h) with the queries of all its requests.
 
-    For one head_dim, group size and row format. Outputs, of each of these requests: size and spread [B, H, C], and weight
-    [B, H, G, C], which holds q . row until score has the weights.
+    For one head_dim, group size and row format. Outputs, of each of these requests: size, begin and spread [B, H, C], and
+    weight [B, H, G, C], which holds q . row until score has the weights.
     """
+
+    products = products_of(channels, group, row_format)
+    unpack, of_unpacked = products.unpack, products.of_unpacked
 
     @part(fastmath=FAST)
     def shared(k: Any, h: Any, t: Any, q: Any, index: Any, lists: Any, n: Any, u: Any, scratch: Any) -> None:
         begin, end, per_page = lists.shared_first[k], lists.shared_first[k + 1], n.per_page
-        rows, size, spread = scratch.rows[t], scratch.near[t], scratch.own[t, 0]
-        unpacked, order, found = scratch.unpacked[t], scratch.order, scratch.logits[t]
+        found = scratch.logits[t]
         b, s = lists.shared_request[begin], lists.shared_ordinal[begin]
         first = lists.segment_begin[b, s]
         last = lists.segment_begin[b, s + 1] if s + 1 < lists.segment_count[b] else lists.page_count[b]
-        clusters = (last - first) * per_page
-        _listed(lists.pages[b], first, last - first, per_page, h, index, rows, size, spread)
-        for i in range(begin, end):
+        one, clusters = first * per_page, (last - first) * per_page
+        rows, where = lists.rows[b, one:], slice(one, one + clusters)
+        size, starts, spread = u.size[b, h, where], u.begin[b, h, where], u.spread[b, h, where]
+        _described(rows, clusters, h, first * n.page_size, index, scratch.near[t], size, starts, spread)
+        for i in range(begin + 1, end):
             b = lists.shared_request[i]
-            one = lists.segment_begin[b, lists.shared_ordinal[i]] * per_page
-            sizes, spreads = u.size[b, h, one : one + clusters], u.spread[b, h, one : one + clusters]
+            other = lists.segment_begin[b, lists.shared_ordinal[i]]
+            moved, where = (other - first) * n.page_size, slice(other * per_page, other * per_page + clusters)
+            sizes, begins, spreads = u.size[b, h, where], u.begin[b, h, where], u.spread[b, h, where]
             for c in range(clusters):
                 sizes[c] = size[c]
+            for c in range(clusters):
+                begins[c] = starts[c] + moved
             for c in range(clusters):
                 spreads[c] = spread[c]
         for tile in range(0, clusters, UNPACKED):
             count = min(UNPACKED, clusters - tile)
-            unpack_rows(row_format, channels, index.key_rows, index.key_scales, rows, tile, count, h, unpacked)
+            unpack(rows, tile, count, h, t, index, scratch)
             for i in range(begin, end):
                 b = lists.shared_request[i]
                 one = lists.segment_begin[b, lists.shared_ordinal[i]] * per_page + tile
-                dot_rows(FLOAT32, channels, group, unpacked, unpacked, order, 0, count, 0, q[b, h], found)
+                of_unpacked(b, h, t, count, q, u, scratch, found)
                 for g in range(group):
                     products = u.weight[b, h, g, one : one + count]
                     for c in range(count):
@@ -98,11 +101,12 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
     quarter = channels // 4
     cap, least = np.float32(SPREAD_CAP), np.float32(NO_MASS)
     dots, _ = pool_kernels(channels, group, pool)
+    of_listed = products_of(channels, group, row_format).of_listed
 
     @part(fastmath=FAST)
     def of_segment(
-        b: Any, h: Any, q: Any, squares: Any, first: Any, index: Any, lists: Any, tile: Any, order: Any, found: Any
-    ) -> None:
+        b: Any, h: Any, q: Any, first: Any, index: Any, lists: Any, tile: Any, found: Any
+    ) -> None:  # fmt: skip
         """found[g] = (q . mean key, q squared . variance) of the segment that begins at a page of the list."""
         vectors = index.vectors
         for k in range(4):
@@ -110,8 +114,14 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
             for d in range(quarter):
                 tile[0, 0, k * quarter + d] = float_of_bf16(vectors[page, h, 0, d])
                 tile[1, 0, k * quarter + d] = float_of_bf16(vectors[page, h, 2, d])
-        dot_rows(FLOAT32, channels, group, tile, tile, order, 0, 1, 0, q[b, h], found)
-        dot_rows(FLOAT32, channels, group, tile, tile, order, 1, 1, 0, squares, found)
+        mean_key, variance = tile[0, 0], tile[1, 0]
+        for g in range(group):
+            of_mean, of_variance = np.float32(0.0), np.float32(0.0)
+            for d in range(channels):
+                x = q[b, h, g, d]
+                of_mean += x * mean_key[d]
+                of_variance += x * x * variance[d]
+            found[g, 0], found[g, 1] = of_mean, of_variance
 
     @part(fastmath=FAST)
     def of_clusters(products: Any, spread: Any, mean: Any, variance: Any, n: Any, dot: Any, peaks: Any) -> None:
@@ -138,10 +148,10 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
         chosen, estimated = np.float32(0.0), np.float32(0.0)
         for c in range(len(dot)):
             count, bonus = np.float32(size[c]), spread[c] * variance
-            value = count * fast_exp(dot[c] + min(bonus, cap) * n.estimate_spread - highest)
+            value = count * exp_below_one(dot[c] + min(bonus, cap) * n.estimate_spread - highest)
             weight[c] = value
             estimated += value
-            value = fast_exp(dot[c] + bonus * n.choice_spread - choice_peak)
+            value = exp_below_one(dot[c] + bonus * n.choice_spread - choice_peak)
             chance[c] = value
             chosen += count * value
         sums[0] += chosen
@@ -203,8 +213,8 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
         b: Any, h: Any, t: Any, q: Any, sinks: Any, keys: Any, host: Any, index: Any, lists: Any, n: Any, u: Any,
         scratch: Any,
     ) -> None:  # fmt: skip
-        rows, chance, tile, order = scratch.rows[t], scratch.chance[t], scratch.unpacked[t], scratch.order
-        squares, found, variances = scratch.squares[t], scratch.vectors[t], u.variances[b, h]
+        rows, chance, tile = lists.rows[b], scratch.chance[t], scratch.unpacked[t]
+        found, variances = scratch.vectors[t], u.variances[b, h]
         per_page, segments, page_count = n.per_page, lists.segment_count[b], lists.page_count[b]
         segment_begin, clusters, tokens = lists.segment_begin[b], page_count * per_page, lists.base_count[b]
         size, begin, spread, dot = u.size[b, h], u.begin[b, h], u.spread[b, h], u.dot[b, h]
@@ -218,8 +228,6 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
         for g in range(group):
             base_peak[g] = base_peak_of(base_logit[g], tokens, sinks[h, g], n.scale)
             peaks[g, 0], peaks[g, 1] = base_peak[g], base_peak[g]
-            for d in range(channels):
-                squares[g, d] = q[b, h, g, d] * q[b, h, g, d]
 
         for s in range(segments):
             first = segment_begin[s]
@@ -227,15 +235,10 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
             one, count = first * per_page, (last - first) * per_page
             end, sizes, spreads = one + count, size[one : one + count], spread[one : one + count]
             if not lists.is_shared[b, s]:
-                _listed(lists.pages[b], first, last - first, per_page, h, index, rows[one:], sizes, spreads)
-                dot_rows(
-                    row_format, channels, group, index.key_rows, index.key_scales, rows, one, count, h, q[b, h], chance
-                )  # fmt: skip
-            until, begins = first * n.page_size, begin[one : one + count]
-            for c in range(count):
-                begins[c] = until
-                until += np.int64(sizes[c])
-            of_segment(b, h, q, squares, first, index, lists, tile, order, found)
+                begins = begin[one:end]
+                _described(rows[one:], count, h, first * n.page_size, index, scratch.near[t], sizes, begins, spreads)
+                of_listed(b, h, t, rows, one, count, q, index, u, scratch, chance)
+            of_segment(b, h, q, first, index, lists, tile, found)
             for g in range(group):
                 products = u.weight[b, h, g, one:end] if lists.is_shared[b, s] else chance[g, one:end]
                 variances[s, g] = np.float32(0.5) * n.scale * n.scale * found[g, 1]

@@ -38,6 +38,15 @@ def _border(bins: Any, count: int, above: int, limit: int) -> tuple[int, int]:
 
 @part
 def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any, near: Any) -> tuple[int, int]:
+    """See `threshold_and_near`, of which these are the first two."""
+    key, room, _ = threshold_and_near(keys, weights, count, limit, bins, near)
+    return key, room
+
+
+@part
+def threshold_and_near(
+    keys: Any, weights: Any, count: int, limit: int, bins: Any, near: Any
+) -> tuple[int, int, int]:  # fmt: skip
     """The key t such that the keys above t weigh less than `limit`, and those from t on `limit` or more.
 
     Args:
@@ -49,14 +58,15 @@ def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any, near: 
         near: int32 [count or more], scratch: the keys of the first level's bin, which later levels look at.
 
     Returns:
-        (t, weight that keys equal to t may still take); (0, a large number) where all keys weigh less than `limit`.
+        (t, weight that keys equal to t may still take, how many keys `near` has in their order, all that equal t among them);
+        (0, a large number, 0) where all keys weigh less than `limit`.
     """
     bins[:] = 0
     for i in range(count):
         bins[keys[i] >> np.uint32(21)] += weights[i]
     prefix, above = _border(bins, BINS, 0, limit)
     if prefix < 0:
-        return 0, 1 << 30
+        return 0, 1 << 30, 0
     listed = 0
     for i in range(count):
         near[listed] = i
@@ -71,4 +81,4 @@ def threshold(keys: Any, weights: Any, count: int, limit: int, bins: Any, near: 
                 bins[(key >> shift) & mask] += weights[near[i]]
         bin_at, above = _border(bins, mask + 1, above, limit)
         prefix = (prefix << width) | bin_at
-    return prefix, limit - above
+    return prefix, limit - above, listed

@@ -52,6 +52,7 @@ class Numbers(NamedTuple):
     own: int  # clusters that are estimated by their own mean value
     moves: int  # 1: mean values move with the query
     by_code: bool  # candidates that were not recalled are estimated by their codes
+    pairs_at_once: int  # that a thread takes, of which neighbours lie in the same lines of memory
 
 
 class Lists(NamedTuple):
@@ -231,10 +232,10 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
     """
 
     def chain(
-        t: Any, counter: Any, pairs: Any, operations: Any, q: Any, sinks: Any, signs: Any, keys: Any, values: Any, host: Any,
+        t: Any, counter: Any, takes: Any, operations: Any, q: Any, sinks: Any, signs: Any, keys: Any, values: Any, host: Any,
         index: Any, lists: Any, n: Any, u: Any, scratch: Any, output: Any, row: Any, seen: Any,
     ) -> None:  # fmt: skip
-        heads = q.shape[1]
+        heads, pairs = q.shape[1], q.shape[0] * q.shape[1]
         items = (len(lists.shared_first) - 1) * heads if operations & SCORE else 0
         if items:
             before = counter[4:]
@@ -253,35 +254,36 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
                 done(before)
                 item = take(before)
             wait(before, items)
-        pair = take(counter)
-        while pair < pairs:
-            b = pair // heads
-            h = pair - b * heads
-            if operations & SCORE:
-                if not items:
-                    split(b, h, t, q, u, scratch)
-                score(b, h, t, q, sinks, keys, host, index, lists, n, u, scratch)
-            if operations & SELECT:
-                select(b, h, t, lists, n, u, scratch)
-            if operations & ROTATE:
-                rotate(b, h, q, signs, u.rotated)
-            if operations & REFINE:
-                refine(b, h, t, u.rotated, index, lists, n, u, scratch)
-            if operations & RECALL:
-                recall(b, h, t, lists, n, u, scratch)
-            if operations & RECALL_ALL:
-                recall_all(b, h, index, lists, n, u)
-            if operations & ATTEND:
-                attend(b, h, t, q, sinks, keys, values, host, lists, n, u, scratch, output)
-            if operations & ESTIMATE:
-                estimate(b, h, t, q, index, lists, n, u, scratch)
-            if operations & MERGE:
-                merge(b, h, output, u)
-            if operations & LOOK:
-                look(b, h, t, row, operations & ESTIMATE, sinks, lists, n, u, scratch, seen)
+        taken = take(counter)
+        while taken < takes:
+            for pair in range(taken * n.pairs_at_once, min(pairs, (taken + 1) * n.pairs_at_once)):
+                b = pair // heads
+                h = pair - b * heads
+                if operations & SCORE:
+                    if not items:
+                        split(b, h, t, q, u, scratch)
+                    score(b, h, t, q, sinks, keys, host, index, lists, n, u, scratch)
+                if operations & SELECT:
+                    select(b, h, t, lists, n, u, scratch)
+                if operations & ROTATE:
+                    rotate(b, h, q, signs, u.rotated)
+                if operations & REFINE:
+                    refine(b, h, t, u.rotated, index, lists, n, u, scratch)
+                if operations & RECALL:
+                    recall(b, h, t, lists, n, u, scratch)
+                if operations & RECALL_ALL:
+                    recall_all(b, h, index, lists, n, u)
+                if operations & ATTEND:
+                    attend(b, h, t, q, sinks, keys, values, host, lists, n, u, scratch, output)
+                if operations & ESTIMATE:
+                    estimate(b, h, t, q, index, lists, n, u, scratch)
+                if operations & MERGE:
+                    merge(b, h, output, u)
+                if operations & LOOK:
+                    look(b, h, t, row, operations & ESTIMATE, sinks, lists, n, u, scratch, seen)
             done(counter)
-            pair = take(counter)
-        leave(t, counter, pairs)
+            taken = take(counter)
+        leave(t, counter, takes)
 
     return cached(
         chain,

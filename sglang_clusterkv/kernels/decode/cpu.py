@@ -143,6 +143,8 @@ class CpuDecoder:
             step.base_slots.numpy(), step.base_count.numpy(), *shared,
         )  # fmt: skip
         self._lists = bundle_of(self.lists)
+        # All heads of a request, unless some thread would then have nothing left to do while another has a long one.
+        self._pairs_at_once = heads if 2 * threads() * page_count.max() <= page_count.sum() else 1
         self._step = step
 
     def _bundle(self) -> None:
@@ -177,9 +179,10 @@ class CpuDecoder:
             np.float32(scale), np.float32(config.choice_spread), np.float32(config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page, self.limit, config.budget_tokens,
             config.estimate_clusters, int(config.moving_values == "always"), config.refine and config.estimate_codes,
+            self._pairs_at_once,
         )  # fmt: skip
         run(
-            self._kernel, self.buffers.candidates.size, operations, q,
+            self._kernel, -(-self.buffers.candidates.size // self._pairs_at_once), operations, q,
             self._no_sinks if self.sinks is None else self.sinks, self.signs, keys, values, host,
             self._layers[layer], self._lists, numbers, self._buffers, self._scratch, output,
             self.index.row_of[layer], self._nobody if seen is None else seen, most=len(self.scratch.bins),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sglang_clusterkv.kernels.cpu_math import bits_of_float, part
-from sglang_clusterkv.kernels.threshold_cpu import threshold
+from sglang_clusterkv.kernels.threshold_cpu import threshold_and_near
 
 _INFINITY = np.uint32(0x7F800000)  # its bits
 
@@ -24,16 +24,18 @@ def select_pair(b: Any, h: Any, t: Any, lists: Any, n: Any, u: Any, scratch: Any
         # Bits of a number's size order as it does; here the smaller one is the larger mass. NaN is above all.
         below = -log_mass[c] if log_mass[c] < 0 else np.float32(0.0)
         keys[c] = _INFINITY - bits_of_float(below)
-    border, room = threshold(keys, size, clusters, n.limit, scratch.bins[t], scratch.near[t])
-    total = 0
+    near = scratch.near[t]
+    border, room, listed = threshold_and_near(keys, size, clusters, n.limit, scratch.bins[t], near)
+    least, total = np.uint32(border), np.int64(0)
     for c in range(clusters):
-        count = np.int64(size[c])
-        key = np.int64(keys[c])
-        if key < border:
-            count = 0
-        elif key == border:
-            count = min(count, room)
-            room -= count
+        count = size[c] if keys[c] > least else np.int32(0)
         taken[c] = count
         total += count
+    for i in range(listed):
+        c = np.uint64(near[i])
+        if keys[c] == least:
+            count = min(np.int64(size[c]), room)
+            taken[c] = count
+            room -= count
+            total += count
     u.candidates[b, h] = total

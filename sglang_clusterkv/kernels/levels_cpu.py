@@ -1,9 +1,9 @@
-"""Products of queries with rows of 4-bit levels, in integers: a row's levels are bytes, and so are two digits of a query.
+"""Products of queries with rows of 4-bit levels, in integers: a row's levels are bytes, and so are three digits of a query.
 
 Rows go `BLOCK` together, or half as many where vectors are half as long: `unpack_levels` lays them out so that a lane of a
 vector is a row, and `dot_levels` adds up bytes four at a time without a sum across lanes. What is unpacked once may meet many
-queries. A channel of a query is rounded to one 32,512th of the largest of its head (`split_queries`); sums of integers are
-exact, so that a product depends neither on the rows beside it nor on what vectors the machine has.
+queries. A channel of a query is rounded to 21 bits of its head's largest, and a sign (`split_queries`). Sums of integers are
+exact, so that a product depends neither on the rows beside it nor on the machine's vectors.
 
 Words i to i + 3 of a row are a piece. Byte k of all four words become one word, so that all of its channels share a scale:
 vector (piece, k, half) has, per row, channels i to i + 3 of slice 2 k + half (memory/codec.py).
@@ -27,7 +27,10 @@ from sglang_clusterkv.kernels.vectors_cpu import INT4
 from sglang_clusterkv.memory.codec import SLICES, channels_per_scale
 
 BLOCK = 16  # rows that are unpacked together at most; lists and results have room for as many more
-_DIGIT, _MOST = 256, 127  # a query's level is _DIGIT high + low, its bytes at most _MOST
+DIGITS = 3  # of a query's level, the first of 127 at most
+_BASE = 128
+_FACTORS = [_BASE**2, _BASE, 1]
+MOST = 127 * _BASE**2  # a level's size
 _PIECE = 16  # bytes
 
 
@@ -46,12 +49,13 @@ def scales_of(channels: int) -> int:
 def split_queries(channels: int, group: int) -> Callable[..., None]:
     """Compile the splitting of one (request, kv head)'s queries into bytes, for one head_dim and group size.
 
-    q [G, D]. Outputs: digits int8 [G, 2, D], high and low ones in the order of a row's vectors; start int32 [G, scales], what a
-    sum begins with, for levels are stored eight higher; unit float32 [G], of a query's levels.
+    q [G, D]. Outputs: digits int8 [G, DIGITS, D], high ones first, in the order of a row's vectors; start int32 [G, scales],
+    what a sum begins with, for levels are stored eight higher; unit float32 [G], of a query's levels.
     """
     words, scales = channels // SLICES, scales_of(channels)
     shared = channels // scales
-    most, digit, half = np.float32(_DIGIT * _MOST), np.float32(_DIGIT), np.float32(_DIGIT // 2)
+    most, square, base, half = np.float32(MOST), np.float32(_BASE**2), np.float32(_BASE), np.float32(_BASE // 2)
+    lower = half * (base + np.float32(1.0))  # what two digits may be below zero
 
     @part(fastmath=FAST)
     def split(q: Any, digits: Any, start: Any, unit: Any, flat: Any) -> None:
@@ -62,15 +66,19 @@ def split_queries(channels: int, group: int) -> Callable[..., None]:
             unit[g] = largest / most
             inverse = most / largest if largest > 0 else np.float32(0.0)
             for k in range(scales):
-                total = np.float32(0.0)
+                highs, middles, lows = np.float32(0.0), np.float32(0.0), np.float32(0.0)
                 for d in range(k * shared, (k + 1) * shared):
                     level = np.rint(q[g, d] * inverse)
-                    high = np.floor((level + half) / digit)
-                    flat[0, d] = np.int8(high)
-                    flat[1, d] = np.int8(level - high * digit)
-                    total += level
-                start[g, k] = np.int32(np.float32(-8.0) * total)
-            for which in range(2):
+                    high = np.floor((level + lower) / square)
+                    rest = level - high * square
+                    middle = np.floor((rest + half) / base)
+                    low = rest - middle * base
+                    flat[0, d], flat[1, d], flat[2, d] = np.int8(high), np.int8(middle), np.int8(low)
+                    highs += high
+                    middles += middle
+                    lows += low
+                start[g, k] = -8 * ((np.int64(highs) * _BASE + np.int64(middles)) * _BASE + np.int64(lows))
+            for which in range(DIGITS):
                 for piece in range(words // 4):
                     for j in range(SLICES):
                         for i in range(4):
@@ -174,7 +182,7 @@ def _sorted_bytes(b: Build, words: Any) -> Any:
 
 
 class _Sums:
-    """Sums of products of a row's bytes with those of two digits of a query, by whatever the target has."""
+    """Sums of products of a row's bytes with a digit of a query, by whatever the target has."""
 
     def __init__(self, b: Build) -> None:
         self._b = b
@@ -195,19 +203,17 @@ class _Sums:
         pairs = b.call(name, total.type, b.builder.bitcast(levels, octets), b.builder.bitcast(digits, octets))
         return b.builder.add(total, pairs)
 
-    def joined(self, high: Any, low: Any, start: Any) -> Any:
-        """_DIGIT high + low + start, words [lanes]."""
-        b = self._b
-        if self._wide:
-            moved = b.builder.shl(high, constants(WORD, [_DIGIT.bit_length() - 1] * b.lanes))
-        else:
-            moved, low = self._pairs(high, _DIGIT), self._pairs(low, 1)
-        return b.builder.add(b.builder.add(moved, low), start)
-
-    def _pairs(self, total: Any, factor: int) -> Any:
-        b = self._b
+    def joined(self, digits: list[Any], start: Any) -> Any:
+        """start and the sums of each digit, times what it stands for; words [lanes]."""
+        b, total = self._b, start
         name = "llvm.x86.avx512.pmaddw.d.512" if b.lanes == 16 else "llvm.x86.avx2.pmadd.wd"
-        return b.call(name, ir.VectorType(WORD, b.lanes), total, constants(HALF, [factor] * (2 * b.lanes)))
+        for found, factor in zip(digits, _FACTORS, strict=True):
+            if self._wide:
+                whole = b.builder.shl(found, constants(WORD, [factor.bit_length() - 1] * b.lanes))
+            else:
+                whole = b.call(name, start.type, found, constants(HALF, [factor] * (2 * b.lanes)))
+            total = b.builder.add(total, whole)
+        return total
 
 
 @intrinsic(prefer_literal=True)
@@ -237,14 +243,14 @@ def dot_levels(
         factor_origin = builder.bitcast(
             b.address(kinds[3], args[3], builder.mul(loop.i, b.place(number))), REAL.as_pointer()
         )
-        at_once, zero = b.registers // 2, ir.Constant(levels_type(lanes), None)
+        at_once, zero = b.registers // DIGITS, ir.Constant(levels_type(lanes), None)
         for begin in range(0, heads, at_once):
             tile = range(begin, min(begin + at_once, heads))
             by_scale = Loop(b, b.place(number), 1, [zero] * len(tile))
             scale = by_scale.i
             before = builder.mul(scale, b.place(4 * slices))  # bytes of a row in the vectors of earlier scales
             vectors = builder.gep(origin, [builder.mul(before, b.place(lanes))])
-            found = {(g, which): sums.zero for g in tile for which in range(2)}
+            found = {(g, which): sums.zero for g in tile for which in range(DIGITS)}
             for piece in range(size // 2 // _PIECE):
                 for j in range(slices):
                     place = (piece * SLICES + j) * 4
@@ -258,7 +264,8 @@ def dot_levels(
             totals = []
             for i, g in enumerate(tile):
                 begins = b.spread(builder.load(b.address(kinds[6], args[6], b.place(g), scale)), lanes)
-                whole = builder.sitofp(sums.joined(found[g, 0], found[g, 1], begins), levels_type(lanes))
+                digits = [found[g, which] for which in range(DIGITS)]
+                whole = builder.sitofp(sums.joined(digits, begins), levels_type(lanes))
                 totals.append(b.multiply_add(whole, factor, by_scale.carried[i]))
             by_scale.end(totals)
             for i, g in enumerate(tile):

@@ -17,7 +17,7 @@ import numpy as np
 from sglang_clusterkv.kernels.attend.cpu import attend_pair
 from sglang_clusterkv.kernels.cpu_math import njit
 from sglang_clusterkv.kernels.estimate.cpu import estimate_pair
-from sglang_clusterkv.kernels.levels_cpu import BLOCK
+from sglang_clusterkv.kernels.levels_cpu import BLOCK, DIGITS
 from sglang_clusterkv.kernels.merge.cpu import merge_pair
 from sglang_clusterkv.kernels.refine.cpu import recall_all_pair, recall_pair, rotate_pair, value_pair
 from sglang_clusterkv.kernels.score.cpu import score_pair, shared_pair
@@ -102,7 +102,7 @@ class Buffers(NamedTuple):
     reads: np.ndarray  # int64 [B, H, len(Reads)]: rows read, with a host tier
     digits: (
         np.ndarray
-    )  # int8 [B, H, G, 2, D]: queries as score multiplies them, as are the next two (kernels/levels_cpu.py)
+    )  # int8 [B, H, G, DIGITS, D]: queries as score multiplies them, as are the next two (levels_cpu.py)
     digit_start: np.ndarray  # int32 [B, H, G, SLICES]
     digit_unit: np.ndarray  # float32 [B, H, G]
 
@@ -153,7 +153,7 @@ def make_buffers(
         estimate=floats(*by_query, channels),
         estimate_lse=floats(*by_query),
         reads=np.zeros((*by_head, len(Reads._fields)), np.int64),
-        digits=np.empty((*by_query, 2, channels), np.int8),
+        digits=np.empty((*by_query, DIGITS, channels), np.int8),
         digit_start=ints(*by_query, SLICES),
         digit_unit=floats(*by_query),
     )
@@ -177,7 +177,7 @@ class Scratch(NamedTuple):
     unpacked: np.ndarray  # float32 [T, UNPACKED + TOGETHER, 1, D]
     order: np.ndarray  # int64 [UNPACKED + TOGETHER], ascending
     vectors: np.ndarray  # float32 [T, G, 2]: a request's queries' products with a segment's vectors
-    digits: np.ndarray  # int8 [T, 2, D]
+    digits: np.ndarray  # int8 [T, DIGITS, D]
     levels: np.ndarray  # uint8 [T, UNPACKED D]: of unpacked rows, as are the next
     level_scales: np.ndarray  # float32 [T, UNPACKED SLICES]
 
@@ -204,7 +204,7 @@ def make_scratch(
         unpacked=np.zeros((threads, UNPACKED + TOGETHER, 1, channels), np.float32),
         order=np.arange(UNPACKED + TOGETHER),
         vectors=np.empty((threads, group, 2), np.float32),
-        digits=np.empty((threads, 2, channels), np.int8),
+        digits=np.empty((threads, DIGITS, channels), np.int8),
         levels=np.empty((threads, UNPACKED * channels), np.uint8),
         level_scales=np.empty((threads, UNPACKED * SLICES), np.float32),
     )

@@ -1,7 +1,7 @@
 """Ours, with other summaries of what is not recalled: mean values in two bits, clusters of clusters, values that move; and
 with other caps of the spread.
 
-By the kernels' references, without codes in the estimate: this measures accuracy, not time.
+By the kernels' references: this measures accuracy, not time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 
 from sglang_clusterkv.kernels.attend.reference import attend
-from sglang_clusterkv.kernels.estimate.reference import estimate
+from sglang_clusterkv.kernels.estimate.reference import estimate, token_logits
 from sglang_clusterkv.kernels.kmeans.reference import labels_of
 from sglang_clusterkv.kernels.merge.reference import Partial, merge, note_mass
 from sglang_clusterkv.kernels.refine.reference import refine
@@ -38,6 +38,7 @@ class Source(NamedTuple):
     q: torch.Tensor  # float32 [B, H, G, D]
     keys: torch.Tensor  # the layer's pool, [slots, H, D]
     values: torch.Tensor
+    code: torch.Tensor | None = None  # as `Recalled` has it, once tokens were recalled
 
     @property
     def view(self) -> LayerView:
@@ -64,7 +65,7 @@ class Source(NamedTuple):
 
 def our_estimate(scores: Scores, left: torch.Tensor, source: Source) -> Partial:
     """As ours: see `kernels.estimate.reference.estimate`."""
-    return estimate(scores, left, source.clusters, source.layer, source.step, source.q, source.scale)
+    return estimate(scores, left, source.clusters, source.layer, source.step, source.q, source.scale, source.code)
 
 
 class ChangedEstimate(ABC):
@@ -99,7 +100,7 @@ class ChangedEstimate(ABC):
         recalled = refine(grouped, scores, candidates, index, layer, step, scale)
         exact = attend(grouped, keys, values, step, recalled.slots, recalled.count, scale)
         self.recalled = recalled.slots, recalled.count
-        whole = self.whole(exact, scores, recalled.left, source)
+        whole = self.whole(exact, scores, recalled.left, source._replace(code=recalled.code))
         note_mass(index.mass_cells[layer, 0], exact.lse, whole.lse)
         return whole.output.flatten(1, 2).to(q.dtype)
 
@@ -363,7 +364,7 @@ class ExactInside(ChangedEstimate):
         rest = (tokens.real & ~recalled.gather(-1, tokens.slot)).unsqueeze(2)
         logits = source.scale * torch.einsum("bhgd,bhtd->bhgt", source.q, tokens.keys)
         logits = logits.masked_fill(~rest, -torch.inf)
-        estimated = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus  # [B, H, G, C]
+        estimated = left.float().log().unsqueeze(2) + token_logits(scores, source.clusters, source.code)  # [B, H, G, C]
         at = tokens.cluster.unsqueeze(2).expand_as(logits)
         highest = torch.full_like(estimated, -torch.inf).scatter_reduce_(-1, at, logits, "amax").nan_to_num(neginf=0.0)
         inside = (logits - highest.gather(-1, at)).exp()
@@ -402,7 +403,7 @@ class MovingValues(ChangedEstimate):
                 covariance = of_rank(covariance, self._rank)
             self._kept[source.layer] = stored, covariance
         ours = our_estimate(scores, left, source)
-        logits = left.float().log().unsqueeze(2) + scores.dot + scores.estimate_bonus
+        logits = left.float().log().unsqueeze(2) + token_logits(scores, source.clusters, source.code)
         mass = (logits - torch.where(ours.lse.isfinite(), ours.lse, 0.0).unsqueeze(-1)).exp()
         wide = mass * source.view.spread[source.rows].float().transpose(1, 2).unsqueeze(2)
         segment = source.segment[:, None, None].expand_as(wide)

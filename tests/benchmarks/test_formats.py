@@ -75,7 +75,7 @@ def test_values_move_as_they_are_served_to_move() -> None:
     """Here by the best factors of their rank, there by some that are next to them: four bits round them differently."""
     world = World(1.0, MOVING)
     served = reference.sparse_decode(*world.arguments)  # type: ignore[arg-type]
-    still, moved = run(world, Format()), run(world, Format(rank=RANK))
+    still, moved = (run(world, Format(codes_in_estimate=True, rank=rank)) for rank in (0, RANK))
     assert (served - moved).norm() < 0.35 * (moved - still).norm()
     assert (moved - still).norm() > 0.005 * still.norm()
 

@@ -34,6 +34,7 @@ from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.kernels.attend.reference import dense_decode
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.decode.cpu import decoder_of
+from sglang_clusterkv.kernels.estimate.reference import token_logits
 from sglang_clusterkv.kernels.refine.reference import refine
 from sglang_clusterkv.kernels.score.reference import score, segment_vectors
 from sglang_clusterkv.kernels.select.reference import select
@@ -365,7 +366,7 @@ def test_inside_clusters_every_token_has_its_exact_share(scene: Scene) -> None:
     exact = [*recalled.slots[b, h, : recalled.count[b, h]].tolist()]
     exact += step.base_slots[b, : step.base_count[b]].tolist()
     weights = {slot: float((SCALE * grouped[b, h, g].double() @ keys[slot, h].double()).exp()) for slot in exact}
-    estimated = (scores.dot + scores.estimate_bonus)[b, h, g].double().exp()
+    estimated = token_logits(scores, scene.index, recalled.code)[b, h, g].double().exp()
     for cluster in range(int(step.page_count[b]) * 2):
         own = tokens.slot[b, h, tokens.real[b, h] & (tokens.cluster[b, h] == cluster)].tolist()
         left = [slot for slot in own if slot not in exact]

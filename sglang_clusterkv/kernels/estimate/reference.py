@@ -47,11 +47,7 @@ def estimate(
         code: as `Recalled` has it; None: codes are not in the estimate.
     """
     view = index.layer(layer)
-    per_token = scores.dot + scores.estimate_bonus  # [B, H, G, C]
-    if code is not None:
-        lost = CODE_LOSS[index.config.code_bits] * scores.bonus.clamp(max=SPREAD_CAP)
-        per_token = torch.where(code == -torch.inf, per_token, code + lost)
-    logits = left.float().log().unsqueeze(2) + per_token
+    logits = left.float().log().unsqueeze(2) + token_logits(scores, index, code)  # [B, H, G, C]
     lse = logits.logsumexp(-1)
     # A request whose clusters were all recalled has nothing to estimate: its weight is zero, not NaN.
     weights = (logits - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()
@@ -78,6 +74,15 @@ def estimate(
         wide = rest.new_zeros(by_segment.shape).scatter_add_(-1, segment, weights * spread)
         output = output + index.config.estimate_spread * scale * moved(wide, q, index, layer, step)
     return Partial(output, lse)
+
+
+def token_logits(scores: Scores, index: ClusterIndex, code: torch.Tensor | None) -> torch.Tensor:
+    """Logits of one token of each cluster that is left, float32 [B, H, G, C]; code: as `estimate` takes it."""
+    of_means = scores.dot + scores.estimate_bonus
+    if code is None:
+        return of_means
+    lost = CODE_LOSS[index.config.code_bits] * scores.bonus.clamp(max=SPREAD_CAP)
+    return torch.where(code == -torch.inf, of_means, code + lost)
 
 
 def moved(wide: torch.Tensor, q: torch.Tensor, index: ClusterIndex, layer: int, step: SparseStep) -> torch.Tensor:

@@ -121,8 +121,17 @@ def value_kernel(
 
 @triton.jit
 def restarted(before, behind):
-    """A sum that goes on with `behind`, or begins with it where that is negative: sums are negative that have begun."""
-    return tl.where(behind < 0, behind, tl.where(before < 0, before - behind, before + behind))
+    """A sum, float32, that goes on with `behind`, or begins with it if that is negative: sums are negative that have begun."""
+    sign = before.to(tl.int32, bitcast=True) & -0x80000000
+    added = before + (behind.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return tl.where(behind < 0, behind, added)
+
+
+@triton.jit
+def sums_of_runs(x, begins):
+    """At each place the sum, float32, of x (not negative) since its run began, and a little that counts nothing."""
+    x += LEAST_SUM
+    return tl.abs(tl.associative_scan(tl.where(begins, -x, x), 0, restarted))
 
 
 @triton.jit
@@ -137,15 +146,13 @@ def put_codes(
     """
     before = (tl.load(candidates + k - 1, mask=there & (k > 0), other=-1) >> 32).to(tl.int32)
     behind = (tl.load(candidates + k + 1, mask=k + 1 < count, other=-1) >> 32).to(tl.int32)
-    begins, live = cluster != before, k < count
-    number = tl.where(live, rest.to(tl.int32) + 0x10000, 0)
-    number = tl.abs(tl.associative_scan(tl.where(begins & live, -number, number), 0, restarted)) & 0xFFFF
-    last = live & (cluster != behind) & (number > 0)
-    log_number = log2(tl.maximum(number, 1).to(tl.float32))
+    begins = cluster != before
+    number = sums_of_runs(rest.to(tl.float32), begins)
+    last = (k < count) & (cluster != behind) & (number >= 1)
+    log_number = log2(number)
     for g in range(GROUP):  # unrolled it would spill
         mass = tl.load(by_code + g * candidates_stride + k, mask=there, other=0.0)
-        mass = tl.where(rest, mass, 0.0) + LEAST_SUM
-        mass = tl.abs(tl.associative_scan(tl.where(begins, -mass, mass), 0, restarted))
+        mass = sums_of_runs(tl.where(rest, mass, 0.0), begins)
         logit = (log2(mass) - log_number) * LN_2 + tl.load(total + g)
         tl.store(dot + g * clusters_stride + cluster, logit, mask=last)
     wide = tl.load(spread + cluster, mask=last, other=0.0).to(tl.float32)

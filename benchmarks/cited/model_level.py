@@ -343,6 +343,21 @@ def _(found: Any) -> Rows:
     return rows
 
 
+@figures("values-and-codes", QUALITY, "quality-model-20261130-034413")
+def _(found: Any) -> Rows:
+    arms = Arms(found)
+    neither, codes = "-moving_values never, estimate_codes False", "-moving_values never"
+    rows: Rows = []
+    for change in (neither, "-estimate_codes False", codes, ""):
+        cells: list[str | None] = [None, arms.kib(f"ours-256{change}")]
+        for budget in (256, 512):
+            name = f"ours-{budget}{change}"
+            ratio = arms.over(name, f"ours-{budget}{neither}") if change != neither else ""
+            cells += [arms.kl_interval(name), ratio, arms.answers(name)]
+        rows.append(cells)
+    return rows
+
+
 @figures("shared-budgets", QUALITY, "quality-model-20261128-092825")
 def _(found: Any) -> Rows:
     arms = Arms(found)

@@ -101,7 +101,8 @@ def _path_of(frames: Frames) -> tuple[str, ...]:
         caller = frames[place + 1] if place + 1 < len(frames) else None
         within = ""
         if caller is not None and caller[0].startswith(str(ROOT)):
-            within = " @ " + _enclosing(caller[0]).lines[caller[1] - 1].strip()
+            calls = _enclosing(caller[0]).lines[caller[1] - 1 : caller[1]]  # none where the compiler made up a line
+            within = "".join(f" @ {call.strip()}" for call in calls)
         path += [what + within for what in known.around.get(line, ())]
     return tuple(path)
 
@@ -203,15 +204,17 @@ _LOOPS = {
     "masses": "for range(begin, end, BLOCK)",
     "firsts": "for range(0, clusters, BLOCK) @ count = _list_firsts(",
     "halvings": "while (high - low > 1) & (from_low - above > 1) @ low, high, room, between = bracket(",
-    "own_list": "for range(0, clusters, BLOCK) @ list_own(",
+    "own_list": "for range(0, clusters, BLOCK) @ low, high, last = list_most(",
+    "short_list": "for range(0, clusters, BLOCK) @ list_most(",
     "base_rows": "for range(begin_tile, ",
     "recalled_rows": "for range(tl.maximum(begin_tile, base_tiles), ",
     "own_tiles": "for range(begin, end, BLOCK) @ own_part(",
     "rest_tiles": "for range(begin, end, BLOCK)",
     "rest_segments": "for range(tl.load(segment_of_page",
 }
-_SCORE, _ATTEND, _MERGE = "score int4 D=128 G=4", "attend D=128 G=4", "merge D=128"
-_ESTIMATE = "estimate int4 D=128 G=4 C=4,096"
+_SCORE, _MERGE = "score int4 D=128 G=4", "merge D=128"
+_JOINED = "attend and estimate int4 D=128 G=4 C=4,096"
+_SHORT_CHOICE = "refine recall K=2048 O=512 R=512 C=131,072"
 _CLUSTERS = {"if part < base_programs": 0, _LOOPS["requests"]: 1}
 _TOKENS = {"else part < base_programs": 0, "if ROTATE and part < 0": 0}
 _ROTATION = {"else part < base_programs": 0, "if part >= 0": 0, "for range(0, CHANNELS, BLOCK)": 4}
@@ -221,10 +224,13 @@ _MANY_HELD = {
     "else clusters <= MANY": 0, "else LARGE": 0,
 }  # fmt: skip
 _NO_CODES = {"if CODES": 0}
+_FEW_HELD = {"if clusters == 0": 0, "if clusters <= FEW": 1, "else clusters <= FEW": 0}
 _NO_TIES = {"if between > room": 0}
+_CHOICE, _SHORTLIST = {"if shortens": 0, "if between > 1": 0}, {"else shortens": 0} | _NO_TIES
 _MASSES = {"if clusters == 0": 0}
-_OWN = {"else part < own_parts": 0}
-_REST = {"if part < own_parts": 0}
+_ATTENDED = {"if part < parts": 0}
+_OWN = {"else part < parts": 0, "else part < own_parts": 0}
+_REST = {"else part < parts": 0, "if part < own_parts": 0}
 
 PIECES = {
     "score, a program of clusters": Piece(_SCORE, _CLUSTERS),
@@ -238,16 +244,19 @@ PIECES = {
     **{
         f"{name}{text}": piece
         for text, masses, case, held in (
-            ("", "select masses C=4096 G=4", "select C=4096 K=2048", _HELD),
-            (", large", "select masses C=131072 G=4", "select C=131072 K=2048", _MANY_HELD),
+            ("", "select masses C=4096 G=4", "select C=4096 K=2048 short", _HELD),
+            (", large", "select masses C=131072 G=4", "select C=131072 K=2048 short", _MANY_HELD),
         )
         for name, piece in {
             "masses, a program": Piece(masses, _MASSES),
             "masses, tiles of log-sum-exps": _added(masses, _MASSES, lses=1),
             "masses, a block": _added(masses, _MASSES, masses=1),
-            "select, a program": Piece(case, held | {"if between > 1": 0}),
-            "select, a halving": _added(case, held | {"if between > 1": 0}, halvings=1),
-            "select, a block of the list": _added(case, held | {"if between > 1": 0}, firsts=1),
+            "select, a program": Piece(case, held | _CHOICE),
+            "select, a halving": _added(case, held | _CHOICE, halvings=1),
+            "select, a block of the list": _added(case, held | _CHOICE, firsts=1),
+            "shortlist, a program": Piece(case, held | _SHORTLIST),
+            "shortlist, a halving": _added(case, held | _SHORTLIST, halvings=1),
+            "shortlist, a block": _added(case, held | _SHORTLIST, short_list=1),
         }.items()
     },
     **{
@@ -261,8 +270,9 @@ PIECES = {
     **{
         f"{name}{text}": piece
         for text, case, held in (
-            ("", "refine recall K=2048 C=4,096", _HELD | _NO_TIES),
-            (", large", "refine recall K=2048 C=131,072", _MANY_HELD | _NO_TIES),
+            (", few", "refine recall K=2048 O=512 R=512 C=1,024", _FEW_HELD | _NO_TIES),
+            ("", "refine recall K=2048 O=512 R=512 C=1,024", _HELD | _NO_TIES),
+            (", large", "refine recall K=2048 O=4,096 R=512 C=131,072", _MANY_HELD | _NO_TIES),
         )
         for name, piece in {
             "choice, a program": Piece(case, held | _NO_CODES),
@@ -271,13 +281,16 @@ PIECES = {
             "choice, codes": Piece(case, held | {"for range(GROUP)": 4}, held | _NO_CODES),
         }.items()
     },
-    "attend, a program": Piece(_ATTEND, {}),
-    "attend, a tile of the base": _added(_ATTEND, {}, base_rows=1),
-    "attend, a tile of recalled tokens": _added(_ATTEND, {}, recalled_rows=1),
-    "estimate, a program of own values": Piece(_ESTIMATE, _OWN),
-    "estimate, a tile of own values": _added(_ESTIMATE, _OWN, own_tiles=1),
-    "estimate, a program of the rest": Piece(_ESTIMATE, _REST),
-    "estimate, a tile of the rest": _added(_ESTIMATE, _REST, rest_tiles=1, rest_segments=1),
+    "choice, a program, short": Piece(_SHORT_CHOICE, _NO_TIES | _NO_CODES),
+    "choice, a halving of each, short": _added(_SHORT_CHOICE, _NO_TIES, halvings=1),
+    "choice, codes, short": Piece(_SHORT_CHOICE, _NO_TIES | {"for range(GROUP)": 4}, _NO_TIES | _NO_CODES),
+    "attend and estimate, a program of tokens": Piece(_JOINED, _ATTENDED),
+    "attend and estimate, a tile of the base": _added(_JOINED, _ATTENDED, base_rows=1),
+    "attend and estimate, a tile of recalled tokens": _added(_JOINED, _ATTENDED, recalled_rows=1),
+    "attend and estimate, a program of own values": Piece(_JOINED, _OWN),
+    "attend and estimate, a tile of own values": _added(_JOINED, _OWN, own_tiles=1),
+    "attend and estimate, a program of the rest": Piece(_JOINED, _REST),
+    "attend and estimate, a tile of the rest": _added(_JOINED, _REST, rest_tiles=1, rest_segments=1),
     "merge, a program": Piece(_MERGE, {"for range(0, parts, ": 1}),  # all parts at once
 }
 

@@ -222,13 +222,17 @@ def kmeans_comparison(scene: Scene, repeats: int) -> list[dict[str, Any]]:
 
 
 def model_ms(scene: Scene) -> dict[str, list[float]]:
-    """What the model of the step predicts: milliseconds of all layers at each of `BANDWIDTHS_TBS`, by operation."""
+    """What the model of the step predicts: milliseconds of all layers at each of `BANDWIDTHS_TBS`, by operation.
+
+    The whole step has attend and the estimate as one launch, beside which they are measured alone.
+    """
     shape = StepShape(*scene.shape, scene.batch, scene.context + 1, scene.dtype.itemsize, PAGE_SIZE)
-    sparse, dense = sparse_launches(shape, scene.config), dense_launches(shape)
+    single, sparse = (sparse_launches(shape, scene.config, joined=joined) for joined in (False, True))
+    dense = dense_launches(shape)
 
     def of(launches: list[Launch]) -> list[float]:
         return [shape.layers * sum(launch.microseconds(tbs) for launch in launches) / 1000 for tbs in BANDWIDTHS_TBS]
 
-    names = dict.fromkeys(OF_LAUNCH.get(launch.name, launch.name) for launch in sparse)
-    alone = {name: of([one for one in sparse if OF_LAUNCH.get(one.name, one.name) == name]) for name in names}
+    names = dict.fromkeys(OF_LAUNCH.get(launch.name, launch.name) for launch in single)
+    alone = {name: of([one for one in single if OF_LAUNCH.get(one.name, one.name) == name]) for name in names}
     return alone | {STEP: of(sparse), OUR_DENSE: of(dense)}

@@ -72,8 +72,8 @@ def loop_divisions(ptx: str) -> int:
     return sum(any(begin < match.start() < end for begin, end in loops) for match in _DIVISION.finditer(ptx))
 
 
-def _source(case: CompileCase) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton compiles for a case, and with which options."""
+def _source(case: CompileCase, target: int) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles for a case on a target, and with which options."""
     names = case.kernel.arg_names
     unknown = {*case.signature, *case.constexprs, *case.aligned} ^ set(names)
     assert not unknown, f"{case.name}: not in both the kernel and the case: {sorted(unknown)}"
@@ -83,12 +83,13 @@ def _source(case: CompileCase) -> tuple[ASTSource, dict[str, Any]]:
         constexprs=dict(case.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
-    return source, {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    limit = case.register_limits.get(target)
+    return source, {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": limit}
 
 
 def hash_of(case: CompileCase, target: int) -> str:
     """Of all that the result depends on: Triton's own key, and how the machine code is read."""
-    source, options = _source(case)
+    source, options = _source(case, target)
     backend = make_backend(GPUTarget("cuda", target, 32))
     key = get_cache_key(source, backend, backend.parse_options(options), env_vars={})
     return hashlib.sha256((key + READER).encode()).hexdigest()[:24]
@@ -96,7 +97,7 @@ def hash_of(case: CompileCase, target: int) -> str:
 
 def compile_for(case: CompileCase, target: int) -> Compiled:
     """Compile one case for one target and read what came out."""
-    source, options = _source(case)
+    source, options = _source(case, target)
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -121,7 +122,7 @@ def compile_for(case: CompileCase, target: int) -> Compiled:
 
 def listing_of(case: CompileCase, target: int) -> str:
     """Machine code of a case, each instruction below the source lines that it is from, through all inlined functions."""
-    source, options = _source(case)
+    source, options = _source(case, target)
     with triton.knobs.compilation.scope():
         # What was compiled before names the lines, and the folder, of that time.
         triton.knobs.compilation.always_compile = True

@@ -94,7 +94,7 @@ def host_row_bytes(shape: StepShape, host_dtype: str) -> int:
 def tier_launches(shape: StepShape, config: ClusterKVConfig, host_dtype: str, hit: float) -> list[Launch]:
     """As `sparse_launches`; the rows that the device does not have, 1 - hit of them, are read from the host."""
     found = []
-    for launch in sparse_launches(shape, config):
+    for launch in sparse_launches(shape, config, joined=False):
         if launch.name == "attend":
             missed = round(shape.pairs * lists_of(shape, config).recalled * (1 - hit))
             launch = launch._replace(

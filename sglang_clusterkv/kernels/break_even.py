@@ -29,6 +29,6 @@ class BreakEven(NamedTuple):
         return covered_bytes >= max(self.least_bytes, self.bytes_per_pair * pairs)
 
 
-# By the model of a step's time on an H200 (`step_time.py`, `python -m benchmarks.break_even`), none of it measured: 115,000
-# tokens of Llama-3.1-8B's kv heads in bf16, or 5,500 for each request.
-MODELLED = BreakEven(bytes_per_pair=2.8e6, least_bytes=470e6)
+# By the model of a step's time on an H200 (`step_time.py`, `python -m benchmarks.break_even`), none of it measured: 73,000
+# tokens of Llama-3.1-8B's kv heads in bf16, or 4,700 for each request.
+MODELLED = BreakEven(bytes_per_pair=2.4e6, least_bytes=300e6)

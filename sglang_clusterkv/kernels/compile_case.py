@@ -28,6 +28,8 @@ class CompileCase:
             aligned is loaded piecewise.
         num_warps: as the launch has it.
         num_stages: as the launch has it.
+        register_limits: target -> most registers per thread that the launch lets ptxas take; as many as it likes where there is
+            none (`register_limit` in kernels/triton_rows.py).
         tensor_cores: least number of tensor-core instructions; 0 where no `tl.dot` is meant to use them.
         loads_128: least number of 16-byte loads from global memory, to registers or to shared memory (LDG.128, LDGSTS.128).
         async_loads_128: least number of asynchronous 16-byte loads to shared memory (LDGSTS.128).
@@ -42,6 +44,7 @@ class CompileCase:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    register_limits: Mapping[int, int] = field(default_factory=dict)
     tensor_cores: int = 0
     loads_128: int = 0
     async_loads_128: int = 0

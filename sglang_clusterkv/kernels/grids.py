@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS
+from sglang_clusterkv.kernels.workspace import MOST_SHORT, SCORE_CLUSTERS, SCORE_TOKENS
 
 TOKENS_PER_SPLIT = 128  # of attend's list; fewer are not worth a program
 LEAST_OWN = 128  # clusters, each with its own mean value, that are worth a program of the estimate
@@ -23,6 +23,8 @@ FEW_CANDIDATES, MANY_CANDIDATES = 64, 256  # per program of refine's values
 CANDIDATE_PROGRAMS = 264  # two: then a program takes many candidates
 ESTIMATE_PROGRAMS = 528  # four, of both kinds together
 MOST_ESTIMATE_PARTS = 32  # of a (request, kv head)
+PARTS_PROGRAMS = 396  # three, of attend and both kinds of the estimate together
+LEAST_PARTS, MOST_PARTS = 4, 64  # of them, for a (request, kv head)
 
 
 class ScorePrograms(NamedTuple):
@@ -48,6 +50,20 @@ def mass_parts(pairs: int, clusters: int) -> int:
 def select_block(large: bool) -> int:
     """Clusters that select lists at a time; large: it may have more than 4,096."""
     return 4096 if large else 1024
+
+
+def own_shortlist(clusters: int, own: int, budget: int) -> int:
+    """Clusters, up to a power of two, that the program which recalls looks at to choose `own` of up to `clusters`; 0: all.
+
+    Recalling takes tokens from no more than `budget` clusters, and only lowers a mass. So the `own` largest masses are among
+    the own + budget largest that there were before, which select's launch lists meanwhile.
+    """
+    short = _power_of_2(own + budget)
+    return short if own + budget <= MOST_SHORT and short < _power_of_2(clusters) else 0
+
+
+def _power_of_2(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def candidate_tile(pairs: int, candidates: int, channels: int = 128) -> int:
@@ -89,3 +105,43 @@ def estimate_parts(pairs: int, clusters: int, estimate_clusters: int) -> Estimat
     share = OWN_WORK * own_clusters / (OWN_WORK * own_clusters + clusters)
     own = max(1, min(round(parts * share), -(-own_clusters // LEAST_OWN)))
     return EstimateParts(own, min(parts - own, -(-clusters // LEAST_REST)))
+
+
+class Parts(NamedTuple):
+    """Programs of a (request, kv head) in the launch of attend and the estimate; each leaves one part."""
+
+    splits: int  # of attend's list
+    own: int  # of the estimate, as in `EstimateParts`
+    rest: int
+
+
+# What programs execute, and for each tile of 64 tokens, 32 clusters or 256: roughly (kernels/instruction_counts.py).
+ATTEND_WORK, OWN_PART_WORK, REST_WORK = (950, 450), (470, 460), (570, 900)
+
+
+def part_programs(pairs: int) -> int:
+    """Programs of attend and the estimate together per (request, kv head): all are resident at once if there are few."""
+    return max(LEAST_PARTS, min(PARTS_PROGRAMS // pairs, MOST_PARTS))
+
+
+def divided(programs: int, base: int, recalled: int, clusters: int, limit: int) -> Parts:
+    """How the programs of a (request, kv head) divide its work, which each of them finds out for itself (`division`, in
+    decode/triton_parts.py): kinds have as many as their work is, and one each at least.
+
+    Args:
+        programs: of all kinds; 3 or more.
+        base: always-attended tokens.
+        recalled: tokens.
+        clusters: of the request.
+        limit: of them that are estimated at their own mean value.
+    """
+    tiles = -(-base // 64) + -(-recalled // 64), -(-min(clusters, limit) // 32), -(-clusters // 256)
+    attend, own, rest = (a + b * n for (a, b), n in zip((ATTEND_WORK, OWN_PART_WORK, REST_WORK), tiles, strict=True))
+    if clusters <= limit:
+        rest = 0
+    whole = attend + own + rest
+    splits = max(1, min((programs * attend + whole // 2) // whole, programs - 2))
+    if clusters <= limit:
+        return Parts(splits, programs - splits, 0)
+    owned = max(1, min((programs * own + whole // 2) // whole, programs - 1 - splits))
+    return Parts(splits, owned, programs - splits - owned)

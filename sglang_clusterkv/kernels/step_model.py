@@ -22,6 +22,7 @@ BANDWIDTHS_TBS = (3.35, 4.8)  # H100 SXM, H200
 # Rows from pinned memory over PCIe 5: as long copies, and a fifth of it, as scattered rows may be.
 BUSES_GBS = (50.0, 10.0)
 LAUNCH_US = 2.5  # inside a captured graph
+JOINED = "attend and estimate"
 _INT, _LONG, _FLOAT, _HALF = 4, 8, 4, 2  # bytes
 
 
@@ -108,21 +109,33 @@ def lists_of(shape: StepShape, config: ClusterKVConfig) -> Lists:
     )
 
 
-def sparse_launches(shape: StepShape, config: ClusterKVConfig) -> list[Launch]:
-    """The launches of one layer of a sparse step."""
+def sparse_launches(shape: StepShape, config: ClusterKVConfig, *, joined: bool = True) -> list[Launch]:
+    """The launches of one layer of a sparse step; joined: attend and the estimate are one, if there is an estimate."""
     lists = lists_of(shape, config)
-    parts = grids.EstimateParts(0, 0)
-    if config.estimate:
-        parts = grids.estimate_parts(shape.pairs, lists.clusters, config.estimate_clusters)
-    splits = grids.split_count(shape.pairs, lists.base + config.budget_tokens)
+    joined = joined and config.estimate
+    if joined:
+        splits, *of = parts_of(shape, config, lists)
+        parts = grids.EstimateParts(*of)
+    else:
+        splits, parts = grids.split_count(shape.pairs, lists.base + config.budget_tokens), grids.EstimateParts(0, 0)
+        if config.estimate:
+            parts = grids.estimate_parts(shape.pairs, lists.clusters, config.estimate_clusters)
     launches = [_score(shape, config, lists), *_select(shape, config, lists)]
     chosen = _own_bytes(shape, config, lists) if parts.rest else 0
     launches += _refine(shape, config, lists, chosen) if config.refine else _recall_all(shape, config, lists, chosen)
-    launches.append(_attend(shape, lists, splits))
-    if config.estimate:
-        launches.append(_estimate(shape, config, lists, parts))
+    attend, estimate = _attend(shape, lists, splits), _estimate(shape, config, lists, parts)
+    if joined:
+        launches.append(Launch(JOINED, attend.programs + estimate.programs, attend.bytes + estimate.bytes))
+    else:
+        launches += [attend, estimate] if config.estimate else [attend]
     launches.append(_merge(shape, splits + sum(parts)))
     return launches
+
+
+def parts_of(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> grids.Parts:
+    """How the programs of the launch of attend and the estimate divide the work of a (request, kv head)."""
+    programs = grids.part_programs(shape.pairs)
+    return grids.divided(programs, lists.base, lists.recalled, lists.clusters, config.estimate_clusters)
 
 
 def dense_launches(shape: StepShape) -> list[Launch]:
@@ -137,25 +150,25 @@ def dense_launches(shape: StepShape) -> list[Launch]:
 def table(shape: StepShape, config: ClusterKVConfig, bandwidths_tbs: Sequence[float] = BANDWIDTHS_TBS) -> str:
     """The launches of one layer, their sums, and those of the whole step, sparse and dense, as lines of text."""
     steps = {"sparse": sparse_launches(shape, config), "dense": dense_launches(shape)}
-    header = f"{'launch':16} {'programs':>8} {'waves':>6} {'MB':>9}"
+    header = f"{'launch':20} {'programs':>8} {'waves':>6} {'MB':>9}"
     lines = [header + "".join(f" {f'us at {tbs}':>12}" for tbs in bandwidths_tbs)]
     for launch in steps["sparse"] + steps["dense"]:
         times = "".join(f" {launch.microseconds(tbs):>12.1f}" for tbs in bandwidths_tbs)
-        lines.append(f"{launch.name:16} {launch.programs:>8,} {launch.waves:>6.2f} {launch.bytes / 1e6:>9.2f}{times}")
+        lines.append(f"{launch.name:20} {launch.programs:>8,} {launch.waves:>6.2f} {launch.bytes / 1e6:>9.2f}{times}")
     totals = {
         name: [sum(x.microseconds(tbs) for x in launches) for tbs in bandwidths_tbs] for name, launches in steps.items()
     }
     for name, launches in steps.items():
         megabytes = sum(launch.bytes for launch in launches) / 1e6
         times = "".join(f" {time:>12.1f}" for time in totals[name])
-        lines.append(f"{f'{name}, one layer':32} {megabytes:>9.2f}{times}")
+        lines.append(f"{f'{name}, one layer':36} {megabytes:>9.2f}{times}")
     for name, times_us in totals.items():
         lines.append(
-            f"{f'{name}, {shape.layers} layers, ms':42}"
+            f"{f'{name}, {shape.layers} layers, ms':46}"
             + "".join(f" {time * shape.layers / 1e3:>12.3f}" for time in times_us)
         )
     ratios = [dense / sparse for dense, sparse in zip(totals["dense"], totals["sparse"], strict=True)]
-    lines.append(f"{'dense over sparse':42}" + "".join(f" {ratio:>12.1f}" for ratio in ratios))
+    lines.append(f"{'dense over sparse':46}" + "".join(f" {ratio:>12.1f}" for ratio in ratios))
     return "\n".join(lines)
 
 
@@ -198,15 +211,28 @@ def _select(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> list[Lau
     sums = (parts * (tokens + 2 * clusters) + 1) * shape.group * _FLOAT
     masses = shape.pairs * (sums + 2 * lists.clusters * _FLOAT) + shape.batch * lists.pages * _LONG
     chosen = lists.clusters * (_FLOAT + _INT) + lists.candidates * (_INT + _LONG)
+    short = short_of(config, lists)
+    if short:
+        chosen += lists.clusters * (_FLOAT + _INT) + short * _INT
     return [
         Launch("select: masses", shape.pairs * parts, _logit_bytes(shape, lists) + masses),
-        Launch("select: clusters", shape.pairs, shape.pairs * chosen),
+        Launch("select: clusters", shape.pairs * (1 + bool(short)), shape.pairs * chosen),
     ]
 
 
+def short_of(config: ClusterKVConfig, lists: Lists) -> int:
+    """Clusters of the shortlist that select's launch makes; 0: it makes none."""
+    own, budget = config.estimate_clusters, config.budget_tokens
+    made = config.refine and config.estimate and grids.own_shortlist(lists.clusters, own, budget)
+    return min(own + budget, lists.clusters) if made else 0
+
+
 def _own_bytes(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> int:
-    """For the list of clusters that are estimated at their own mean value: what is left of all, and the list with its edge."""
-    return shape.pairs * (lists.clusters * (_FLOAT + _INT) + (min(config.estimate_clusters, lists.clusters) + 3) * _INT)
+    """For the list of clusters that are estimated at their own mean value: what is left of those it is chosen from, and the
+    list with its edge."""
+    short = short_of(config, lists)
+    of = short * (_FLOAT + 2 * _INT) if short else lists.clusters * (_FLOAT + _INT)
+    return shape.pairs * (of + (min(config.estimate_clusters, lists.clusters) + 3) * _INT)
 
 
 def _refine(shape: StepShape, config: ClusterKVConfig, lists: Lists, chosen: int) -> list[Launch]:

@@ -8,17 +8,25 @@ per cycle and resident warp, 2.2 at most; this may be wrong by half either way, 
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.instruction_counts import PIECES
-from sglang_clusterkv.kernels.step_model import SMS, dense_launches, lists_of, sparse_launches
+from sglang_clusterkv.kernels.step_model import (
+    JOINED,
+    SMS,
+    dense_launches,
+    lists_of,
+    parts_of,
+    short_of,
+    sparse_launches,
+)
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sglang_clusterkv.config import ClusterKVConfig
     from sglang_clusterkv.kernels.step_model import Launch, Lists, StepShape
 
@@ -64,11 +72,63 @@ class Time(NamedTuple):
     likely: float
 
 
-def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
+class MixedWork(NamedTuple):
+    """What a launch of programs of several kinds executes.
+
+    Attributes:
+        programs: instructions of all warps of each program, in the order in which they start.
+        warps: of a program.
+        resident: programs that fit an SM.
+    """
+
+    programs: Sequence[float]
+    warps: int
+    resident: int
+
+    def floor_us(self) -> float:
+        """Four instructions per cycle and SM; and no program is faster than its warps, one each."""
+        return max(sum(self.programs) / SMS / FLOOR_PER_CYCLE, max(self.programs) / self.warps) / CYCLES_PER_US
+
+    def likely_us(self, programs: int) -> float:
+        """Each program starts where one ends first; so many run on an SM all the time."""
+        assert programs == len(self.programs), (programs, len(self.programs))
+        resident = min(self.resident, -(-programs // SMS))
+        per_cycle = min(LIKELY_PER_CYCLE, LIKELY_PER_WARP * self.warps * resident) / resident
+        places = [0.0] * (SMS * resident)
+        for instructions in self.programs:
+            heapq.heapreplace(places, places[0] + instructions)
+        return max(places) / per_cycle / CYCLES_PER_US
+
+
+def _joined(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> MixedWork:
+    """Attend and the estimate, in the order of their programs."""
+    parts, scaled = parts_of(shape, config, lists), shape.head_dim / 128
+    rest, own = PIECES["attend and estimate, a tile of the rest"], PIECES["attend and estimate, a tile of own values"]
+    base, recalled = (
+        PIECES["attend and estimate, a tile of the base"],
+        PIECES["attend and estimate, a tile of recalled tokens"],
+    )
+    tiles = [
+        ("the rest", [rest] * -(-lists.clusters // 256), parts.rest),
+        ("own values", [own] * -(-min(config.estimate_clusters, lists.clusters) // 32), parts.own),
+        ("tokens", [base] * -(-lists.base // 64) + [recalled] * -(-lists.recalled // 64), parts.splits),
+    ]
+    found: list[float] = []
+    for kind, work, programs in tiles:
+        share = -(-len(work) // max(1, programs))
+        for program in range(programs):
+            of = PIECES[f"attend and estimate, a program of {kind}"] + sum(
+                work[program * share : (program + 1) * share]
+            )
+            found += [4 * scaled * of] * shape.pairs
+    return MixedWork(found, 4, 3)
+
+
+def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work | MixedWork]:
     """What the launches of one layer execute, by name. Counted at head_dim 128; other sizes are taken as proportional."""
     lists, pairs = lists_of(shape, config), shape.pairs
     large = ", large" if lists.clusters > 4096 else ""
-    warps, listed, tiles = (16, 4096, 64) if large else (8, 2048, 16)
+    tiles = 64 if large else 16
     score = _score(shape, config, lists)
     shares = grids.mass_parts(pairs, lists.clusters)
     masses = (
@@ -76,48 +136,49 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work]:
         + PIECES[f"masses, tiles of log-sum-exps{large}"] * shares * -(-lists.clusters // (SCORE_CLUSTERS * tiles))
         + PIECES[f"masses, a block{large}"] * max(shares, -(-lists.clusters // grids.MASS_BLOCK))
     )
-    select = (
-        PIECES[f"select, a program{large}"]
-        + PIECES[f"select, a halving{large}"] * HALVINGS
-        + PIECES[f"select, a block of the list{large}"] * -(-lists.clusters // grids.select_block(bool(large)))
-    )
+    select, choice = _choices(shape, config, lists)
     tile = grids.candidate_tile(pairs, config.candidate_tokens)
     by_code = config.estimate and config.estimate_codes
     values = PIECES[f"values, {tile}"] + by_code * PIECES[f"values, {tile}, codes"] * shape.group / 4
     values *= -(-config.candidate_tokens // tile)
-    choice = (
-        PIECES[f"choice, a program{large}"]
-        + PIECES[f"choice, a halving of each{large}"] * HALVINGS
-        + PIECES[f"choice, a block of the list{large}"] * -(-lists.clusters // listed)
-        + by_code * PIECES[f"choice, codes{large}"] * (shape.group + 1) / 5  # a scan for each query head, and one
-    )
-    splits = grids.split_count(pairs, lists.base + lists.recalled)
-    attend = (
-        PIECES["attend, a program"] * splits
-        + PIECES["attend, a tile of the base"] * -(-lists.base // 64)
-        + PIECES["attend, a tile of recalled tokens"] * -(-lists.recalled // 64)
-    )
-    parts = grids.estimate_parts(pairs, lists.clusters, config.estimate_clusters)
-    own = min(config.estimate_clusters, lists.clusters)
-    own_tiles = parts.own * math.ceil(math.ceil(own / parts.own) / 32)
-    rest_tiles = max(parts.rest, -(-lists.clusters // 256))
-    estimate = (
-        PIECES["estimate, a program of own values"] * parts.own
-        + PIECES["estimate, a tile of own values"] * own_tiles
-        + (PIECES["estimate, a program of the rest"] * parts.rest + PIECES["estimate, a tile of the rest"] * rest_tiles)
-        * bool(parts.rest)
-    )
     scaled = shape.head_dim / 128
     return {
         "score": Work(score * 4 * scaled, 4, 3),
         "select: masses": Work(pairs * masses * 4, 4, 8),
-        "select: clusters": Work(pairs * select * warps, warps, 1 if large else 2),
+        "select: clusters": Work(pairs * select.instructions, select.warps, select.resident),
         "refine: values": Work(pairs * values * 4 * scaled, 4, 10 if tile == grids.FEW_CANDIDATES else 4),
-        "refine: choice": Work(pairs * choice * warps, warps, 1 if large else 2 if by_code else 3),
-        "attend": Work(pairs * attend * 4 * scaled, 4, 4),
-        "estimate": Work(pairs * estimate * 4 * scaled, 4, 4),
+        "refine: choice": Work(pairs * choice.instructions, choice.warps, choice.resident),
+        JOINED: _joined(shape, config, lists),
         "merge": Work(pairs * shape.group * PIECES["merge, a program"] * 4, 4, 8),
     }
+
+
+def _choices(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> tuple[Work, Work]:
+    """What select of clusters, and the choice of tokens, execute for a (request, kv head)."""
+    clusters, short = lists.clusters, short_of(config, lists)
+    large = clusters > 4096
+    of = ", large" if large else ""
+    warps, listed = (16, 4096) if large else (8, 2048)
+    select = (
+        PIECES[f"select, a program{of}"]
+        + PIECES[f"select, a halving{of}"] * HALVINGS
+        + PIECES[f"select, a block of the list{of}"] * -(-clusters // grids.select_block(large))
+    )
+    shortlist = (
+        PIECES[f"shortlist, a program{of}"]
+        + PIECES[f"shortlist, a halving{of}"] * HALVINGS
+        + PIECES[f"shortlist, a block{of}"] * -(-clusters // listed)
+    )
+    both = 2 * max(select, shortlist) if short else select  # side by side, so each takes as long as the longer
+    chosen = Work(both * warps, warps, 1 if large else 2)
+    of = ", short" if short else ", few" if clusters <= 1024 else of
+    by_code = config.estimate and config.estimate_codes
+    choice: float = PIECES[f"choice, a program{of}"] + PIECES[f"choice, a halving of each{of}"] * HALVINGS
+    choice += by_code * PIECES[f"choice, codes{of}"] * (shape.group + 1) / 5  # a scan for each query head, and one
+    if short:
+        return chosen, Work(choice * 8, 8, 2 if by_code else 3)
+    choice += PIECES[f"choice, a block of the list{of}"] * -(-clusters // listed)
+    return chosen, Work(choice * warps, warps, 1 if large else 2 if by_code else 3)
 
 
 def _score(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> float:

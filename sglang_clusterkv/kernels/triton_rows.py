@@ -9,7 +9,9 @@ Triton's interpreter multiplies the raw bits of bf16 in `tl.dot`, so it computes
 
 from __future__ import annotations
 
+import functools
 import struct
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -245,6 +247,24 @@ def row_arguments(codec: RowCodec) -> tuple[dict[str, str], dict[str, None]]:
 def is_interpreted() -> bool:
     """Whether this module's kernels, and those defined with them, run in Triton's interpreter."""
     return not isinstance(int4_slices, triton.JITFunction)
+
+
+@functools.cache
+def _capability() -> int:
+    """10 times the compute capability of this process's GPU; 0: there is none."""
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def register_limit(limits: Mapping[int, int]) -> dict[str, int]:
+    """The option of a launch that limits registers to what `limits` has for this GPU, see `CompileCase`.
+
+    Where ptxas takes a few more than let another program fit an SM, or spills some to let it fit.
+    """
+    limit = limits.get(_capability())
+    return {} if limit is None else {"maxnreg": limit}
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -25,6 +25,7 @@ import torch
 
 SCORE_CLUSTERS = 256  # clusters per program of score
 SCORE_TOKENS = 64  # always-attended tokens per program of score
+MOST_SHORT = 2048  # clusters of a shortlist, see `own_shortlist` (grids.py)
 
 
 class WorkspaceShape(NamedTuple):
@@ -54,6 +55,11 @@ class WorkspaceShape(NamedTuple):
     def cluster_tiles(self) -> int:
         """Score's tiles of all requests' clusters."""
         return -(-self.clusters // SCORE_CLUSTERS)
+
+    @property
+    def short(self) -> int:
+        """Clusters of a shortlist; 0: there is none."""
+        return self.own + self.budget if self.own + self.budget <= MOST_SHORT else 0
 
     def holds(self, other: WorkspaceShape) -> bool:
         """Whether a workspace of this shape serves `other` too."""
@@ -109,6 +115,9 @@ class Workspace:
     total: torch.Tensor  # float32 [B, H, G], log-sum-exp of all clusters' estimate logits (full sizes) and base_logit
     candidates: torch.Tensor  # int64 [B, H, K], cluster << 32 | entry, ascending
     candidate_count: torch.Tensor  # int32 [B, H]
+    shortlist: (
+        torch.Tensor
+    )  # int32 [B, H, O + R], clusters among which `own` will be, ascending; see `own_shortlist` (grids.py)
 
     # Written by refine.
     value: torch.Tensor  # float32 [B, H, K], mean over the group of exp(logit - total)
@@ -121,6 +130,7 @@ class Workspace:
     own_edge: torch.Tensor  # int32 [B, H, 3], which those are, see `in_list` (estimate/triton_own.py)
 
     # Written by attend, one part of the list per split: those of a (request, kv head) lie together, see `exact`.
+    exact_count: torch.Tensor  # int32 [B, H], splits, where attend and the estimate are one launch
     exact_output: torch.Tensor  # float32 [X, G, D], normalised over the split; garbage where the log-sum-exp is -inf
     exact_lse: torch.Tensor  # float32 [X, G]
 
@@ -186,11 +196,13 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
         total=allocate(by_query, torch.float32),
         candidates=allocate((*by_head, shape.candidates), torch.int64),
         candidate_count=allocate(by_head, torch.int32),
+        shortlist=allocate((*by_head, shape.short), torch.int32),
         value=allocate((*by_head, shape.candidates), torch.float32),
         by_code=allocate((*by_query, shape.candidates), torch.float32),
         position=allocate((*by_head, shape.candidates), torch.int32),
         recalled=allocate((*by_head, shape.budget), torch.int64),
         recalled_count=allocate(by_head, torch.int32),
+        exact_count=allocate(by_head, torch.int32),
         exact_output=allocate((shape.exact_parts, shape.group, shape.channels), torch.float32),
         exact_lse=allocate((shape.exact_parts, shape.group), torch.float32),
         own=allocate((*by_head, shape.own), torch.int32),

@@ -20,7 +20,15 @@ from benchmarks.step_time import CELLS, shape_of, table
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import instruction_counts
 from sglang_clusterkv.kernels.step_model import sparse_launches
-from sglang_clusterkv.kernels.step_time import GAP_US, OTHER_MS, Work, dense_us, sparse_times, speedup
+from sglang_clusterkv.kernels.step_time import (
+    GAP_US,
+    OTHER_MS,
+    MixedWork,
+    Work,
+    dense_us,
+    sparse_times,
+    speedup,
+)
 
 SOURCE = """
 def inner(n):
@@ -131,6 +139,17 @@ def test_a_launch_takes_its_bytes_or_its_instructions() -> None:
         for name, time in times.items():
             assert GAP_US + launches[name].bytes / 4.3e6 <= time.floor <= time.likely, (name, time)
     assert len(table(config, launches=True).splitlines()) == 2 + len(CELLS)
+
+
+def test_programs_of_several_kinds_start_where_one_ends() -> None:
+    one = MixedWork([1e6] * 132, 8, 1)
+    assert one.likely_us(132) == pytest.approx(Work(132e6, 8, 1).likely_us(132))
+    unlike = MixedWork([3e6] * 66 + [1e6] * 132, 8, 1)
+    assert unlike.likely_us(198) == pytest.approx(3 * one.likely_us(132)), "two short ones beside each long one"
+    assert MixedWork([3e6] * 66 + [1e6] * 133, 8, 1).likely_us(199) == pytest.approx(3 * one.likely_us(132))
+    assert MixedWork([3e6], 8, 1).floor_us() == pytest.approx(3e6 / 8 / 1800), (
+        "a warp is no faster than one instruction a cycle"
+    )
 
 
 def test_programs_that_fill_the_machine_once_more_take_twice_as_long() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.step_model import (
+    JOINED,
     Launch,
     StepShape,
     dense_launches,
@@ -37,7 +38,7 @@ def test_a_short_request_recalls_what_it_has() -> None:
 
 def by_name(shape: StepShape, config: ClusterKVConfig = CONFIG) -> dict[str, Launch]:
     launches = sparse_launches(shape, config)
-    assert len(launches) <= 8
+    assert len(launches) <= 7 + (not config.refine)
     return {launch.name: launch for launch in launches}
 
 
@@ -58,8 +59,8 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     assert launches["select: masses"].programs == pairs * 8
     masses = (8 * (2 + 2 * 16) + 1) * 16 + 2 * 4086 * 4
     assert launches["select: masses"].bytes == logits + pages // 2 + pairs * masses
-    assert launches["select: clusters"].programs == pairs
-    assert launches["select: clusters"].bytes == pairs * (4086 * 8 + 2048 * 12)
+    assert launches["select: clusters"].programs == pairs * 2
+    assert launches["select: clusters"].bytes == pairs * (4086 * 8 + 2048 * 12 + 4086 * 8 + 1024 * 4)
 
     code = 32 + 2 + 2  # two bits a channel, scale, member
     values = 2048 * (code + 8 + 4 + 4 + 16) + 256 * 16 + 4 * 128 * 4  # a candidate's masses of four query heads
@@ -67,23 +68,26 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     assert by_name(LLAMA._replace(batch=1))["refine: values"].programs == 8 * 32
     assert launches["refine: values"].bytes == pages + pairs * values
     assert launches["refine: choice"].bytes == pairs * (
-        2048 * (16 + 16) + 512 * 16 + 4086 * 8 + 515 * 4 + 256 * (16 + 4)
+        2048 * (16 + 16) + 512 * 16 + 1024 * 12 + 515 * 4 + 256 * (16 + 4)
     )  # fmt: skip
     without = by_name(LLAMA, msgspec.structs.replace(CONFIG, estimate_codes=False))
     assert launches["refine: values"].bytes - without["refine: values"].bytes == pairs * 2048 * 16
     assert {name for name in without if without[name] != launches[name]} == {"refine: values", "refine: choice"}
 
     part = group * 129 * 4
-    assert launches["attend"].programs == pairs * 4
-    assert launches["attend"].bytes == (
-        8 * 80 * 8 + pairs * (512 * (512 + 8) + 80 * (256 + 16) + group * 256 + 4 * part)
-    )  # fmt: skip
-    assert launches["estimate"].programs == pairs * (3 + 5)
-    assert launches["estimate"].bytes == (
-        logits + pages + pairs * (512 * 72 + 32 * 256 + 4086 * 4 + 515 * 4 + 8 * part)
-    )  # fmt: skip
+    attend = 8 * 80 * 8 + pairs * (512 * (512 + 8) + 80 * (256 + 16) + group * 256)  # but for the parts
+    estimate = logits + pages + pairs * (512 * 72 + 32 * 256 + 4086 * 4 + 515 * 4)
+    assert launches[JOINED].programs == pairs * 6
+    assert launches[JOINED].bytes == attend + estimate + pairs * 6 * part
     assert launches["merge"].programs == pairs * group
-    assert launches["merge"].bytes == pairs * (12 * part + group * 256)
+    assert launches["merge"].bytes == pairs * (6 * part + group * 256)
+
+    single = {launch.name: launch for launch in sparse_launches(LLAMA, CONFIG, joined=False)}
+    assert single["attend"].programs == pairs * 4
+    assert single["attend"].bytes == attend + pairs * 4 * part
+    assert single["estimate"].programs == pairs * (3 + 5)
+    assert single["estimate"].bytes == estimate + pairs * 8 * part
+    assert single["merge"].bytes == pairs * (12 * part + group * 256)
 
 
 def test_a_dense_step_reads_every_token_once() -> None:
@@ -96,14 +100,14 @@ def test_a_dense_step_reads_every_token_once() -> None:
 def test_switches_change_the_launches() -> None:
     whole_clusters = by_name(LLAMA, msgspec.structs.replace(CONFIG, refine=False))
     select = ["select: masses", "select: clusters"]
-    assert list(whole_clusters) == ["score", *select, "recall", "own clusters", "attend", "estimate", "merge"]
+    assert list(whole_clusters) == ["score", *select, "recall", "own clusters", JOINED, "merge"]
     assert whole_clusters["recall"].programs == 64 * 8
     assert whole_clusters["score"].programs == 64 * (2 + 8)
     assert whole_clusters["recall"].bytes == 64 * 512 * (8 + 2 + 8 + 8) + 8 * 2 * 2043 * 8
     exact = by_name(LLAMA, msgspec.structs.replace(CONFIG, estimate=False))
-    assert "estimate" not in exact
+    assert "attend" in exact and JOINED not in exact
     own = by_name(LLAMA, msgspec.structs.replace(CONFIG, estimate_clusters=4086))
-    assert own["estimate"].programs == 64 * 8
+    assert own[JOINED].programs == 64 * 6 and own["select: clusters"].programs == 64
 
 
 def test_time_is_bytes_over_bandwidth_and_a_launch() -> None:
@@ -115,9 +119,9 @@ def test_time_is_bytes_over_bandwidth_and_a_launch() -> None:
 
 def test_the_table_adds_up() -> None:
     lines = table(LLAMA, CONFIG, bandwidths_tbs=(4.8,)).splitlines()
-    assert len(lines) == 1 + 8 + 2 + 2 + 2 + 1
+    assert len(lines) == 1 + 7 + 2 + 2 + 2 + 1
     sparse = sum(launch.microseconds(4.8) for launch in sparse_launches(LLAMA, CONFIG))
     dense = sum(launch.microseconds(4.8) for launch in dense_launches(LLAMA))
-    assert lines[11].split()[-1] == f"{sparse:.1f}" and lines[12].split()[-1] == f"{dense:.1f}"
-    assert lines[13].split()[-1] == f"{32 * sparse / 1e3:.3f}"
+    assert lines[10].split()[-1] == f"{sparse:.1f}" and lines[11].split()[-1] == f"{dense:.1f}"
+    assert lines[12].split()[-1] == f"{32 * sparse / 1e3:.3f}"
     assert lines[-1].split()[-1] == f"{dense / sparse:.1f}"

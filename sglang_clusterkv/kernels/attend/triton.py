@@ -83,7 +83,7 @@ def value_rows(
 
 @triton.jit
 def attend_part(
-    pair, split, splits, q, keys, values, device_page, host, host_scales, reads, base_slots, base_count, base_logit,
+    pair, split, splits, room, q, keys, values, device_page, host, host_scales, reads, base_slots, base_count, base_logit,
     recalled, recalled_count, pages, page_count, dense_count, output, lse, scale, cap, window, q_stride, base_stride,
     logit_stride, recalled_stride, pages_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -94,8 +94,8 @@ def attend_part(
 
     SCORED: of a request with pages of clusters the base tokens' logits are in base_logit [B, H, G, W], and recalled tokens
     follow; of one with a dense count its pages' tokens are the list. Else the base is all, and its logits come from keys.
-    SHARE: least tiles that are worth a part. Output [B, H, splits, G, D] and lse [B, H, splits, G]; a part without a token
-    leaves -inf and no output.
+    SHARE: least tiles that are worth a part. Output [B, H, room, G, D] and lse [B, H, room, G]; a part without a token leaves
+    -inf and no output.
     """
     b, h = pair // HEADS, pair % HEADS
     g, d, n = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
@@ -166,7 +166,7 @@ def attend_part(
                 from_host += (listed & away).to(tl.int32)
                 found += tl.minimum(keyed - (tile - base_tiles) * BLOCK_N, BLOCK_N)
 
-    row = (pair * splits + split) * GROUP + g
+    row = (pair * room + split) * GROUP + g
     tl.store(
         output + row[:, None] * CHANNELS + d[None, :], normalise(sums, weight), mask=real & (begin_tile < end_tile)
     )
@@ -194,7 +194,7 @@ def attend_kernel(
 ):  # fmt: skip
     """Grid (requests * kv heads, splits): one part of the always-attended and the recalled tokens, or of all tokens."""
     attend_part(
-        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, device_page, host, host_scales, reads,
+        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, splits, q, keys, values, device_page, host, host_scales, reads,
         base_slots, base_count, base_logit, recalled, recalled_count, pages, page_count, dense_count, output, lse, scale, 0.0,
         1 << 30, q_stride, base_stride, logit_stride, recalled_stride, pages_stride,
         HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, SHARE, True, False, PAGE, TIER, DOT,
@@ -210,7 +210,7 @@ def dense_kernel(
 ):  # fmt: skip
     """Grid (requests * kv heads, splits): one part of a request's whole list, or of its last `window` + 1 tokens."""
     attend_part(
-        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, q, keys, values, device_page, host, host_scales, reads,
+        tl.program_id(0).to(tl.int64), tl.program_id(1), splits, splits, q, keys, values, device_page, host, host_scales, reads,
         slots, seq_lens, None, None, None, None, None, None, output, lse, scale, cap, window, q_stride, slots_stride, 0, 0, 0,
         HEADS, GROUP, GROUP_PAD, CHANNELS, BLOCK_D, BLOCK_N, 1, False, CAPPED, PAGE, TIER, DOT,
     )  # fmt: skip

@@ -1,6 +1,8 @@
-"""The chain on a GPU: eight launches per layer, and nothing that waits for the device.
+"""The chain on a GPU: seven launches per layer, and nothing that waits for the device.
 
-    score | masses | select | refine: values | refine: choice | attend | estimate | merge, with the mass read
+    score | masses | select | refine: values | refine: choice | attend and estimate | merge, with the mass read
+
+Attend and the estimate are a launch each where a host tier or FlashInfer attends.
 
 What the launches hand to each other lies in one workspace per index, which grows to the largest step and is never initialised.
 Grids depend on the shapes of the step's lists alone, so a captured graph may be replayed with other contents.
@@ -18,6 +20,7 @@ from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.attend import triton as attend_triton
 from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend, engine_of
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.decode import triton_parts
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
 from sglang_clusterkv.kernels.estimate import triton_own
 from sglang_clusterkv.kernels.merge import triton as merge_triton
@@ -62,6 +65,7 @@ class TritonDecoder:
         )  # fmt: skip
         self._step: SparseStep | None = None
         self.sinks: torch.Tensor | None = None  # of the layer that was selected last
+        self.is_joined = False  # attend and the estimate were one launch
         self._dtype: torch.dtype | None = None
         self.engine: FlashInferAttend | None = None  # attends in our kernel's place
         self._reserved: Workspace | None = None
@@ -82,13 +86,14 @@ class TritonDecoder:
         """
         self._reserved = None
         pairs = room.batch * self.heads
+        parts = max(grids.LEAST_PARTS * pairs, grids.PARTS_PROGRAMS)
         shape = self._least._replace(
             batch=triton.next_power_of_2(room.batch),
             clusters=room.clusters,
             segments=room.segments,
             base=room.base,
-            exact_parts=max(pairs, grids.ATTEND_PROGRAMS),
-            rest_parts=2 * max(pairs, grids.ESTIMATE_PROGRAMS) if self.config.estimate else 0,
+            exact_parts=parts if self.config.estimate else max(pairs, grids.ATTEND_PROGRAMS),
+            rest_parts=parts if self.config.estimate else 0,
         ).rounded()
         self._reserved = make_workspace(shape, self.index.device, self._allocate)
         return self._reserved.bytes
@@ -104,13 +109,14 @@ class TritonDecoder:
         room = triton.cdiv(clusters, SCORE_CLUSTERS) * SCORE_CLUSTERS
         estimated = self.config.estimate
         self.parts = grids.estimate_parts(pairs, clusters, self.config.estimate_clusters) if estimated else NO_PARTS
+        self.programs = grids.part_programs(pairs) if estimated else 0
         needed = self._least._replace(
             batch=triton.next_power_of_2(step.batch),
             clusters=step.batch * room if step.offset is None else step.clusters,
             segments=step.segment_begin.shape[1],
             base=base,
-            exact_parts=pairs * self.splits,
-            rest_parts=pairs * sum(self.parts),
+            exact_parts=pairs * max(self.splits, self.programs),
+            rest_parts=pairs * max(sum(self.parts), self.programs),
         ).rounded()
         workspace = self._reserved
         if workspace is None or not workspace.shape.holds(needed):
@@ -185,6 +191,7 @@ class TritonDecoder:
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tier: TierLayer | None = None
     ) -> None:
         """Exact attention over always-attended and recalled tokens."""
+        self.is_joined = False
         if self.index.checks is not None:
             self.index.checks.recalled(self.step, self.workspace)
         if self.engine is not None:
@@ -198,18 +205,48 @@ class TritonDecoder:
         if self.config.estimate:
             estimate_triton.estimate(self.index, layer, self.step, self.workspace, self.parts, dtype)
 
+    def attend_and_estimate(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, scale: float,
+        tier: TierLayer | None = None,
+    ) -> None:  # fmt: skip
+        """Both, in one launch where that can be."""
+        if tier is not None or self.engine is not None or not self.config.estimate:
+            self.attend(q, keys, values, scale, tier)
+            self.estimate(layer, q.dtype)
+            return
+        if self.index.checks is not None:
+            self.index.checks.recalled(self.step, self.workspace)
+        triton_parts.attend_and_estimate(
+            q, keys, values, self.index, layer, self.step, scale, self.workspace, self.programs
+        )
+        self.is_joined = True
+
     def merge(self, layer: int, dtype: torch.dtype) -> torch.Tensor:
         """Both parts, and the sinks that select was given: [B, heads, D] in `dtype`; and how much was read exactly."""
         return merge_triton.merge(
             self.workspace,
             self.step,
-            self.splits,
-            sum(self.parts),
+            *((self.programs, self.programs) if self.is_joined else (self.splits, sum(self.parts))),
             self.index.mass_cells[layer],
             dtype,
             self.sinks,
             None if self.engine is None else (self.engine.output, self.engine.lse),
+            joined=self.is_joined,
         )
+
+    def part_lses(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-sum-exps of one request's exact part and, if there is one, of its estimate (else -inf), float32 [H, G]."""
+        w, batch = self.workspace, self.step.batch
+        if self.is_joined:
+            part, count = torch.arange(self.programs, device=w.exact_lse.device), w.exact_count[place].unsqueeze(1)
+            exact, rest = w.exact(batch, self.programs)[1][place], w.rest(batch, self.programs)[1][place]
+            exact = exact.masked_fill((part >= count).unsqueeze(2), -torch.inf)
+            rest = rest.masked_fill((part >= self.programs - count).unsqueeze(2), -torch.inf)
+            return exact.logsumexp(1), rest.logsumexp(1)
+        exact = w.exact(batch, self.splits)[1][place].logsumexp(1)
+        if not self.config.estimate:
+            return exact, torch.full_like(exact, -torch.inf)
+        return exact, w.rest(batch, sum(self.parts))[1][place].logsumexp(1)
 
 
 def decoder_of(index: ClusterIndex, group: int) -> TritonDecoder:
@@ -242,8 +279,7 @@ def sparse_decode(
     decoder.select(sinks)
     decoder.refine(layer, scale, grouped.dtype)
     decoder.recall(layer)
-    decoder.attend(grouped, keys, values, scale, tier)
-    decoder.estimate(layer, grouped.dtype)
+    decoder.attend_and_estimate(grouped, keys, values, layer, scale, tier)
     return decoder.merge(layer, q.dtype)
 
 
@@ -253,12 +289,12 @@ def last_read(decoder: TritonDecoder, place: int) -> LastRead:
     logits = w.base_logit[place]
     listed = torch.arange(logits.shape[-1], device=logits.device) < step.base_count[place]
     base = logits.masked_fill(~listed, -torch.inf)
-    exact = w.exact(step.batch, decoder.splits)[1][place].logsumexp(1)
+    exact, rest = decoder.part_lses(place)
     if decoder.sinks is not None:  # they count with the base
         sinks = by_kv_head(decoder.sinks, decoder.heads)
         base, exact = torch.cat((base, sinks.unsqueeze(-1)), -1), torch.logaddexp(exact, sinks)
     if decoder.config.estimate:
-        whole = torch.logaddexp(exact, w.rest(step.batch, sum(decoder.parts))[1][place].logsumexp(1))
+        whole = torch.logaddexp(exact, rest)
     else:
         whole = torch.maximum(exact, w.total[place])
     return LastRead(w.recalled[place], w.recalled_count[place], base, exact, whole)

@@ -173,8 +173,9 @@ def rest_part(
     store_part(output, lse, sums, peak, weight, GROUP, GROUP_PAD, CHANNELS, 4, QUARTER_PAD)
 
 
-@triton.jit(do_not_specialize=["own_parts", "rest_parts", "capacity", "pages_stride", "segment_begin_stride"])
-def estimate_kernel(
+@triton.jit
+def estimate_program(
+    pair, part,
     rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
     mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, code_loss, pages_stride,
     segment_begin_stride, clusters_stride, segments_stride, own_stride,
@@ -183,11 +184,10 @@ def estimate_kernel(
     PER_PAGE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr,
     LIMITED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (requests * kv heads, own_parts + rest_parts); without LIMITED no request has more clusters than `limit`.
+    """What one program does: the part-th part of the pair-th (request, kv head); pair is int64.
 
-    Output [B, H, E, G, D], lse [B, H, E, G]; E is `capacity`.
+    Without LIMITED no request has more clusters than `limit`. Output [B, H, E, G, D], lse [B, H, E, G]; E is `capacity`.
     """
-    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = pair // HEADS, pair % HEADS
     clusters = tl.load(page_count + b).to(tl.int32) * PER_PAGE
     pages += b * pages_stride
@@ -218,6 +218,27 @@ def estimate_kernel(
             clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, QUARTER_PAD, PER_PAGE, BLOCK_REST,
             SEGMENTS, DOT,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["own_parts", "rest_parts", "capacity", "pages_stride", "segment_begin_stride"])
+def estimate_kernel(
+    rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
+    mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, code_loss, pages_stride,
+    segment_begin_stride, clusters_stride, segments_stride, own_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
+    QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
+    PER_PAGE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr,
+    LIMITED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Grid (requests * kv heads, own_parts + rest_parts): `estimate_program`."""
+    estimate_program(
+        tl.program_id(0).to(tl.int64), tl.program_id(1),
+        rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
+        mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, code_loss, pages_stride,
+        segment_begin_stride, clusters_stride, segments_stride, own_stride,
+        HEADS, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD, QUARTER_PAD, FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN, BLOCK_REST,
+        SEGMENTS, LIMITED, DOT,
+    )  # fmt: skip
 
 
 def listed_clusters(index: ClusterIndex, step: SparseStep) -> int:

@@ -1,8 +1,9 @@
 """Which clusters the estimate takes at their own mean value: those with the most mass left, once per (request, kv head).
 
 The program that recalled a (request, kv head)'s tokens goes on with this, for it is the last that changes what is left of
-clusters; where whole clusters are recalled by many programs, it is a launch of its own. The estimate's programs then share the
-list, and know of all others by its edge that they are not in it.
+clusters. Of many clusters it looks at a shortlist only, which a program beside that of select made (`grids.own_shortlist`).
+Where whole clusters are recalled by many programs, it is a launch of its own. The estimate's programs then share the list, and
+know of all others by its edge that they are not in it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.triton_threshold import bracket, bracket_in_memory
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS
 from sglang_clusterkv.memory.masses import NO_MASS
 
 if TYPE_CHECKING:
+    from sglang_clusterkv.config import ClusterKVConfig
     from sglang_clusterkv.kernels.workspace import Workspace
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
@@ -27,6 +30,7 @@ BLOCK, LARGE_BLOCK = 2048, 4096  # clusters at a time: ptxas spills with less of
 LEAST_MASS = tl.constexpr(NO_MASS)
 TILE = tl.constexpr(SCORE_CLUSTERS)  # a request's clusters begin at multiples of it
 _LAST = tl.constexpr(2**30)  # beyond every cluster
+_MOST_BITS = tl.constexpr(0x7F800000)  # of an infinite mass
 
 
 @triton.jit
@@ -90,11 +94,13 @@ def _read_tied(arguments, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def list_own(
-    mass, left, clusters, limit, own, edge,
+def list_most(
+    mass, left, clusters, limit, listed,
     FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Write the list and its edge, of one (request, kv head) whose pointers are given; all threads of a program together.
+    """Write the `limit` clusters with the largest masses, ascending; their edge (low, high, last), see `in_list`.
+
+    Of one (request, kv head), whose pointers are given; all threads of a program together.
 
     FEW, SOME, MANY: clusters that are held. LARGE: there may be more than SOME. BLOCK: clusters at a time.
     """
@@ -112,17 +118,42 @@ def list_own(
             last = _LAST - lowest
     else:
         low, high, last = 0, 0, _LAST
-    tl.store(edge, low)
-    tl.store(edge + 1, high)
-    tl.store(edge + 2, last)
     passed = 0
     for first in range(0, clusters, BLOCK):
         c = first + tl.arange(0, BLOCK)
         bits = masses_of(mass, left, c, within(c, clusters), c < clusters)
         chosen = in_list(bits, c, low, high, last) & (c < clusters)
         one = chosen.to(tl.int32)
-        tl.store(own + passed + tl.cumsum(one, 0) - 1, c, mask=chosen)
+        tl.store(listed + passed + tl.cumsum(one, 0) - 1, c, mask=chosen)
         passed += tl.sum(one, 0)
+    return low, high, last
+
+
+@triton.jit
+def most_of_shortlist(mass, left, shortlist, count, limit, listed, SHORT: tl.constexpr):
+    """As `list_most`, of the `count` clusters of a list that ascends; SHORT at most. The edge is one among all clusters."""
+    k = tl.arange(0, SHORT)
+    there = k < count
+    c = tl.load(shortlist + k, mask=there, other=0)
+    bits = masses_of(mass, left, c, there, there)
+    low, high, room, between = bracket(bits, None, limit)
+    tied = (bits >= low) & (bits < high)
+    if between > room:
+        lowest, _, _, _ = bracket(tl.where(tied, _LAST - k, -1), None, room)
+        tied = tied & (_LAST - k >= lowest)
+    chosen = there & ((bits >= high) | tied)
+    tl.store(listed + tl.cumsum(chosen.to(tl.int32), 0) - 1, c, mask=chosen)
+    # Clusters beyond the shortlist may lie between `low` and the least mass that was chosen.
+    low = tl.min(tl.where(chosen, bits, _MOST_BITS), 0)
+    return low, low + 1, tl.max(tl.where(chosen & (bits == low), c, -1), 0)
+
+
+@triton.jit
+def store_edge(edge, low, high, last):
+    """Where `in_list` finds it."""
+    tl.store(edge, low)
+    tl.store(edge + 1, high)
+    tl.store(edge + 2, last)
 
 
 @triton.jit
@@ -131,18 +162,19 @@ def own_kernel(
     HEADS: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr,
     BLOCK: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (kv heads, requests): `list_own` alone."""
+    """Grid (kv heads, requests): the list and its edge alone."""
     head, request = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = request * HEADS + head
     clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
     at = head.to(tl.int64) * clusters_stride + tl.load(offset + request) // TILE * TILE
-    list_own(
-        mass + at, left + at, clusters, limit, own + pair * own_stride, edge + pair * 3, FEW, SOME, MANY, BLOCK, LARGE
+    low, high, last = list_most(
+        mass + at, left + at, clusters, limit, own + pair * own_stride, FEW, SOME, MANY, BLOCK, LARGE
     )
+    store_edge(edge + pair * 3, low, high, last)
 
 
 def own_constants(per_page: int, clusters: int) -> dict[str, Any]:
-    """Constants of `list_own`, by name, for up to `clusters` clusters of a request."""
+    """Constants of `list_most`, by name, for up to `clusters` clusters of a request."""
     few, some, many = HELD
     large = clusters > some
     block = LARGE_BLOCK if large else BLOCK
@@ -157,6 +189,13 @@ def own_warps(clusters: int) -> int:
 def is_limited(clusters: int, limit: int) -> bool:
     """Whether of so many clusters of a request some may not use their own mean value; by a power of two, as all is compiled."""
     return triton.next_power_of_2(clusters) > limit
+
+
+def has_shortlist(config: ClusterKVConfig, clusters: int) -> bool:
+    """Whether select's launch makes one, for up to `clusters` clusters of a request: for a choice among candidates alone."""
+    if not (config.refine and config.estimate):
+        return False
+    return grids.own_shortlist(clusters, config.estimate_clusters, config.budget_tokens) > 0
 
 
 def choose_own(index: ClusterIndex, step: SparseStep, w: Workspace) -> None:

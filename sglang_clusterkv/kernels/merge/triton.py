@@ -70,21 +70,25 @@ COUNTS = ("splits", "parts")  # they change from step to step
 
 @triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
-    exact_output, exact_lse, rest_output, rest_lse, sinks, total, page_count, merged, mass, splits, parts,
+    exact_output, exact_lse, rest_output, rest_lse, sinks, total, page_count, exact_count, merged, mass, splits, parts,
     HEADS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     ESTIMATED: tl.constexpr, NOTED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, query heads of a group).
 
-    exact_output [B, H, splits, G, D], exact_lse [B, H, splits, G]; rest_* likewise, if ESTIMATED; merged [B, H, G, D]. If
-    NOTED, a request without pages of clusters (page_count [B]) has no rest, and of all others the share of the mass that was
-    read exactly goes to mass float64 [H, 2] (see `reference.note_mass`); the whole is the parts' sum or, not ESTIMATED,
-    exp(total [B, H, G]). sinks: [H, G], learned logits that are read exactly and have no value; None: there are none. UNIT: of
-    exact_lse, in natural ones.
+    exact_output [B, H, splits, G, D], exact_lse [B, H, splits, G]; rest_* likewise, if ESTIMATED; merged [B, H, G, D].
+    exact_count: int32 [B, H], where both have room for `parts` parts: so many are exact, all others of the rest; None: all have
+    theirs. If NOTED, a request without pages of clusters (page_count [B]) has no rest, and of all others the share of the mass
+    that was read exactly goes to mass float64 [H, 2] (see `reference.note_mass`); the whole is the parts' sum or, not
+    ESTIMATED, exp(total [B, H, G]). sinks: [H, G], learned logits that are read exactly and have no value; None: none.
+    UNIT: of exact_lse, in natural ones.
     """
     pair, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     exact_first = pair * splits * GROUP + g
     rest_first = pair * parts * GROUP + g
+    if exact_count is not None:
+        splits = tl.load(exact_count + pair)
+        parts -= splits
     if NOTED:
         sparse = tl.load(page_count + pair // HEADS) > 0
         parts = tl.where(sparse, parts, 0)
@@ -126,6 +130,7 @@ def _launch(
     parts: int,
     total: torch.Tensor | None,
     page_count: torch.Tensor | None,
+    exact_count: torch.Tensor | None,
     mass: torch.Tensor | None,
     merged: torch.Tensor,
     sinks: torch.Tensor | None,
@@ -135,7 +140,7 @@ def _launch(
     batch, heads, group, channels = merged.shape
     rest_output, rest_lse = rest or (None, None)
     merge_kernel[(batch * heads, group)](
-        *exact, rest_output, rest_lse, sinks, total, page_count, merged, mass, splits, parts, HEADS=heads,
+        *exact, rest_output, rest_lse, sinks, total, page_count, exact_count, merged, mass, splits, parts, HEADS=heads,
         GROUP=group, CHANNELS=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_P=PARTS_AT_ONCE,
         ESTIMATED=rest is not None, NOTED=mass is not None, UNIT=unit,
     )  # fmt: skip
@@ -150,6 +155,8 @@ def merge(
     dtype: torch.dtype,
     sinks: torch.Tensor | None = None,
     binary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    joined: bool = False,
 ) -> torch.Tensor:
     """Merge what attend and the estimate left in the workspace, and note the recalled mass of the sparse requests.
 
@@ -163,6 +170,7 @@ def merge(
         sinks: [heads], learned logits that have no token; None: there are none.
         binary: the exact part of whoever attended in our kernel's place, output [B, H, 1, G, D] and log-sum-exps of base 2
             [B, H, 1, G]; then the workspace has the estimate alone.
+        joined: both were one launch with so many parts, `splits` as `parts`, of which `exact_count` are exact.
 
     Returns:
         [B, heads, D]; 0 for a request that attended to nothing.
@@ -171,10 +179,11 @@ def merge(
     merged = torch.empty((step.batch, shape.heads, shape.group, shape.channels), dtype=dtype, device=w.exact_lse.device)
     rest = (w.rest_output, w.rest_lse) if parts else None
     if binary is not None:
-        _launch(binary, 1, rest, parts, w.total, step.page_count, mass, merged, sinks, BINARY)
+        _launch(binary, 1, rest, parts, w.total, step.page_count, None, mass, merged, sinks, BINARY)
     else:
         exact = (w.exact_output, w.exact_lse)
-        _launch(exact, splits, rest, parts, w.total, step.page_count, mass, merged, sinks)
+        count = w.exact_count if joined else None
+        _launch(exact, splits, rest, parts, w.total, step.page_count, count, mass, merged, sinks)
     return merged.flatten(1, 2)
 
 
@@ -184,13 +193,13 @@ def merge_parts(
     """Merge the parts of one attention: output [B, H, P, G, D], lse [B, H, P, G] -> [B, H * G, D] in `dtype`; sinks [H * G]."""
     batch, heads, parts, group, channels = output.shape
     merged = torch.empty((batch, heads, group, channels), dtype=dtype, device=output.device)
-    _launch((output, lse), parts, None, 0, None, None, None, merged, sinks)
+    _launch((output, lse), parts, None, 0, None, None, None, None, merged, sinks)
     return merged.flatten(1, 2)
 
 
 _TYPES = {
     **dict.fromkeys(("exact_output", "exact_lse", "rest_output", "rest_lse", "total"), "*fp32"),
-    **{"merged": "*bf16", "mass": "*fp64", "page_count": "*i64"},
+    **{"merged": "*bf16", "mass": "*fp64", "page_count": "*i64", "exact_count": "*i32"},
     **dict.fromkeys(COUNTS, "i32"),
 }
 

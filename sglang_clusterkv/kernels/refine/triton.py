@@ -14,7 +14,15 @@ import triton.language as tl
 
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
-from sglang_clusterkv.kernels.estimate.triton_own import TILE, is_limited, list_own, own_constants, own_warps
+from sglang_clusterkv.kernels.estimate.triton_own import (
+    TILE,
+    is_limited,
+    list_most,
+    most_of_shortlist,
+    own_constants,
+    own_warps,
+    store_edge,
+)
 from sglang_clusterkv.kernels.grids import FEW_CANDIDATES, MANY_CANDIDATES
 from sglang_clusterkv.kernels.triton_rows import (
     code_slices,
@@ -161,16 +169,17 @@ def put_codes(
 
 @triton.jit(do_not_specialize=["pages_stride"])
 def recall_kernel(
-    pages, page_count, offset, candidates, candidate_count, value, position, left, recalled, recalled_count, mass, own, edge,
-    by_code, total, dot, spread,
-    pages_stride, clusters_stride, candidates_stride, recalled_stride, own_stride, budget, estimate_clusters,
+    pages, page_count, offset, candidates, candidate_count, value, position, left, recalled, recalled_count, mass, shortlist,
+    own, edge, by_code, total, dot, spread, pages_stride, clusters_stride, candidates_stride, recalled_stride, short_stride,
+    own_stride, budget, estimate_clusters,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, CANDIDATES: tl.constexpr, CODES: tl.constexpr,
-    OWN: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr,
-    BLOCK: tl.constexpr, LARGE: tl.constexpr,
+    OWN: tl.constexpr, SHORT: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr,
+    MANY: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv heads, requests): recall the `budget` candidates of the highest value (ties: the lower position).
 
-    CANDIDATES: padded. If CODES, `put_codes` follows; if OWN, `list_own`, whose constants the others are.
+    CANDIDATES: padded. If CODES, `put_codes` follows; if OWN, the clusters of own mean values: if SHORT, of a shortlist of so
+    many at most, else by `list_most`, whose constants the others are.
     """
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
@@ -207,19 +216,16 @@ def recall_kernel(
     if OWN:
         tl.debug_barrier()  # what is left of a cluster is read by other threads than changed it
         clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-        list_own(
-            mass + first,
-            left,
-            clusters,
-            estimate_clusters,
-            own + pair * own_stride,
-            edge + pair * 3,
-            FEW,
-            SOME,
-            MANY,
-            BLOCK,
-            LARGE,
-        )
+        mass += first
+        own += pair * own_stride
+        if SHORT:
+            count = tl.minimum(clusters, estimate_clusters + budget)
+            low, high, last = most_of_shortlist(
+                mass, left, shortlist + pair * short_stride, count, estimate_clusters, own, SHORT
+            )
+        else:
+            low, high, last = list_most(mass, left, clusters, estimate_clusters, own, FEW, SOME, MANY, BLOCK, LARGE)
+        store_edge(edge + pair * 3, low, high, last)
 
 
 @triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride"])
@@ -271,9 +277,18 @@ def constants(heads: int, group: int, channels: int, bits: int, dtype: torch.dty
     }
 
 
-def warps(block: int, clusters: int) -> int:
-    """Warps of a program that holds `block` candidates, and then so many clusters' masses."""
-    return max(own_warps(clusters), min(16, block // 256))
+def choice_constants(
+    limit: int, own: bool, estimate_clusters: int, budget: int, per_page: int, clusters: int
+) -> dict[str, Any]:
+    """Constants of the choice but for the shape of the model, and its warps, for up to `clusters` clusters; own: some of them
+    use their own mean value."""
+    block = max(LEAST_BLOCK, triton.next_power_of_2(limit))
+    short = grids.own_shortlist(clusters, estimate_clusters, budget) if own else 0
+    held = short or clusters
+    return {
+        "CANDIDATES": block, "OWN": own, "SHORT": short, **own_constants(per_page, held),
+        "num_warps": max(own_warps(held), min(16, block // 256)),
+    }  # fmt: skip
 
 
 def refine_values(
@@ -314,16 +329,17 @@ def recall(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
     """
     shape, config = w.shape, index.config
     assert config.budget_tokens <= shape.budget, (config.budget_tokens, shape)
-    block = max(LEAST_BLOCK, triton.next_power_of_2(limit))
     clusters = step.pages.shape[1] * index.clusters_per_page
+    own = config.estimate and is_limited(clusters, config.estimate_clusters)
     recall_kernel[(shape.heads, step.batch)](
         step.pages, step.page_count, w.offset, w.candidates, w.candidate_count, w.value, w.position, w.left, w.recalled,
-        w.recalled_count, w.estimate_mass, w.own, w.own_edge, w.by_code, w.total, w.dot, w.spread,
-        step.pages.stride(0), shape.clusters, shape.candidates, shape.budget, w.own.shape[2], config.budget_tokens,
-        config.estimate_clusters,
-        HEADS=shape.heads, GROUP=shape.group, PAGE=index.geometry.page_size, CANDIDATES=block, CODES=has_codes(config),
-        OWN=config.estimate and is_limited(clusters, config.estimate_clusters),
-        **own_constants(index.clusters_per_page, clusters), num_warps=warps(block, clusters),
+        w.recalled_count, w.estimate_mass, w.shortlist, w.own, w.own_edge, w.by_code, w.total, w.dot, w.spread,
+        step.pages.stride(0), shape.clusters, shape.candidates, shape.budget, w.shortlist.shape[2], w.own.shape[2],
+        config.budget_tokens, config.estimate_clusters, HEADS=shape.heads, GROUP=shape.group,
+        PAGE=index.geometry.page_size, CODES=has_codes(config),
+        **choice_constants(
+            limit, own, config.estimate_clusters, config.budget_tokens, index.clusters_per_page, clusters
+        ),
     )  # fmt: skip
 
 
@@ -342,15 +358,19 @@ _TYPES = {
     **dict.fromkeys(("pages", "page_count", "segment_of_page", "segment_begin", "candidates", "recalled"), "*i64"),
     **dict.fromkeys(("rotated", "dot", "total", "value", "mass", "by_code"), "*fp32"),
     **{"members": "*i16", "code_scales": "*bf16", "spread": "*bf16", "scale": "fp32"},
-    **dict.fromkeys(("offset", "candidate_count", "position", "left", "recalled_count", "own", "edge"), "*i32"),
+    **dict.fromkeys(
+        ("offset", "candidate_count", "position", "left", "recalled_count", "shortlist", "own", "edge"), "*i32"
+    ),
     **dict.fromkeys(("pages_stride", "segment_begin_stride"), "i32"),
-    **dict.fromkeys(("clusters_stride", "candidates_stride", "recalled_stride", "own_stride"), "i32"),
+    **dict.fromkeys(("clusters_stride", "candidates_stride", "recalled_stride", "short_stride", "own_stride"), "i32"),
     **dict.fromkeys(("budget", "estimate_clusters"), "i32"),
 }
 _ALIGNED_SIZES = ("clusters_stride", "candidates_stride", "recalled_stride", "budget")
 
 
 def _case(name: str, kernel: Any, fixed: dict[str, Any], **holds: Any) -> CompileCase:
+    fixed = dict(fixed)
+    holds |= {"num_warps": fixed.pop("num_warps")} if "num_warps" in fixed else {}
     types = _TYPES | {"codes": "*u8" if fixed.get("BITS") == 1 else "*i16"}
     signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
     aligned = tuple(a for a, kind in signature.items() if kind[0] == "*" or a in _ALIGNED_SIZES)
@@ -377,13 +397,14 @@ COMPILE_CASES = [
     ),
     *(
         _case(
-            f"recall K={block} C={clusters:,}{name}", recall_kernel,
-            {"HEADS": 8, "GROUP": group, "CANDIDATES": block, "CODES": codes, "OWN": True, **own_constants(2, clusters)},
-            num_warps=warps(block, clusters), programs_per_sm=2 if clusters == 4096 else 1,
+            f"recall K={limit} O={own:,} R={budget} C={clusters:,}{name}", recall_kernel,
+            {"HEADS": 8, "GROUP": group, "CODES": codes, **choice_constants(limit, True, own, budget, 2, clusters)},
+            programs_per_sm=2 if clusters <= 4096 or own + budget <= 1024 else 1,
         )
-        for block, clusters, group, codes, name in (
-            (512, 4096, 4, True, ""), (2048, 4096, 4, True, ""), (2048, 131072, 4, True, ""), (2048, 4096, 8, True, " G=8"),
-            (2048, 4096, 4, False, " without codes"),
+        for limit, own, budget, clusters, group, codes, name in (
+            (512, 512, 256, 4096, 4, True, ""), (2048, 512, 512, 1024, 4, True, ""), (2048, 512, 512, 131072, 4, True, ""),
+            (2048, 1024, 1024, 131072, 4, True, ""), (2048, 4096, 512, 131072, 4, True, ""),
+            (2048, 512, 512, 4096, 8, True, " G=8"), (2048, 512, 512, 4096, 4, False, " without codes"),
         )
     ),
     _case("recall all", recall_all_kernel, {"HEADS": 8, "BLOCK": FEW_CANDIDATES}, programs_per_sm=8),

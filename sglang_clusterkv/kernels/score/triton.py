@@ -28,6 +28,7 @@ from sglang_clusterkv.kernels.triton_rows import (
     load_words,
     padded_group,
     padded_slice,
+    register_limit,
     row_arguments,
     row_constants,
     slice_scales,
@@ -345,6 +346,11 @@ def warps(channels: int) -> int:
     return 4 if channels <= 128 else 8
 
 
+def register_limits(codec: RowCodec, group: int) -> dict[int, int]:
+    """Registers of a thread: where these are enough, ptxas takes a few more, and three programs would not fit an SM."""
+    return {90: 168} if codec.name == "int4" and codec.head_dim <= 128 and group <= 4 else {}
+
+
 @functools.cache
 def rotation_parts(head_dim: int, device: str) -> tuple[torch.Tensor, float]:
     """The rotation as (its signs and zeros, bf16 [D, D], and the factor that all entries share)."""
@@ -390,6 +396,7 @@ def score(
         config.estimate_spread, norm,
         DOT=dot_dtype(q.dtype), **constants(index.row_codec, heads, group, index.clusters_per_page, config.refine),
         **tier_constants(tier), num_warps=warps(channels),
+        **register_limit(register_limits(index.row_codec, group)),
     )  # fmt: skip
 
 
@@ -422,6 +429,7 @@ def _case(codec: RowCodec, group: int, tier: int = OFF.value, pool: str = "bf16"
         (*(name for name, kind in types.items() if kind[0] == "*"), *strides),
         tensor_cores=32,
         num_warps=warps(codec.head_dim),
+        register_limits=register_limits(codec, group),
         **holds,
     )
 

@@ -2,7 +2,8 @@
 
 Two launches: the masses, by many programs (triton_masses.py); then one program per (request, kv head), which holds them in
 registers while it looks for their threshold, in as many as the request's clusters need. Beyond 16,384 it reads them again in
-each round. To list the candidates it takes clusters in blocks.
+each round. To list the candidates it takes clusters in blocks. Beside it another program of the same launch lists the clusters
+among which those with their own mean value will be (`grids.own_shortlist`).
 
 Where a request's clusters end, those of the next begin at a multiple of score's tile. What lies between is loaded too, and
 counts as nothing: a load that ends anywhere would be made element by element.
@@ -18,6 +19,7 @@ import triton.language as tl
 from sglang_clusterkv.config import MAX_SEGMENT_TOKENS
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.estimate.triton_own import HELD, has_shortlist, list_most, own_constants
 from sglang_clusterkv.kernels.select.triton_masses import masses
 from sglang_clusterkv.kernels.triton_threshold import bracket, bracket_in_memory, order_of_log
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, Workspace
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
     from sglang_clusterkv.memory.step import SparseStep
 
-HELD = (1024, 4096, 16384)  # clusters that are held in registers: the first that a request's fit into
 _LAST = tl.constexpr(2**30)  # beyond every cluster
 _TILE = tl.constexpr(SCORE_CLUSTERS)
 
@@ -133,35 +134,16 @@ def _list_firsts(
 
 
 @triton.jit
-def select_kernel(
-    page_count, offset, left, log_mass, firsts, candidates, candidate_count, clusters_stride, candidates_stride, limit,
-    HEADS: tl.constexpr, PER_PAGE: tl.constexpr, PER_CLUSTER: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr,
-    MANY: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, LARGE: tl.constexpr,
+def _list_candidates(
+    log_mass, left, firsts, candidates, clusters, candidates_stride, limit,
+    PER_CLUSTER: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+    CANDIDATES: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (kv heads, requests).
+    """Choose and list, for one (request, kv head), whose pointers are given and which has clusters; the number of candidates.
 
     Candidates are written as `cluster << 32 | entry`: first each chosen cluster at the place of its first candidate, and that
     place into `firsts`. Then a running maximum of places tells every other candidate where its cluster's first one is.
-
-    Args, beside the arrays of the step and the workspace:
-        firsts: int32 [B, H, K], of which nothing is kept.
-        limit: candidates at most.
-        PER_CLUSTER: tokens of a cluster on average, of each segment.
-        FEW, SOME, MANY: clusters that are held. LARGE: a request may have more than SOME.
-        BLOCK: clusters at a time. CANDIDATES: `limit`, padded.
     """
-    head = tl.program_id(0)
-    request = tl.program_id(1).to(tl.int64)
-    pair = request * HEADS + head
-    clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-    if clusters == 0:
-        tl.store(candidate_count + pair, 0)
-        return
-    at = head.to(tl.int64) * clusters_stride + tl.load(offset + request) // _TILE * _TILE
-    log_mass += at
-    left += at
-    candidates += pair * candidates_stride
-    firsts += pair * candidates_stride
     k = tl.arange(0, CANDIDATES)
     room_for = k < candidates_stride
     tl.store(firsts + k, tl.zeros((CANDIDATES,), tl.int32), mask=room_for)
@@ -190,23 +172,63 @@ def select_kernel(
     first = tl.load(candidates + place, mask=live, other=0)
     tl.debug_barrier()
     tl.store(candidates + k, first + k, mask=room_for)
-    tl.store(candidate_count + pair, count)
+    return count
 
 
-def constants(heads: int, per_page: int, per_cluster: int, clusters: int, limit: int) -> dict[str, Any]:
-    """The kernel's constants, by argument name; clusters: most of a request."""
-    few, some, many = HELD
-    large = clusters > some
-    return {
+@triton.jit
+def select_kernel(
+    page_count, offset, left, log_mass, estimate_mass, firsts, candidates, candidate_count, shortlist, clusters_stride,
+    candidates_stride, short_stride, limit, short_limit,
+    HEADS: tl.constexpr, PER_PAGE: tl.constexpr, PER_CLUSTER: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr,
+    MANY: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, LARGE: tl.constexpr, SHORT: tl.constexpr,
+    OWN_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (kv heads, requests, 2 if SHORT else 1): the candidates; and the shortlist.
+
+    Args, beside the arrays of the step and the workspace:
+        firsts: int32 [B, H, K], of which nothing is kept.
+        limit: candidates at most. short_limit: clusters of the shortlist at most.
+        PER_CLUSTER: tokens of a cluster on average, of each segment.
+        FEW, SOME, MANY: clusters that are held. LARGE: a request may have more than SOME.
+        BLOCK, OWN_BLOCK: clusters at a time, of the candidates and of the shortlist. CANDIDATES: `limit`, padded.
+    """
+    head = tl.program_id(0)
+    request = tl.program_id(1).to(tl.int64)
+    pair = request * HEADS + head
+    clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
+    at = head.to(tl.int64) * clusters_stride + tl.load(offset + request) // _TILE * _TILE
+    left += at
+    if SHORT:
+        shortens = tl.program_id(2) == 1
+    else:
+        shortens = False
+    if shortens:
+        list_most(
+            estimate_mass + at, left, clusters, short_limit, shortlist + pair * short_stride, FEW, SOME, MANY, OWN_BLOCK, LARGE
+        )  # fmt: skip
+    elif clusters == 0:
+        tl.store(candidate_count + pair, 0)
+    else:
+        count = _list_candidates(
+            log_mass + at, left, firsts + pair * candidates_stride, candidates + pair * candidates_stride, clusters,
+            candidates_stride, limit, PER_CLUSTER, FEW, SOME, MANY, BLOCK, CANDIDATES, LARGE,
+        )  # fmt: skip
+        tl.store(candidate_count + pair, count)
+
+
+def constants(
+    heads: int, per_page: int, per_cluster: int, clusters: int, limit: int, short: bool = False
+) -> dict[str, Any]:
+    """The kernel's constants, by argument name; clusters: most of a request; short: a shortlist is made."""
+    own = own_constants(per_page, clusters)
+    own_block = own.pop("BLOCK")
+    return own | {
         "HEADS": heads,
-        "PER_PAGE": per_page,
         "PER_CLUSTER": per_cluster,
-        "FEW": few,
-        "SOME": some,
-        "MANY": many,
-        "LARGE": large,
-        "BLOCK": grids.select_block(large),
+        "BLOCK": grids.select_block(own["LARGE"]),
         "CANDIDATES": triton.next_power_of_2(limit),
+        "SHORT": short,
+        "OWN_BLOCK": own_block,
     }
 
 
@@ -227,19 +249,22 @@ def select(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace, sink
     """
     assert limit <= w.shape.candidates, (limit, w.shape)
     masses(index, step, w, sinks)
+    config = index.config
     clusters = step.pages.shape[1] * index.clusters_per_page
-    fixed = constants(w.shape.heads, index.clusters_per_page, index.config.tokens_per_cluster, clusters, limit)
-    select_kernel[(w.shape.heads, step.batch)](
-        step.page_count, w.offset, w.left, w.log_mass, w.position, w.candidates, w.candidate_count, w.shape.clusters,
-        w.shape.candidates, limit, **fixed, num_warps=warps(fixed["LARGE"]),
+    short = has_shortlist(config, clusters)
+    fixed = constants(w.shape.heads, index.clusters_per_page, config.tokens_per_cluster, clusters, limit, short)
+    select_kernel[(w.shape.heads, step.batch, 1 + short)](
+        step.page_count, w.offset, w.left, w.log_mass, w.estimate_mass, w.position, w.candidates, w.candidate_count,
+        w.shortlist, w.shape.clusters, w.shape.candidates, w.shortlist.shape[2], limit,
+        config.estimate_clusters + config.budget_tokens, **fixed, num_warps=warps(fixed["LARGE"]),
     )  # fmt: skip
 
 
 _TYPES = {
     **dict.fromkeys(("page_count", "candidates"), "*i64"),
     **dict.fromkeys(("offset", "left", "firsts", "candidate_count"), "*i32"),
-    **{"log_mass": "*fp32"},
-    **dict.fromkeys(("clusters_stride", "candidates_stride", "limit"), "i32"),
+    **{"log_mass": "*fp32", "estimate_mass": "*fp32", "shortlist": "*i32"},
+    **dict.fromkeys(("clusters_stride", "candidates_stride", "short_stride", "limit", "short_limit"), "i32"),
 }
 _ALIGNED = (
     *(name for name, kind in _TYPES.items() if kind[0] == "*"),
@@ -248,8 +273,9 @@ _ALIGNED = (
 
 COMPILE_CASES = [
     CompileCase(
-        f"select C={clusters} K={limit}", select_kernel, _TYPES, constants(8, 2, 8, clusters, limit), _ALIGNED,
+        f"select C={clusters} K={limit}" + " short" * short, select_kernel, _TYPES,
+        constants(8, 2, 8, clusters, limit, short), _ALIGNED,
         num_warps=warps(clusters > HELD[1]), programs_per_sm=2 if clusters <= HELD[1] else 1,
     )
-    for clusters, limit in ((4096, 512), (4096, 2048), (131072, 2048))
+    for clusters, limit, short in ((1024, 2048, False), (4096, 512, True), (4096, 2048, True), (131072, 2048, True))
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend import reference as attend_reference
 from sglang_clusterkv.kernels.attend import triton as attend_triton
-from sglang_clusterkv.kernels.decode import reference
+from sglang_clusterkv.kernels.decode import reference, triton_parts
 from sglang_clusterkv.kernels.decode import triton as decode_triton
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, sparse_decode
 from sglang_clusterkv.kernels.lists import triton as lists_triton
@@ -209,7 +209,7 @@ def mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     return mutant
 
 
-KERNELS = {"attend": attend_triton, "merge": merge_triton}
+KERNELS = {"attend": attend_triton, "merge": merge_triton, "parts": triton_parts}
 MUTANTS = [  # module, text, what it becomes
     ("merge", "tl.where(whole == 0.0, 1.0, whole)", "whole"),  # a NaN row
     ("merge", 'peak = tl.where(peak == float("-inf"), 0.0, peak)', "peak = peak"),  # likewise
@@ -224,6 +224,11 @@ MUTANTS = [  # module, text, what it becomes
         "keyed = tl.where(sparse, tl.load(recalled_count + pair), whole)",
         "keyed = tl.load(recalled_count + pair)",
     ),
+    (
+        "parts",
+        "pair, part - parts, splits, programs,",
+        "pair, part - parts, splits, splits,",
+    ),  # parts where others' lie
 ]
 
 
@@ -232,7 +237,11 @@ def test_a_mutant_of_a_kernel_is_noticed(
     kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mild: None
 ) -> None:
     served = Served(monkeypatch)
-    monkeypatch.setattr(decode_triton, f"{kernel}_triton", mutated(KERNELS[kernel], old, new, tmp_path))
+    mutant = mutated(KERNELS[kernel], old, new, tmp_path)
+    if kernel == "attend":
+        monkeypatch.setattr(triton_parts, "attend_part", mutant.attend_part)
+    else:
+        monkeypatch.setattr(decode_triton, {"parts": "triton_parts"}.get(kernel, f"{kernel}_triton"), mutant)
     with expect_red():
         graph = served.capture()
         served.assert_replays(graph, 3, 1)

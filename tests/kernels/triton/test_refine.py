@@ -25,6 +25,11 @@ class Chosen(Filled):
 
     candidates: Candidates
 
+    @property
+    def short(self) -> tuple[int, int]:
+        """Clusters of own mean values, and what a shortlist has beyond these."""
+        return self.config.estimate_clusters, self.config.budget_tokens
+
     def __init__(self, config: ClusterKVConfig, device: str, **sizes: object) -> None:
         super().__init__(config, device, **sizes)  # type: ignore[arg-type]
         self._fill_scores()
@@ -39,6 +44,8 @@ class Chosen(Filled):
         for b in range(self.step.batch):
             own = int(self.step.page_count[b]) * self.index.clusters_per_page
             of_request(w, w.left, b, own)[:] = self.scores.size[b, :, :own].int()
+            short = largest(self.scores.estimate_mass[b, :, :own] * self.scores.size[b, :, :own], sum(self.short))
+            w.shortlist[b, :, : short.shape[1]] = short.int()
             at = torch.zeros(self.index.geometry.pages, dtype=torch.int64, device=device)
             at[self.step.pages[b]] = torch.arange(self.step.pages.shape[1], device=device)
             for h in range(self.wide.shape[1]):
@@ -66,7 +73,15 @@ class Chosen(Filled):
             assert (w.recalled[b, h, count:] == FAR).all(), "slots beyond the count"
             own = int(self.step.page_count[b]) * self.index.clusters_per_page
             assert torch.equal(of_request(w, w.left, b, own)[h], expected.left[b, h, :own].int())
+            if self.config.refine:
+                mass = of_request(w, w.estimate_mass, b, own)[h] * expected.left[b, h, :own]
+                assert w.own[b, h].tolist()[:own] == largest(mass, self.short[0]).tolist()
         self.guarded.assert_untouched()
+
+
+def largest(mass: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the `count` largest masses [..., C], ascending; ties go to the lower one."""
+    return mass.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
 
 
 def config_of(**fields: object) -> ClusterKVConfig:
@@ -154,6 +169,33 @@ def test_a_budget_beyond_the_candidates_recalls_them_all(device: str) -> None:
     chosen.fill_values(value)
     chosen.decoder.recall(0)
     chosen.assert_recalled(recall(value, chosen.scores, chosen.candidates, 200))
+
+
+@pytest.mark.parametrize(("own", "budget"), [(4, 8), (1, 20), (20, 9), (20, 100)])
+@pytest.mark.parametrize("levels", [1, 3, None])
+def test_the_own_clusters_come_from_a_shortlist(own: int, budget: int, levels: int | None, device: str) -> None:
+    """Those with the most mass after recalling, also of many that tie; with 100 tokens to recall there is no shortlist."""
+    chosen = Chosen(config_of(budget_tokens=budget, estimate_clusters=own), device, head_dim=32)
+    assert (grids.own_shortlist(64, own, budget) > 0) == (budget < 100)
+    w, scores = chosen.decoder.workspace, chosen.scores
+    if levels is not None:
+        for b, clusters in enumerate(n * 2 for n in chosen.step.page_count.tolist()):
+            mass = of_request(w, w.estimate_mass, b, clusters)
+            mass[:] = (mass * 1e3).floor().clamp(max=levels - 1) * 0.125
+            short = largest(mass * scores.size[b, :, :clusters], own + budget)
+            w.shortlist[b, :, : short.shape[1]] = short.int()
+    value = torch.rand(chosen.candidates.position.shape, generator=torch.Generator().manual_seed(own)).to(device)
+    chosen.fill_values(value)
+    chosen.decoder.recall(0)
+    chosen.assert_recalled(recall(value, scores, chosen.candidates, budget))
+    for (b, h), clusters in ((key, int(chosen.step.page_count[key[0]]) * 2) for key in chosen.order):
+        low, high, last = w.own_edge[b, h].tolist()
+        left = of_request(w, w.left, b, clusters)[h]
+        bits = (of_request(w, w.estimate_mass, b, clusters)[h] * left).view(torch.int32)
+        place = torch.arange(clusters, device=device)
+        listed = (bits >= high) | ((bits >= low) & (place <= last))
+        assert place[listed].tolist() == w.own[b, h].tolist()[: int(listed.sum())], "the edge is of another list"
+        assert int(listed.sum()) == min(own, clusters)
 
 
 def test_slots_need_64_bits(device: str) -> None:

@@ -16,16 +16,17 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.estimate.triton_own import HELD, has_shortlist
 from sglang_clusterkv.kernels.score.reference import Scores
 from sglang_clusterkv.kernels.select.reference import select as reference_select
-from sglang_clusterkv.kernels.select.triton import HELD, block_bits, select, sum_bits
+from sglang_clusterkv.kernels.select.triton import block_bits, select, sum_bits
 from sglang_clusterkv.kernels.triton_threshold import bracket
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS, WorkspaceShape, make_workspace
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
-from sglang_clusterkv.memory.masses import SPREAD_CAP
+from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
 from sglang_clusterkv.memory.step import SparseStep
-from tests.support.filled import Guarded, of_request
+from tests.support.filled import FAR, Guarded, of_request
 
 PAGE, PER_PAGE, HEAD_DIM = 16, 2, 16
 
@@ -74,14 +75,16 @@ class Case:
         logits: makes float32 logits of a shape.
         sizes: makes the sizes of a segment's clusters, of so many that hold so many tokens, int64 [n].
         heads, group: kv heads, query heads of each.
+        own: clusters that the estimate takes at their own mean value.
     """
 
     def __init__(
-        self, device: str, segments: list[list[int]], logits: Logits, sizes: Sizes, heads: int = 1, group: int = 2
-    ) -> None:
+        self, device: str, segments: list[list[int]], logits: Logits, sizes: Sizes, heads: int = 1, group: int = 2,
+        own: int = 512,
+    ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(1)
         batch, pages = len(segments), [sum(request) for request in segments]
-        config = ClusterKVConfig(budget_tokens=8)
+        config = ClusterKVConfig(budget_tokens=8, estimate_clusters=own)
         self.index = ClusterIndex(config, Geometry(1, heads, HEAD_DIM, PAGE, sum(pages) + 1), device)
         self.step = self._step(segments, pages, device)
         shape = (batch, heads, group, max(pages) * PER_PAGE)
@@ -133,7 +136,8 @@ class Case:
         tokens = self.base.shape[-1]
         room = [math.ceil(int(pages) * PER_PAGE / SCORE_CLUSTERS) * SCORE_CLUSTERS for pages in self.step.page_count]
         shape = WorkspaceShape(
-            batch, heads, group, HEAD_DIM, sum(room), self.bonus.shape[-1], tokens, 1200, 8, 1, 1, 1
+            batch, heads, group, HEAD_DIM, sum(room), self.bonus.shape[-1], tokens, 1200, 8,
+            self.index.config.estimate_clusters, 1, 1,
         )  # fmt: skip
         self.guarded = Guarded(device)
         self.w = make_workspace(shape, device, self.guarded)
@@ -190,7 +194,21 @@ class Case:
                 named = sorted(zip(expected.cluster[b, h, :count].tolist(), entries, strict=True))
                 found = w.candidates[b, h, :count].tolist()
                 assert [(packed >> 32, packed & 0xFFFFFFFF) for packed in found] == named
+        self._check_shortlist(estimate_mass)
         self.guarded.assert_untouched()
+
+    def _check_shortlist(self, estimate_mass: torch.Tensor) -> None:
+        """It has the largest masses, the lower places where they tie, ascending; nothing where there is none."""
+        config = self.index.config
+        for b in range(self.step.batch):
+            own = int(self.step.page_count[b]) * PER_PAGE
+            count = min(config.estimate_clusters + config.budget_tokens, own)
+            count *= has_shortlist(config, self.step.pages.shape[1] * PER_PAGE)
+            mass = estimate_mass[b, :, :own] * self.size[b, :, :own]
+            mass = mass.masked_fill(mass < NO_MASS, 0.0)
+            best = mass.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+            assert torch.equal(self.w.shortlist[b, :, :count].long(), best)
+            assert (self.w.shortlist[b, :, count:] == FAR).all()
 
 
 def even(clusters: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
@@ -256,6 +274,13 @@ def test_one_cluster_with_all_tokens_is_cut(device: str) -> None:
 @pytest.mark.parametrize("group", [1, 4, 7, 8])
 def test_every_group_size(group: int, device: str) -> None:
     Case(device, [[9]], normal, uneven, group=group).check(40)
+
+
+@pytest.mark.parametrize(("own", "logits"), [(4, normal), (4, few), (60, few), (1, equal)])
+def test_the_shortlist_has_the_largest_masses(own: int, logits: Logits, device: str) -> None:
+    case = Case(device, [[30, 20], [8]], logits, uneven, heads=2, own=own)
+    assert has_shortlist(case.index.config, 50 * PER_PAGE) == (own < 60)
+    case.check(50)
 
 
 def test_a_context_of_128k_tokens(device: str) -> None:

@@ -87,6 +87,7 @@ ARCHITECTURES = (
     Architecture(
         "Falcon 3", "LlamaForCausalLM", "llama", 256, "",
         {"head_dim": 256, "rope_theta": 1000042.0, "rms_norm_eps": 1e-6},
+        kv_heads=1,  # as Gemma 3, for which the same kernels are compiled
     ),
     Architecture(
         "Qwen 2.5", "Qwen2ForCausalLM", "qwen2", 128, "biases of queries, keys and values",

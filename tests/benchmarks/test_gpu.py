@@ -29,7 +29,7 @@ def test_kernels_are_bound_to_their_arguments_up_to_the_launch(tmp_path: Path) -
     found = dry(tmp_path, "graphs", "operations", "pinned", "engines")
     assert all(one["status"] == "passed" and one["dry"] for one in found.values())
     (launches,) = found["graphs"]["figures"]
-    assert launches["measured"] == 8, "a layer of a sparse step has eight launches"
+    assert launches["measured"] == 7, "a layer of a sparse step has seven launches"
     predicted = {one["name"].split(",")[0]: one["predicted"] for one in found["operations"]["figures"]}
     assert all(
         predicted[name] > 0 for name in ("score", "select", "recall", "attend", "estimate", "merge", "whole step")

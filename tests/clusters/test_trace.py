@@ -417,9 +417,13 @@ def test_no_schedule_shows_a_token_of_another_request(traced_machine: list[Trace
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(seed(1)(SchedulerMachine), settings=few)
+    events = ("rewrite", "merge", "splits", "reused", "lagging", "retract")
+    for number in range(1, 5):  # which worlds a seed makes depends on the modules that are loaded
+        run_state_machine_as_test(seed(number)(SchedulerMachine), settings=few)
+        if all(COUNTS[name] for name in events):
+            break
     assert sum(world.traced_steps for world in traced_machine) > 150
-    assert all(COUNTS[name] for name in ("rewrite", "merge", "splits", "reused", "lagging", "retract")), COUNTS
+    assert all(COUNTS[name] for name in events), COUNTS
 
 
 def test_a_token_of_another_request_would_be_noticed() -> None:

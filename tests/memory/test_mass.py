@@ -47,7 +47,7 @@ def shares(scene: Scene, step: object, q: torch.Tensor, layer: int) -> np.ndarra
         recalled = refine(q, scores, candidates, *arguments, SCALE)
     else:
         recalled = recall_all(scores, select(scores, *arguments, config.budget_tokens))
-    rest = f64(estimate(scores, recalled.left, *arguments, q, SCALE).lse)
+    rest = f64(estimate(scores, recalled.left, *arguments, q, SCALE, recalled.code).lse)
     found = np.empty(tuple(q.shape[:3]))
     for b, h in np.ndindex(*found.shape[:2]):
         base = step.base_slots[b, : int(step.base_count[b])]

@@ -80,7 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         pages=st.sampled_from([250, 330, 500]),
         overlap=st.booleans(),
         lags=st.booleans(),
-        host=st.sampled_from(["no", "HiCache", 1, 2, 4]),
+        host=st.sampled_from(["no", "no", "HiCache", 1, 2, 4]),
         pages_per_call=st.sampled_from([0, 40]),
         graphs=st.sampled_from([0, 2, 6]),
     )
@@ -100,8 +100,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             host, graphs = "no" if host == "HiCache" else host, 0
         tiers = Tiers.of(pages, host, CHUNK_TOKENS, MOST_RUNNING) if isinstance(host, int) else None
         self.world = World(
-            config, pages=pages, overlap=overlap, lags=lags, tiers=tiers, hicache=host == "HiCache",
-            pages_per_call=pages_per_call, graphs=0 if tiers else graphs,
+            config, pages=pages, overlap=overlap or graphs == 6, lags=lags, tiers=tiers,
+            hicache=host == "HiCache", pages_per_call=pages_per_call, graphs=0 if tiers else graphs,
         )  # fmt: skip
         self.texts = [stream(0, 900), stream(1, 900), stream(2, 150)]
 

@@ -59,7 +59,9 @@ def test_a_step_over_either_tier_is_one_over_the_numbers_in_float32(dtype: torch
 
     expected = decode(wide)
     assert expected.isfinite().all() and expected.dtype is torch.float32
-    assert torch.equal(decode(pool), expected) and torch.equal(decode(buffers, layer), expected)
+    assert torch.equal(decode(pool), expected)
+    # With a tier attend is a launch of its own, which divides a list into other parts.
+    torch.testing.assert_close(decode(buffers, layer), expected, rtol=1e-5, atol=1e-6)
     lists = (
         torch.stack([scene.slots(row, 131) for row in (1, 2)]).to(device),
         torch.tensor([60, 131], device=device),

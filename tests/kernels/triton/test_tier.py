@@ -162,7 +162,10 @@ def test_a_sparse_layer_reads_either_tier(
     if host_dtype == "auto":
         pool = scene.keys[0].to(device), scene.values[0].to(device)
         whole = sparse_decode(q.to(device), *pool, index_on(scene.index, device), 0, lists, SCALE)
-        assert torch.equal(ours, whole) and ours.isfinite().all()
+        # With a tier attend is a launch of its own, which divides a list into other parts.
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(ours, whole, atol=tolerance, rtol=10 * tolerance)
+        assert ours.isfinite().all()
     else:
         expected = decode_reference.sparse_decode(
             q, on_cpu.keys[0], on_cpu.values[0], scene.index, 0, step, SCALE, on_cpu.layer(0)

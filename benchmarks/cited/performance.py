@@ -49,7 +49,7 @@ def _(found: Any) -> str:
     return f"Time per token at 7,700 over that at 1,000: {own['long_ms'] / own['short_ms']:.2f}."
 
 
-@figures("operations", PERFORMANCE, "kernels-cpu-smollm2-135m-20261128-063021")
+@figures("operations", PERFORMANCE, "kernels-cpu-smollm2-135m-20261130-042630")
 def _(found: Any) -> Rows:
     rows: Rows = []
     for names in (["score"], ["select"], ["refine"], ["recall"], ["attend"], ["estimate"], ["rotate", "merge"]):
@@ -71,18 +71,18 @@ def _(found: Any) -> Rows:
     return [*rows, whole, dense]
 
 
-@sentence(PERFORMANCE, "kernels-cpu-smollm2-135m-20261128-025410", "kernels-cpu-smollm2-135m-20261128-063021")
-def _(*runs: Any) -> str:
-    first, second = (run["cells"][1]["whole"]["ms"] for run in runs)
-    return f"have {first:.0f} and {second:.0f} ms at batch 8"
+@sentence(PERFORMANCE, "kernels-cpu-smollm2-135m-20261130-042613")
+def _(found: Any) -> str:
+    one, eight, shared = (cell["whole"]["ms"] for cell in found["cells"])
+    return f"{one:.1f} ms at batch 1, {eight:.1f} at 8 and {shared:.1f} at 8 with 7,000 shared tokens"
 
 
 @figures(
     "shapes",
     PERFORMANCE,
-    "kernels-cpu-llama-3.1-8b-20261128-214652",
-    "kernels-cpu-qwen2.5-7b-20261128-214617",
-    "kernels-cpu-qwen2.5-7b-20261128-215001",
+    "kernels-cpu-llama-3.1-8b-20261130-042700",
+    "kernels-cpu-qwen2.5-7b-20261130-042728",
+    "kernels-cpu-qwen2.5-7b-20261130-042740",
 )
 def _(*runs: Any) -> Rows:
     return [

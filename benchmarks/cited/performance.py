@@ -49,6 +49,25 @@ def _(found: Any) -> str:
     return f"Time per token at 7,700 over that at 1,000: {own['long_ms'] / own['short_ms']:.2f}."
 
 
+@sentence(PERFORMANCE, "latency-7700-b8-20261130-044309")
+def _(found: Any) -> str:
+    own = found["clusterkv"]
+    return (
+        f"takes {own['short_ms']:.0f} ms a token at 1,000 tokens, {own['long_ms']:.0f} at 7,700 and {own['batch_ms']:.0f} at "
+        f"batch 8, and {small(own['hit_s'], 2)} s to"
+    )
+
+
+@figures("llama-cpp", PERFORMANCE, "llama-cpp-20261130-022302", "latency-7700-b8-20261130-044309")
+def _(peer: Any, own: Any) -> Rows:
+    row = own["clusterkv"]
+    of_peer = [[peer["f16"][f"{tokens} x {batch}"] for tokens in (100, 7700)] for batch in (1, 8)]
+    return [
+        [None, f"{short:.1f}", f"{long:.1f}", f"{ours:.1f}", f"{ours / long:.2f}"]
+        for (short, long), ours in zip(of_peer, (row["long_ms"], row["batch_ms"]), strict=True)
+    ]
+
+
 @figures("operations", PERFORMANCE, "kernels-cpu-smollm2-135m-20261130-042630")
 def _(found: Any) -> Rows:
     rows: Rows = []

@@ -24,9 +24,8 @@ from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL, channels_per
 # Formats of a row: of the index's (memory/codec.py), of the pool's, of codes. Those before FLOAT32 have scales per channels.
 INT4, INT8, BF16, FLOAT32, E4M3, E5M2, CODES_2, CODES_1 = range(8)
 ROW_FORMATS = {"int4": INT4, "int8": INT8, "bf16": BF16}
-TOGETHER = (
-    4  # rows that are computed together at most; lists have room for as many more entries, and so have their results
-)
+# Rows that are computed together at most; lists have room for as many more entries, and so have their results.
+TOGETHER = 4
 
 
 class _Rows:

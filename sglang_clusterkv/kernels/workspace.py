@@ -102,9 +102,8 @@ class Workspace:
     spread: torch.Tensor  # bf16 [H, C], as stored in the index; refine makes it negative where `dot` is by codes
     base_logit: torch.Tensor  # float32 [B, H, G, W], exact logits of the always-attended tokens
     base_lse: torch.Tensor  # float32 [B, H, G, base_tiles], of base_logit, by tile
-    choice_lse: (
-        torch.Tensor
-    )  # float32 [H, G, cluster_tiles], of log n + dot + choice_spread * bonus, by tile of clusters
+    # float32 [H, G, cluster_tiles], of log n + dot + choice_spread * bonus, by tile of clusters
+    choice_lse: torch.Tensor
     estimate_lse: torch.Tensor  # float32 [H, G, cluster_tiles], of log n + dot + estimate_spread * min(bonus, cap)
     # Written by score as the cluster's size; refine subtracts what it recalled. So the estimate reads what is left.
     left: torch.Tensor  # int32 [H, C], 0 for an empty cluster
@@ -115,9 +114,8 @@ class Workspace:
     total: torch.Tensor  # float32 [B, H, G], log-sum-exp of all clusters' estimate logits (full sizes) and base_logit
     candidates: torch.Tensor  # int64 [B, H, K], cluster << 32 | entry, ascending
     candidate_count: torch.Tensor  # int32 [B, H]
-    shortlist: (
-        torch.Tensor
-    )  # int32 [B, H, O + R], clusters among which `own` will be, ascending; see `own_shortlist` (grids.py)
+    # int32 [B, H, O + R], clusters among which `own` will be, ascending; see `own_shortlist` (grids.py)
+    shortlist: torch.Tensor
 
     # Written by refine.
     value: torch.Tensor  # float32 [B, H, K], mean over the group of exp(logit - total)

@@ -19,6 +19,8 @@ from sglang_clusterkv.serving import trace
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+BEHIND_PROMPT = -1  # the least `logprob_start_len`: log-probabilities of the answer alone
+
 
 @dataclass(frozen=True)
 class Takes:
@@ -28,7 +30,6 @@ class Takes:
     logits: range  # tokens that it can answer
     placeholders: frozenset[int] = frozenset()  # ids that stand for pictures, sound or video
     traces: bool = False  # whether the server keeps traces for requests that ask for one
-    first_start: int = -1  # the least place from which log-probabilities are given; -1 is behind the prompt
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def problem_of(request: Any, takes: Takes) -> str | None:
     return (
         problem_of_ids(request.input_ids, takes.ids, placeholders, may_be_empty=history)
         or _problem_of_answer(request, takes.logits)
-        or _problem_of_start(request, takes.first_start)
+        or _problem_of_start(request)
         or trace.problem_of(getattr(request, "sampling_params", None), takes.traces)
     )
 
@@ -134,12 +135,12 @@ def _problem_of_answer(request: Any, logits: range) -> str | None:
     return None
 
 
-def _problem_of_start(request: Any, first: int) -> str | None:
+def _problem_of_start(request: Any) -> str | None:
     """What is wrong with the place from which a prompt's log-probabilities are asked for; SGLang looks for its end alone."""
     start = getattr(request, "logprob_start_len", None)
-    if not getattr(request, "return_logprob", False) or start is None or start >= first:
+    if not getattr(request, "return_logprob", False) or start is None or start >= BEHIND_PROMPT:
         return None
-    return f"logprob_start_len is {start}: use {first} or more."
+    return f"logprob_start_len is {start}: use {BEHIND_PROMPT} or more."
 
 
 def _outside(what: str, ids: set[int], vocabulary: range) -> str:

@@ -7,6 +7,7 @@ Red when: the estimate's spread has no cap (the mean error is .01 at 8 and .35 a
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -40,13 +41,21 @@ def test_the_chain_stays_near_exact_attention(deviation: int, decode) -> None:
     assert errors.mean() < most and int((errors > 0.01).sum()) <= heads, errors
 
 
-@pytest.mark.parametrize("fields", [{"estimate_spread": 100.0}, {"choice_spread": 0.0, "estimate_spread": 400.0}])
-def test_an_estimate_that_outweighs_the_choice_divides_by_nothing(fields: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"estimate_spread": 8.0},  # the most that is allowed
+        {"choice_spread": 0.0, "estimate_spread": 8.0},
+        {"estimate_spread": 100.0, "estimate_codes": False},
+        {"choice_spread": 0.0, "estimate_spread": 400.0, "estimate_codes": False},
+    ],
+)
+def test_an_estimate_that_outweighs_the_choice_divides_by_nothing(fields: dict[str, Any]) -> None:
     """Its masses are right or wrong, but they are numbers, and those of the reference.
 
-    Without codes: such spreads, beyond what is allowed, put the total so high that a float has no masses of codes.
+    Beyond what is allowed without codes: such spreads put the total so high that a float has no masses of codes.
     """
-    scene = SharpScene(ClusterKVConfig(**fields, estimate_codes=False), 1500)
+    scene = SharpScene(ClusterKVConfig(**fields), 1500)
     q = scene.queries(48)
     output = cpu.sparse_decode(*scene.arguments(q))
     assert output.isfinite().all()

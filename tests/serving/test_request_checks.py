@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,12 +164,10 @@ def test_no_more_likeliest_tokens_than_there_are() -> None:
 
 
 def test_log_probabilities_begin_where_the_model_gives_some() -> None:
-    takes = replace(TAKES, first_start=7)
-    assert problem_of(request([55], return_logprob=True, logprob_start_len=7), takes) is None
-    assert problem_of(request([55], logprob_start_len=6), takes) is None
-    problem = problem_of(request([55], return_logprob=True, logprob_start_len=6), takes)
-    assert problem == "logprob_start_len is 6: use 7 or more."
-    assert takes_of(Scheduler()).first_start == -1
+    assert problem_of(request([55], return_logprob=True, logprob_start_len=-1), TAKES) is None
+    assert problem_of(request([55], logprob_start_len=-2), TAKES) is None
+    problem = problem_of(request([55], return_logprob=True, logprob_start_len=-2), TAKES)
+    assert problem == "logprob_start_len is -2: use -1 or more."
 
 
 def test_a_pictures_placeholder_passes_with_what_sglang_made_of_the_picture() -> None:

@@ -50,7 +50,7 @@ class Numbers(NamedTuple):
     limit: int  # candidates
     budget: int  # recalled tokens
     own: int  # clusters that are estimated by their own mean value
-    moves: int  # 1: mean values move with the query
+    moves: bool  # mean values move with the query
     by_code: bool  # candidates that were not recalled are estimated by their codes
     pairs_at_once: int  # that a thread takes, of which neighbours lie in the same lines of memory
 
@@ -100,9 +100,8 @@ class Buffers(NamedTuple):
     estimate: np.ndarray  # float32 [B, H, G, D]
     estimate_lse: np.ndarray  # float32 [B, H, G]
     reads: np.ndarray  # int64 [B, H, len(Reads)]: rows read, with a host tier
-    digits: (
-        np.ndarray
-    )  # int8 [B, H, G, DIGITS, D]: queries as score multiplies them, as are the next two (levels_cpu.py)
+    # int8 [B, H, G, DIGITS, D]: queries as score multiplies them, as are the next two (levels_cpu.py)
+    digits: np.ndarray
     digit_start: np.ndarray  # int32 [B, H, G, SLICES]
     digit_unit: np.ndarray  # float32 [B, H, G]
 

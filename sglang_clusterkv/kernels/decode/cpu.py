@@ -40,10 +40,9 @@ class LayerArrays(NamedTuple):
     value_scales: np.ndarray
     spread: np.ndarray  # uint16 [C, H]
     cluster_end: np.ndarray  # int16 [C, H]
-    vectors: (
-        np.ndarray
-    )  # uint16 [pages, H, 3, D/4]; on other pages than a segment's first, of its movement the rows that meet
-    # the query, and apart, of the same memory:
+    # uint16 [pages, H, 3, D/4]; on other pages than a segment's first, of its movement the rows that meet the query, and apart,
+    # of the same memory:
+    vectors: np.ndarray
     meets_scales: np.ndarray  # uint16 [pages, H, ...], their scales
     adds: np.ndarray  # uint16 [pages, H, D/4], the rows that are added
     adds_scales: np.ndarray
@@ -178,7 +177,7 @@ class CpuDecoder:
         numbers = Numbers(
             np.float32(scale), np.float32(config.choice_spread), np.float32(config.estimate_spread),
             self.index.geometry.page_size, self.index.clusters_per_page, self.limit, config.budget_tokens,
-            config.estimate_clusters, int(config.moving_values == "always"), config.refine and config.estimate_codes,
+            config.estimate_clusters, config.moving_values == "always", config.refine and config.estimate_codes,
             self._pairs_at_once,
         )  # fmt: skip
         run(

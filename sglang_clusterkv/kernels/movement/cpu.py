@@ -33,30 +33,14 @@ def _covariance(keys: Any, centroids: Any, values: Any, means: Any, labels: Any,
                     moved[i, d] = values[token, d] - means[cluster, d]
             else:
                 apart[i] = 0.0
-        k0, k1, k2, k3, k4, k5, k6, k7 = (
-            apart[0],
-            apart[1],
-            apart[2],
-            apart[3],
-            apart[4],
-            apart[5],
-            apart[6],
-            apart[7],
-        )
+        k0, k1, k2, k3 = apart[0], apart[1], apart[2], apart[3]
+        k4, k5, k6, k7 = apart[4], apart[5], apart[6], apart[7]
         for a in range(channels):
             row, v = out[a], moved[:, a]
             v0, v1, v2, v3, v4, v5, v6, v7 = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]
             for d in range(channels):
-                row[d] += (
-                    v0 * k0[d]
-                    + v1 * k1[d]
-                    + v2 * k2[d]
-                    + v3 * k3[d]
-                    + v4 * k4[d]
-                    + v5 * k5[d]
-                    + v6 * k6[d]
-                    + v7 * k7[d]
-                )
+                first_four = v0 * k0[d] + v1 * k1[d] + v2 * k2[d] + v3 * k3[d]
+                row[d] += first_four + (v4 * k4[d] + v5 * k5[d] + v6 * k6[d] + v7 * k7[d])
     share = np.float32(1.0) / np.float32(tokens)
     for a in range(channels):
         for d in range(channels):

@@ -25,9 +25,8 @@ class Scores(NamedTuple):
     dot: torch.Tensor  # [B, H, G, C], scale q.centroid
     bonus: torch.Tensor  # [B, H, G, C], g
     estimate_bonus: torch.Tensor  # [B, H, G, C], of the estimate's logits: estimate_spread min(g, cap)
-    log_mass: (
-        torch.Tensor
-    )  # [B, H, C], log of the mass per token by the choice, mean over the group; -inf where size is 0
+    # [B, H, C], log of the mass per token by the choice, mean over the group; -inf where size is 0
+    log_mass: torch.Tensor
     estimate_mass: torch.Tensor  # [B, H, C], by the estimate likewise, not its log; 0 where size is 0
     total: torch.Tensor  # [B, H, G], log-sum-exp of estimates and always-attended tokens
 

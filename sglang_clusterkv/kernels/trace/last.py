@@ -12,8 +12,7 @@ class LastRead(NamedTuple):
 
     recalled: torch.Tensor  # int64 [H, R], slots, by cluster, then by position; garbage beyond the count
     count: torch.Tensor  # int32 [H]
-    base_logit: (
-        torch.Tensor
-    )  # float32 [H, G, W], logits of the always-attended tokens and a learned sink; -inf beyond these
+    # float32 [H, G, W], logits of the always-attended tokens and a learned sink; -inf beyond these
+    base_logit: torch.Tensor
     exact_lse: torch.Tensor  # float32 [H, G], log-sum-exp of these and the recalled tokens
     whole_lse: torch.Tensor  # float32 [H, G], of all tokens, as far as the step knows

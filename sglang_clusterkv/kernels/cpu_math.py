@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -15,8 +17,33 @@ from numba.extending import intrinsic
 
 from sglang_clusterkv.memory.fp8 import FP8
 
-# All kernels are made by it: a division by zero gives an infinity or NaN, as in the references, and raises nothing.
-njit = functools.partial(numba.njit, error_model="numpy")
+CONSTANTS = ("codec.py", "device.py", "fp8.py", "masses.py", "movement.py", "tier.py")  # of memory, that kernels hold
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of what the CPU kernels are made of."""
+    folder = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    constants = [folder / "memory" / name for name in CONSTANTS]
+    for path in sorted([*folder.glob("kernels/**/*cpu*.py"), *constants]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def njit(function: Any = None, **options: Any) -> Any:
+    """numba's, which makes all kernels: a division by zero gives an infinity or NaN, as in the references, and raises nothing.
+
+    With `cache` what was compiled stays on disk. numba takes it from there until the function's own file changes; the name
+    that it has there follows from what it calls and holds, too.
+    """
+    if function is None:
+        return functools.partial(njit, **options)
+    if options.get("cache"):
+        function.__qualname__ += "_" + sources()
+    return numba.njit(error_model="numpy", **options)(function)
+
+
 # What only other compiled functions call: it takes no arguments from Python, which would be more than half of what is compiled.
 # Called from Python it crashes the process.
 part = functools.partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -90,6 +117,17 @@ def element_pointer(context: Any, builder: Any, kind: Any, array: Any, at: list[
     made = context.make_array(kind)(context, builder, array)
     full = at + [context.get_constant(types.intp, 0)] * (kind.ndim - len(at))
     return cgutils.get_item_pointer(context, builder, kind, made, full, wraparound=False)
+
+
+@intrinsic
+def address_of(typing_context: Any, array: Any, row: Any, head: Any) -> Any:
+    """The address of array[row, head], as a number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = element_pointer(context, builder, signature.args[0], args[0], list(args[1:]))
+        return builder.ptrtoint(pointer, context.get_value_type(types.intp))
+
+    return types.intp(array, types.intp, types.intp), codegen
 
 
 @intrinsic

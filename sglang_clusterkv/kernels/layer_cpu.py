@@ -1,29 +1,25 @@
-"""What stands around attention in a decode step on a CPU: products with weights, norm, rotation, gate; in float32.
+"""What stands around attention and products in a decode step on a CPU: norm, rotation, gate; in float32.
 
-Each is one call over the few tokens of a step. A product reads its weights once, a row at a time for all tokens, as fast as
-memory gives them. The others take torch two to twenty operations that last less than their calls. Tensors are handed over by
-their addresses: a view of each as an array would take longer than the work.
+Each is one call over the few tokens of a step, for two to twenty operations of torch that last less than their calls. Tensors
+are handed over by their addresses: a view of each as an array would take longer than the work.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import carray, types
 from numba.extending import intrinsic
 
+from sglang_clusterkv.kernels.call_cpu import entry_of, stays_whole
 from sglang_clusterkv.kernels.cpu_math import FAST, fast_exp, njit
-from sglang_clusterkv.kernels.threads_cpu import done, leave, run, take
-
-_BLOCK = 32 << 10  # weights that a thread takes at a time
-_SHARED = 512 << 10  # weights from which on waking another thread costs less than it does
 
 
 @intrinsic
-def _floats_at(typing_context: Any, address: Any) -> Any:
+def floats_at(typing_context: Any, address: Any) -> Any:
     """A pointer to the float32 at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -32,18 +28,29 @@ def _floats_at(typing_context: Any, address: Any) -> Any:
     return types.CPointer(types.float32)(types.uintp), codegen
 
 
+@intrinsic
+def places_at(typing_context: Any, address: Any) -> Any:
+    """A pointer to the int64 at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.uintp), codegen
+
+
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _norm(
+def norm_rows(
     x_at: int, added_at: int, weight_at: int, eps: Any, tokens: int, channels: int, out_at: int, sum_at: int
 ) -> None:
-    x, out = carray(_floats_at(x_at), (tokens, channels)), carray(_floats_at(out_at), (tokens, channels))
-    weight = carray(_floats_at(weight_at), channels)
+    stays_whole()
+    x, out = carray(floats_at(x_at), (tokens, channels)), carray(floats_at(out_at), (tokens, channels))
+    weight = carray(floats_at(weight_at), channels)
     for i in range(tokens):
         squares = np.float32(0.0)
         if added_at:
             added, whole = (
-                carray(_floats_at(added_at), (tokens, channels)),
-                carray(_floats_at(sum_at), (tokens, channels)),
+                carray(floats_at(added_at), (tokens, channels)),
+                carray(floats_at(sum_at), (tokens, channels)),
             )
             for d in range(channels):
                 value = x[i, d] + added[i, d]
@@ -60,8 +67,9 @@ def _norm(
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _gated(x_at: int, tokens: int, channels: int, out_at: int) -> None:
-    x, out = carray(_floats_at(x_at), (tokens, 2 * channels)), carray(_floats_at(out_at), (tokens, channels))
+def gate_rows(x_at: int, tokens: int, channels: int, out_at: int) -> None:
+    stays_whole()
+    x, out = carray(floats_at(x_at), (tokens, 2 * channels)), carray(floats_at(out_at), (tokens, channels))
     one = np.float32(1.0)
     for i in range(tokens):
         for d in range(channels):
@@ -70,87 +78,31 @@ def _gated(x_at: int, tokens: int, channels: int, out_at: int) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _rotated(
+def rotate_heads(
     x_at: int,
     stride: int,
     turns_at: int,
-    positions: Any,
+    positions_at: int,
+    tokens: int,
     heads: int,
     channels: int,
     turned: int,
-    halves: bool,
+    halves: int,
     out_at: int,
 ) -> None:
-    tokens, half = len(positions), turned // 2
-    out = carray(_floats_at(out_at), (tokens, heads, channels))
+    stays_whole()
+    positions, half = carray(places_at(positions_at), tokens), turned // 2
+    out = carray(floats_at(out_at), (tokens, heads, channels))
     for i in range(tokens):
-        turn = carray(_floats_at(turns_at + 4 * turned * positions[i]), turned)  # cosines, then sines
+        turn = carray(floats_at(turns_at + 4 * turned * positions[i]), turned)  # cosines, then sines
         for h in range(heads):
-            x, mine = carray(_floats_at(x_at + 4 * (i * stride + h * channels)), channels), out[i, h]
+            x, mine = carray(floats_at(x_at + 4 * (i * stride + h * channels)), channels), out[i, h]
             for d in range(half):
                 a, b = (d, half + d) if halves else (2 * d, 2 * d + 1)
                 mine[a] = x[a] * turn[d] - x[b] * turn[half + d]
                 mine[b] = x[b] * turn[d] + x[a] * turn[half + d]
             for d in range(turned, channels):
                 mine[d] = x[d]
-
-
-@njit(cache=True, nogil=True, fastmath=FAST)
-def _products(
-    number: int, counter: Any, items: int, x_at: int, tokens: int, channels: int, weight_at: int, rows: int, each: int,
-    bias_at: int, out_at: int,
-) -> None:  # fmt: skip
-    x, weight = carray(_floats_at(x_at), (tokens, channels)), carray(_floats_at(weight_at), (rows, channels))
-    out, zero = carray(_floats_at(out_at), (tokens, rows)), np.float32(0.0)
-    fours, twos = tokens // 4 * 4, tokens // 2 * 2
-    item = take(counter)
-    while item < items:
-        for r in range(item * each, min(rows, (item + 1) * each)):
-            row = weight[r]
-            added = carray(_floats_at(bias_at), rows)[r] if bias_at else zero
-            for i in range(0, fours, 4):
-                a, b, c, d = zero, zero, zero, zero
-                for k in range(channels):
-                    a += row[k] * x[i, k]
-                    b += row[k] * x[i + 1, k]
-                    c += row[k] * x[i + 2, k]
-                    d += row[k] * x[i + 3, k]
-                out[i, r], out[i + 1, r], out[i + 2, r], out[i + 3, r] = a + added, b + added, c + added, d + added
-            for i in range(fours, twos, 2):
-                a, b = zero, zero
-                for k in range(channels):
-                    a += row[k] * x[i, k]
-                    b += row[k] * x[i + 1, k]
-                out[i, r], out[i + 1, r] = a + added, b + added
-            for i in range(twos, tokens):
-                a = zero
-                for k in range(channels):
-                    a += row[k] * x[i, k]
-                out[i, r] = a + added
-        done(counter)
-        item = take(counter)
-    leave(number, counter, items)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Products of a few tokens with a layer's weights; all float32 and contiguous.
-
-    Args:
-        x: [tokens, D].
-        weight: [N, D].
-        bias: [N], added; None: nothing.
-
-    Returns:
-        [tokens, N].
-    """
-    (tokens, channels), rows = x.shape, len(weight)
-    out = x.new_empty((tokens, rows))
-    each = max(1, _BLOCK // max(1, channels))
-    run(
-        _products, -(-rows // each), x.data_ptr(), tokens, channels, weight.data_ptr(), rows, each,
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), most=None if weight.numel() >= _SHARED else 1,
-    )  # fmt: skip
-    return out
 
 
 def rms_norm(
@@ -169,7 +121,7 @@ def rms_norm(
     """
     out, channels = torch.empty_like(x), x.shape[-1]
     whole = None if added is None else torch.empty_like(x)
-    _norm(
+    norm_rows(
         x.data_ptr(), 0 if added is None else added.data_ptr(), weight.data_ptr(), np.float32(eps), x.numel() // channels,
         channels, out.data_ptr(), 0 if whole is None else whole.data_ptr(),
     )  # fmt: skip
@@ -180,7 +132,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """silu of the first half of channels times the second; x float32 [..., 2 D], contiguous -> [..., D]."""
     channels = x.shape[-1] // 2
     out = x.new_empty((*x.shape[:-1], channels))
-    _gated(x.data_ptr(), out.numel() // max(1, channels), channels, out.data_ptr())
+    gate_rows(x.data_ptr(), out.numel() // max(1, channels), channels, out.data_ptr())
     return out
 
 
@@ -200,11 +152,30 @@ def rotate(
         [tokens, heads * channels], contiguous.
     """
     out = x.new_empty(x.shape)
-    _rotated(
-        x.data_ptr(), x.stride(0), turns.data_ptr(), positions.numpy(), x.shape[1] // channels, channels, turns.shape[1],
-        halves, out.data_ptr(),
+    rotate_heads(
+        x.data_ptr(), x.stride(0), turns.data_ptr(), positions.data_ptr(), len(positions), x.shape[1] // channels, channels,
+        turns.shape[1], int(halves), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+class Addresses(NamedTuple):
+    """Of compiled functions, for `call_at` with the arguments of the Python ones."""
+
+    norm: int  # norm_rows
+    gate: int  # gate_rows
+    rotate: int  # rotate_heads
+
+
+@functools.cache
+def addresses() -> Addresses:
+    """Of what others call within their own kernels."""
+    place = types.int64
+    return Addresses(
+        entry_of(norm_rows, place, place, place, types.float32, place, place, place, place),
+        entry_of(gate_rows, *[place] * 4),
+        entry_of(rotate_heads, *[place] * 10),
+    )
 
 
 @functools.cache
@@ -214,6 +185,5 @@ def compile_layers() -> None:
     for added in (None, x):
         rms_norm(x, added, x[0], 1e-6)
     silu_and_mul(x)
-    linear(x, x)
     for halves in (True, False):
         rotate(x, torch.zeros(1, dtype=torch.int64), x, 4, halves=halves)

@@ -21,7 +21,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from sglang_clusterkv.kernels.cpu_math import FAST, larger, part
+from sglang_clusterkv.kernels.cpu_math import FAST, larger, njit, part
 from sglang_clusterkv.kernels.llvm_cpu import BYTE, HALF, REAL, WORD, Build, Loop, constants, levels_type
 from sglang_clusterkv.kernels.vectors_cpu import INT4
 from sglang_clusterkv.memory.codec import SLICES, channels_per_scale
@@ -45,6 +45,23 @@ def scales_of(channels: int) -> int:
     return channels // channels_per_scale(channels)
 
 
+@njit(inline="always")
+def digits_of(level: Any) -> tuple[Any, Any, Any]:
+    """The digits of a float32 that is rounded, as float32, high ones first; `MOST` at most in size."""
+    square, base, half = np.float32(_BASE**2), np.float32(_BASE), np.float32(_BASE // 2)
+    rounded = np.rint(level)
+    high = np.floor((rounded + half * (base + np.float32(1.0))) / square)  # what two digits may be below zero
+    rest = rounded - high * square
+    middle = np.floor((rest + half) / base)
+    return high, middle, rest - middle * base
+
+
+@njit(inline="always")
+def number_of(highs: Any, middles: Any, lows: Any) -> Any:
+    """What sums of digits stand for."""
+    return (np.int64(highs) * _BASE + np.int64(middles)) * _BASE + np.int64(lows)
+
+
 @functools.cache
 def split_queries(channels: int, group: int) -> Callable[..., None]:
     """Compile the splitting of one (request, kv head)'s queries into bytes, for one head_dim and group size.
@@ -54,8 +71,7 @@ def split_queries(channels: int, group: int) -> Callable[..., None]:
     """
     words, scales = channels // SLICES, scales_of(channels)
     shared = channels // scales
-    most, square, base, half = np.float32(MOST), np.float32(_BASE**2), np.float32(_BASE), np.float32(_BASE // 2)
-    lower = half * (base + np.float32(1.0))  # what two digits may be below zero
+    most = np.float32(MOST)
 
     @part(fastmath=FAST)
     def split(q: Any, digits: Any, start: Any, unit: Any, flat: Any) -> None:
@@ -68,16 +84,12 @@ def split_queries(channels: int, group: int) -> Callable[..., None]:
             for k in range(scales):
                 highs, middles, lows = np.float32(0.0), np.float32(0.0), np.float32(0.0)
                 for d in range(k * shared, (k + 1) * shared):
-                    level = np.rint(q[g, d] * inverse)
-                    high = np.floor((level + lower) / square)
-                    rest = level - high * square
-                    middle = np.floor((rest + half) / base)
-                    low = rest - middle * base
+                    high, middle, low = digits_of(q[g, d] * inverse)
                     flat[0, d], flat[1, d], flat[2, d] = np.int8(high), np.int8(middle), np.int8(low)
                     highs += high
                     middles += middle
                     lows += low
-                start[g, k] = -8 * ((np.int64(highs) * _BASE + np.int64(middles)) * _BASE + np.int64(lows))
+                start[g, k] = -8 * number_of(highs, middles, lows)
             for which in range(DIGITS):
                 for piece in range(words // 4):
                     for j in range(SLICES):
@@ -87,7 +99,7 @@ def split_queries(channels: int, group: int) -> Callable[..., None]:
     return split
 
 
-def _transposed(b: Build, rows: list[Any]) -> list[Any]:
+def transposed(b: Build, rows: list[Any]) -> list[Any]:
     """In each 128 bits the k-th words of four vectors, as the k-th of the four."""
 
     def pick(a: Any, other: Any, lanes: list[int]) -> Any:
@@ -138,8 +150,8 @@ def unpack_levels(
                 builder.gep(builder.bitcast(pointer, BYTE.as_pointer()), [WORD(piece * _PIECE)])
                 for pointer in pointers[:lanes]
             ]
-            vectors = [_joined(b, [b.load(at[4 * lane + a], WORD, 4) for lane in range(quarter)]) for a in range(4)]
-            for k, vector in enumerate(_transposed(b, [_sorted_bytes(b, vector) for vector in vectors])):
+            vectors = [joined(b, [b.load(at[4 * lane + a], WORD, 4) for lane in range(quarter)]) for a in range(4)]
+            for k, vector in enumerate(transposed(b, [_sorted_bytes(b, vector) for vector in vectors])):
                 upper = builder.lshr(vector, constants(WORD, [4] * lanes))
                 for half, shifted in enumerate((vector, upper)):
                     nibbles = builder.and_(shifted, constants(WORD, [0x0F0F0F0F] * lanes))
@@ -165,7 +177,7 @@ def unpack_levels(
     return types.void(channels, packed, scales, rows, place, place, place, levels, factors), codegen
 
 
-def _joined(b: Build, parts: list[Any]) -> Any:
+def joined(b: Build, parts: list[Any]) -> Any:
     """Vectors one behind the other."""
     while len(parts) > 1:
         size = parts[0].type.count
@@ -181,7 +193,7 @@ def _sorted_bytes(b: Build, words: Any) -> Any:
     return b.builder.bitcast(b.pick(octets, order), words.type)
 
 
-class _Sums:
+class Sums:
     """Sums of products of a row's bytes with a digit of a query, by whatever the target has."""
 
     def __init__(self, b: Build) -> None:
@@ -236,7 +248,7 @@ def dot_levels(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, kinds = Build.of(context, builder), signature.args
-        lanes, sums = b.lanes, _Sums(b)
+        lanes, sums = b.lanes, Sums(b)
         units = [b.spread(builder.load(b.address(kinds[7], args[7], b.place(g))), lanes) for g in range(heads)]
         loop = Loop(b, args[4], lanes, [])
         origin = b.address(kinds[2], args[2], builder.mul(loop.i, b.place(size)))

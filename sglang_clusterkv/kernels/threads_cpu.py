@@ -7,12 +7,9 @@ it returns when all items are done, and waits for nobody who has taken none.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from queue import SimpleQueue
 from types import FunctionType
 from typing import Any
@@ -73,17 +70,18 @@ def threads() -> int:
     return _helpers.chosen or torch.get_num_threads()
 
 
-def run(kernel: Callable[..., None], items: int, *args: Any, most: int | None = None) -> None:
+def run(kernel: Callable[..., None], items: int, *args: Any, most: int | None = None, stages: int = 3) -> None:
     """Call a kernel by as many threads as there may be.
 
     Args:
         kernel: takes the thread's number, a counter, how many items there are, and `args`.
         items: of work.
         most: threads, at most.
+        stages: of the kernel, at most: each has two numbers of the counter.
     """
     count = min(threads(), items, most or items)
-    # Of this call: who comes late finds nothing to do. Of three stages, where there are so many.
-    counter = np.zeros(6, np.int64)
+    # Of this call: who comes late finds nothing to do.
+    counter = np.zeros(2 * stages, np.int64)
     _helpers.start(count - 1)
     for number in range(1, count):
         _helpers.call(kernel, (number, counter, items, *args))
@@ -138,22 +136,11 @@ def leave(number: int, counter: Any, items: int) -> None:
         wait(counter, items)
 
 
-@functools.cache
-def _sources() -> str:
-    """A digest of what the CPU kernels are made of."""
-    folder = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    constants = [folder / "memory" / name for name in ("codec.py", "masses.py", "tier.py")]
-    for path in sorted([*folder.glob("kernels/**/*cpu*.py"), *constants]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def cached(kernel: Callable[..., None], constants: tuple[int, ...], **callees: Any) -> Callable[..., None]:
     """Compile a kernel that calls other compiled functions, and keep it on disk.
 
     numba finds it there by its file, name and closure; functions in a closure would have another identity in every process, so
-    they are given as globals, and the name has what they depend on: the constants that they were made with, and the sources.
+    they are given as globals, and the name has the constants that they were made with.
 
     Args:
         kernel: a function whose closure has numbers only.
@@ -164,6 +151,6 @@ def cached(kernel: Callable[..., None], constants: tuple[int, ...], **callees: A
     made = FunctionType(
         kernel.__code__, kernel.__globals__ | callees, kernel.__name__, kernel.__defaults__, kernel.__closure__
     )
-    made.__qualname__ = "_".join([kernel.__name__, *map(str, constants), _sources()])
+    made.__qualname__ = "_".join([kernel.__name__, *map(str, constants)])
     made.__module__ = kernel.__module__
     return njit(cache=True, nogil=True)(made)

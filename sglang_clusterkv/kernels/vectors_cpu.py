@@ -117,7 +117,7 @@ def _single(value: float) -> float:
     return float(np.float32(value))
 
 
-def _sums(b: Build, vectors: list[Any]) -> list[Any]:
+def lane_sums(b: Build, vectors: list[Any]) -> list[Any]:
     """The sums over the lanes of each vector, in lanes of as few vectors: lane i of the first is that of vectors[i].
 
     Always by halves, whichever lane a sum comes to lie in, so that it is the same number there.
@@ -190,7 +190,7 @@ def dot_rows(
                 of_query = b.load(b.address(kinds[9], args[9], b.place(g), b.place(channel)), REAL, b.lanes)
                 for r, level in enumerate(levels):
                     totals[g * together + r] = b.multiply_add(of_query, level, totals[g * together + r])
-        sums = _sums(b, totals)
+        sums = lane_sums(b, totals)
         for g in range(heads):
             lane = g * together % b.lanes
             part = b.pick(sums[g * together // b.lanes], list(range(lane, lane + together)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # Levels of a 2-bit code, in units of the root mean square: the optimal quantiser of a normal variable (Max, 1960).
-INNER_LEVEL, OUTER_LEVEL, LEVEL_BORDER = 0.4528, 1.510, 0.9816
+INNER_LEVEL, OUTER_LEVEL, LEVEL_BORDER = 0.453, 1.510, 0.9816
 
 # Share of a normal variable's energy that codes of so many bits leave out (Max, 1960).
 CODE_LOSS = {1: 1 - 2 / math.pi, 2: 0.1175}

@@ -37,6 +37,8 @@ def shared_segments(ids: np.ndarray, count: np.ndarray) -> SharedSegments:
         ids: int [B, S], of each request's segments.
         count: int [B], how many of them are recallable.
     """
+    if len(ids) == 1:
+        return no_shared_segments(*ids.shape)
     of_request = np.zeros(ids.shape, bool)
     request, ordinal = np.nonzero(np.arange(ids.shape[1]) < count[:, None])
     listed = ids[request, ordinal]

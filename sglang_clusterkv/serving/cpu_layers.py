@@ -1,11 +1,12 @@
 """SGLang's layers around attention on our CPU platform: a decode step's products, norms, rotations and gates by our kernels.
 
 SGLang lets a platform name its own forward of a layer's class, and change how a model's layers multiply once it is loaded. Ours
-take float32 batches of a few tokens, as a decode step has them, and hand everything else to SGLang's.
+take float32: products of any number of tokens, the others up to `MOST_TOKENS`. Everything else goes to SGLang's.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -16,10 +17,15 @@ from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, U
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
 
-from sglang_clusterkv.kernels.layer_cpu import compile_layers, linear, rms_norm, rotate, silu_and_mul
+from sglang_clusterkv.kernels.layer_cpu import compile_layers, rms_norm, rotate, silu_and_mul
+from sglang_clusterkv.kernels.products_cpu import compile_products, linear
+from sglang_clusterkv.kernels.token_tiles_cpu import compile_tiles, linear_by_tiles
+from sglang_clusterkv.serving.cpu_weights import Halves, copies_of, in_memory
 
-MOST_ROWS = 8  # of a product: with more, torch's own is faster
-MOST_TOKENS = 64  # of another call: with more, torch's operations last longer than their calls, and run on all cores
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 8  # of a product that reads its weights as fast as memory gives them; with more, tiles of tokens meet them
+MOST_TOKENS = 512  # of another call, on one thread: with more, torch's operations last longer, on all cores
 
 _taken = False  # until a model is served with clusterkv everything is SGLang's
 
@@ -33,45 +39,104 @@ def install(platform_key: str) -> None:
         BaseFusedOp.register_oot_forward(layer, forward, platform_key)
 
 
-class LinearMethod(UnquantizedLinearMethod):
+class _Multiplied:
+    """A method whose products in float32 are by our kernels: one for up to `MOST_ROWS` tokens, one for more.
+
+    Args:
+        halves: the layer's weights in half the bytes; None: they are read as they are.
+    """
+
+    def __init__(self, halves: Halves | None = None) -> None:
+        super().__init__()
+        self.halves = halves
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """See SGLang's."""
+        weight = layer.weight
+        if not _multiplied(weight, x, bias):
+            return super().apply(layer, x, bias)  # type: ignore[misc]
+        if len(x) > MOST_ROWS:
+            return linear_by_tiles(x, weight, bias)
+        return linear(x, weight, bias, None if self.halves is None else self.halves.of(weight))
+
+    def weights(self, weight: torch.Tensor) -> tuple[int, int]:
+        """Where a step's products may read the layer's weight, and whether it is halved there (1 or 0)."""
+        copy = None if self.halves is None else self.halves.of(weight)
+        return (weight.data_ptr(), 0) if copy is None else (copy.data_ptr(), 1)
+
+    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+        """SGLang loads other weights from now on."""
+        if self.halves is not None:
+            self.halves.loading(True)
+        super().restore_weights_before_loading(layer)  # type: ignore[misc]
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """They are loaded."""
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
+        if self.halves is not None:
+            self.halves.loading(False)
+
+
+class LinearMethod(_Multiplied, UnquantizedLinearMethod):
     """Products of a layer without quantisation."""
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """See SGLang's; by our kernel for `MOST_ROWS` tokens in float32."""
-        return linear(x, layer.weight, bias) if _multiplied(layer, x, bias) else super().apply(layer, x, bias)
 
-
-class LogitsMethod(UnquantizedEmbeddingMethod):
+class LogitsMethod(_Multiplied, UnquantizedEmbeddingMethod):
     """An embedding's, of which SGLang asks a product with all words for logits, as no method of its own with these weights."""
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """See SGLang's; by our kernel for `MOST_ROWS` tokens in float32."""
-        return linear(x, layer.weight, bias) if _multiplied(layer, x, bias) else super().apply(layer, x, bias)
 
+def take_over(model: torch.nn.Module, ranks: int = 1) -> None:
+    """Compile our kernels and run a model's layers by them; products of another method, quantised ones, stay as they are.
 
-def take_over(model: torch.nn.Module) -> None:
-    """Compile our kernels and run a model's layers by them; products of another method, quantised ones, stay as they are."""
+    Args:
+        model: as it was loaded.
+        ranks: processes on this machine that serve it, or another part or copy of it.
+    """
     global _taken
     compile_layers()
+    compile_products()
+    compile_tiles()
     _taken = True
-    for layer in model.modules():
+    others = {weight.dtype for weight in model.parameters() if weight.dtype in (torch.bfloat16, torch.float16)}
+    if others:
+        logger.info(
+            "clusterkv: served in %s, the model runs by SGLang's own layers around attention; on a CPU without AMX its steps "
+            "are faster with --dtype float32, by ours",
+            ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others)),
+        )
+    methods: dict[str, type[_Multiplied]] = {}
+    layers = dict(model.named_modules())
+    for name, layer in layers.items():
         method = type(getattr(layer, "quant_method", None))
         if method is UnquantizedLinearMethod:
-            layer.quant_method = LinearMethod()
+            methods[name] = LinearMethod
         elif method is UnquantizedEmbeddingMethod and layer.weight.dtype is torch.float32:
-            layer.quant_method = LogitsMethod()
+            methods[name] = LogitsMethod
+    copies = copies_of({name: layers[name].weight for name in methods if _multiplies(model, layers[name])}, ranks)
+    for name, ours in methods.items():
+        layers[name].quant_method = ours(copies.get(name))
 
 
-def _multiplied(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether a product of a layer's weights goes to our kernel."""
-    tensors = (x, layer.weight) if bias is None else (x, layer.weight, bias)
-    return x.dim() == 2 and len(x) <= MOST_ROWS and _served(*tensors)
+def _multiplies(model: torch.nn.Module, layer: torch.nn.Module) -> bool:
+    """Whether a layer multiplies tokens with its weights; embeddings only look words up, unless they are the logits', too."""
+    if type(layer.quant_method) is UnquantizedLinearMethod:
+        return True
+    return any(getattr(part, "lm_head", None) is layer for part in model.modules())
+
+
+def _multiplied(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a product of a layer's weights goes to our kernels."""
+    return x.dim() == 2 and _fits(*((x, weight) if bias is None else (x, weight, bias)))
+
+
+def _fits(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels read these."""
+    return _taken and in_memory(*tensors)
 
 
 def _served(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these."""
-    fits = len(tensors[0]) <= MOST_TOKENS and all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
-    return _taken and fits
+    """Whether the kernels around a step's products take these."""
+    return len(tensors[0]) <= MOST_TOKENS and _fits(*tensors)
 
 
 def norm_forward(

@@ -13,7 +13,9 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_clusterkv.serving import active
 from sglang_clusterkv.serving.compat import BACKEND
-from sglang_clusterkv.serving.platform import OMP_BINDING, OVERLAP, default_omp_binding
+from sglang_clusterkv.serving.platform import OMP_BINDING, OVERLAP, SLEEP, default_omp_binding
+from sglang_clusterkv.serving.sglang_decoder_symbols import DECODER
+from sglang_clusterkv.serving.sglang_differences import of_release
 
 DISPATCH_KEY = "clusterkv_cpu"
 
@@ -43,6 +45,10 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Bind each rank's threads unless the user did, by the environment of the ranks; with clusterkv leave the overlap out.
 
         There is nothing to overlap: who launches a forward here computes it, and a result would wait for the next one too.
+        And with clusterkv a scheduler that has nothing to do sleeps until something comes: its checks of itself, again and
+        again, would take a core from those who receive requests and send answers. It looks up once a second, and whatever comes
+        wakes it. Nothing of ours goes on meanwhile: a host tier moves pages within forwards. With HiCache it is left awake, for
+        copies end meanwhile.
 
         Their threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise: threads that spin hold up whatever else
         runs on the cores, and themselves by it.
@@ -51,10 +57,11 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         named = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
         if BACKEND in named and os.environ.get(OVERLAP) != "1":
             server_args.disable_overlap_schedule = True
+        if BACKEND in named and not args.enable_hierarchical_cache and os.environ.get(SLEEP) != "0":
+            server_args.sleep_on_idle = True
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if os.environ.get(OMP_BINDING) in (None, "", self._written_binding):
-            ranks = server_args.dp_size * server_args.tp_size * server_args.pp_size
-            binding = default_omp_binding(sorted(os.sched_getaffinity(0)), ranks)
+            binding = default_omp_binding(sorted(os.sched_getaffinity(0)), active.ranks_of(server_args))
             os.environ[OMP_BINDING] = ClusterKVCpuPlatform._written_binding = binding
 
     def get_dispatch_key_name(self) -> str:
@@ -73,7 +80,11 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
             return
         from sglang_clusterkv.serving import cpu_layers
 
-        cpu_layers.take_over(model)
+        cpu_layers.take_over(model, active.ranks())
+        if of_release(DECODER):
+            from sglang_clusterkv.serving import cpu_decoder
+
+            cpu_decoder.take_over(model)
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         """Our KV pool when this process serves with clusterkv, else what SGLang would take."""

@@ -13,6 +13,9 @@ import torch
 
 OMP_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 OVERLAP = "SGLANG_CLUSTERKV_CPU_OVERLAP"  # 1: SGLang's overlap schedule on our CPU platform
+SLEEP = "SGLANG_CLUSTERKV_CPU_SLEEP"  # 0: a scheduler there that has nothing to do stays awake
+BF16_WEIGHTS = "SGLANG_CLUSTERKV_CPU_BF16_WEIGHTS"  # 0: no copies of weights in bf16 there
+LAYERS = "SGLANG_CLUSTERKV_CPU_LAYERS"  # 0: decoder layers run by SGLang's modules in every step
 # A torch operation at decode takes less time than a thread barrier on a shared machine.
 CORES_PER_RANK = 1
 

@@ -22,6 +22,7 @@ from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.memory.device import Geometry, index_pages
 from sglang_clusterkv.memory.host import host_row_bytes
+from sglang_clusterkv.memory.huge_pages import use_huge_pages
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import Tier, ring_target
 from sglang_clusterkv.serving import active, host_tier, layers
@@ -59,6 +60,8 @@ class ClusterKVPool(MHATokenToKVPool):
             super()._create_buffers()
         finally:
             self.size = size
+        if torch.device(self.device).type == "cpu":
+            use_huge_pages([*self.k_buffer, *self.v_buffer])
         geometry = Geometry(
             layers=self.layer_num,
             kv_heads=self.head_num,

@@ -76,7 +76,7 @@ def alone(row: int) -> torch.Tensor:
     return decoded([row], lists_of([row]))[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.permutations([1, 2, 3, 4, 5, 6]), count=st.integers(2, 6), threads=st.sampled_from([1, 2, 4]))
 def test_a_request_gets_in_any_batch_what_it_gets_alone(rows: list[int], count: int, threads: int) -> None:
     set_threads(threads)

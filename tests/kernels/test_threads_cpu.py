@@ -1,25 +1,31 @@
 """Work of the CPU kernels over threads: the same bits for every number of them, and nobody waits for a thread that sleeps.
 
 Red when: a thread's scratch is another's; an item is taken twice, or left; a call returns before its items are done; a helper
-that comes late touches a later call; a process that was forked waits for its parent's helpers.
+that comes late touches a later call; a process that was forked waits for its parent's helpers; or a kernel that was
+compiled with another constant is taken from the disk.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
-from sglang_clusterkv.kernels import threads_cpu
+from sglang_clusterkv.kernels import cpu_math, layer_cpu, threads_cpu, token_tiles_cpu
 from sglang_clusterkv.kernels.attend.cpu import dense_decode
 from sglang_clusterkv.kernels.cpu_math import njit
 from sglang_clusterkv.kernels.decode import cpu
+from sglang_clusterkv.kernels.decode.chain_cpu import chain_kernel
+from sglang_clusterkv.kernels.encode import cpu as encode_cpu
 from sglang_clusterkv.kernels.extend.cpu import extend
 from sglang_clusterkv.kernels.threads_cpu import done, leave, run, set_threads, take
 from tests.support.scenes import Scene
@@ -140,3 +146,24 @@ def test_the_same_bits_whatever_the_threads() -> None:
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_what_is_kept_on_disk_goes_with_every_constant_that_kernels_hold() -> None:
+    folder, held = Path(threads_cpu.__file__).parents[1], set[str]()
+    for path in folder.glob("kernels/**/*cpu*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            package, _, module = (getattr(node, "module", None) or "").rpartition(".")
+            if package == "sglang_clusterkv.memory" and any(alias.name.isupper() for alias in node.names):
+                held.add(f"{module}.py")
+    assert len(held) > 3 and held <= set(cpu_math.CONSTANTS)
+
+
+def test_kernels_are_kept_as_long_as_what_they_call_and_hold() -> None:
+    kernels: list[Any] = [
+        token_tiles_cpu._products,
+        encode_cpu._encode,
+        layer_cpu.norm_rows,
+        chain_kernel(32, 2, 0, 2, 3),
+    ]
+    for kernel in kernels:
+        assert kernel.py_func.__qualname__.endswith("_" + cpu_math.sources())

@@ -30,7 +30,7 @@ KEYS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(entries=st.lists(st.tuples(KEYS, st.integers(0, 9)), min_size=1, max_size=LONGEST), limit=st.integers(1, 400))
 def test_it_is_what_sorting_finds(entries: list[tuple[int, int]], limit: int) -> None:
     keys, weights = np.zeros(LONGEST, np.uint32), np.full(LONGEST, 7, np.int32)  # of what does not count, too

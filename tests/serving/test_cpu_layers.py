@@ -6,6 +6,7 @@ many tokens, a norm over part of the channels, offsets) reaches them.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 from unittest.mock import patch
 
@@ -93,14 +94,19 @@ def test_a_loaded_models_plain_layers_multiply_by_our_kernel() -> None:
     ClusterKVCpuPlatform().post_load_model(model)
     assert type(model[1].quant_method) is Quantized and model[2].quant_method is None
     layer, method = model[0], model[0].quant_method
-    served = [torch.randn(tokens, 64) for tokens in (1, 8)]
-    others = [torch.randn(9, 64), torch.randn(2, 3, 64), torch.randn(64, 2).T]
+    few = [torch.randn(tokens, 64) for tokens in (1, 8)]
+    many = [torch.randn(tokens, 64) for tokens in (9, 700)]
+    others = [torch.randn(2, 3, 64), torch.randn(64, 2).T]
     with torch.no_grad():
-        for x in served + others:
-            with patch.object(cpu_layers, "linear", side_effect=cpu_layers.linear) as ours:
-                found = method.apply(layer, x, layer.bias)
-            assert ours.called is any(x is one for one in served)
-            torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+        for kind, given in enumerate((few, many, others)):
+            for x in given:
+                with (
+                    patch.object(cpu_layers, "linear", side_effect=cpu_layers.linear) as step,
+                    patch.object(cpu_layers, "linear_by_tiles", side_effect=cpu_layers.linear_by_tiles) as tiles,
+                ):
+                    found = method.apply(layer, x, layer.bias)
+                assert (step.called, tiles.called) == (kind == 0, kind == 1)
+                torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_logits_are_products_by_our_kernel_where_the_words_are_in_float32() -> None:
@@ -120,6 +126,15 @@ def test_logits_are_products_by_our_kernel_where_the_words_are_in_float32() -> N
                 found = plain.quant_method.apply(plain, x, None)
             assert ours.called is (tokens < 9)
             torch.testing.assert_close(found, x @ plain.weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.bfloat16, "served in bfloat16"), (torch.float32, "")])
+def test_a_type_that_our_kernels_do_not_take_is_said(
+    dtype: torch.dtype, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger=cpu_layers.__name__):
+        ClusterKVCpuPlatform().post_load_model(torch.nn.Linear(64, 96, dtype=dtype))
+    assert (said in caplog.text) if said else not caplog.text
 
 
 def test_with_another_backend_everything_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:

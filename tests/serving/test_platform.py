@@ -17,6 +17,7 @@ from sglang_clusterkv.serving.cpu_platform import ClusterKVCpuPlatform
 from sglang_clusterkv.serving.platform import (
     OMP_BINDING,
     OVERLAP,
+    SLEEP,
     accelerator_found,
     activate,
     apply_thread_count,
@@ -73,7 +74,9 @@ def arguments_of(attention="clusterkv", prefill=None, decode=None, tp_size=1):
         "prefill_attention_backend": prefill,
         "decode_attention_backend": decode,
     }
-    return SimpleNamespace(dp_size=1, tp_size=tp_size, pp_size=1, disable_overlap_schedule=False, **backends)
+    sizes = {"dp_size": 1, "tp_size": tp_size, "pp_size": 1}
+    flags = {"disable_overlap_schedule": False, "enable_hierarchical_cache": False, "sleep_on_idle": False}
+    return SimpleNamespace(**sizes, **flags, **backends)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,37 @@ def test_a_result_does_not_wait_for_the_next_forward_unless_that_is_asked_for(mo
     arguments = arguments_of(*backends)
     ClusterKVCpuPlatform().apply_server_args_defaults(arguments)
     assert arguments.disable_overlap_schedule is (wanted != "1" and "clusterkv" in backends)
+
+
+@pytest.mark.parametrize(
+    ("attention", "hicache", "wanted", "sleeps"),
+    [
+        ("clusterkv", False, None, True),
+        ("clusterkv", False, "1", True),
+        ("clusterkv", False, "0", False),
+        ("clusterkv", True, None, False),
+        ("torch_native", False, None, False),
+    ],
+)
+def test_a_scheduler_that_has_nothing_to_do_takes_no_core(monkeypatch, attention, hicache, wanted, sleeps):
+    """HiCache's copies end without a message that would wake it."""
+    monkeypatch.setenv(OMP_BINDING, "0")
+    monkeypatch.delenv(SLEEP, raising=False)
+    if wanted is not None:
+        monkeypatch.setenv(SLEEP, wanted)
+    arguments = arguments_of(attention)
+    arguments.enable_hierarchical_cache = hicache
+    ClusterKVCpuPlatform().apply_server_args_defaults(arguments)
+    assert arguments.sleep_on_idle is sleeps
+
+
+def test_who_asks_for_sleep_gets_it(monkeypatch):
+    monkeypatch.setenv(OMP_BINDING, "0")
+    monkeypatch.setenv(SLEEP, "0")
+    arguments = arguments_of()
+    arguments.sleep_on_idle = True
+    ClusterKVCpuPlatform().apply_server_args_defaults(arguments)
+    assert arguments.sleep_on_idle
 
 
 @pytest.mark.parametrize(

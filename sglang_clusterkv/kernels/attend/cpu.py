@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sglang_clusterkv.kernels.ahead_cpu import ask_rows
 from sglang_clusterkv.kernels.attend import reference
 from sglang_clusterkv.kernels.cpu_math import FAST, NEGLIGIBLE, bits, fast_exp, larger, njit, part
 from sglang_clusterkv.kernels.merge.cpu import sinks_kernel
@@ -39,6 +40,22 @@ def exponentials_in_place(logits: Any, begin: int, end: int) -> Any:
         logits[t] = weight
         total += weight
     return most, total
+
+
+@functools.cache
+def expect_pair(channels: int, pool: int) -> Callable[..., None]:
+    """Compile the asking for the rows that `attend_pair` reads of one (request b, kv head h); a host tier's are left alone."""
+    size = row_bytes(pool, channels)
+
+    @part
+    def expect(b: Any, h: Any, keys: Any, values: Any, host: Any, lists: Any, u: Any) -> None:
+        if host is None:
+            recalled, found = u.recalled[b, h], u.recalled_count[b, h]
+            ask_rows(keys, recalled, found, h, size)
+            ask_rows(values, lists.base_slots[b], lists.base_count[b], h, size)
+            ask_rows(values, recalled, found, h, size)
+
+    return expect
 
 
 @functools.cache

@@ -39,19 +39,50 @@ def prepare(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseSte
         cpu.prepare(index, group, dtype, step)
 
 
-def reserve(index: ClusterIndex, group: int, room: ListShape) -> int:
+def reserve(index: ClusterIndex, group: int, dtype: torch.dtype, room: ListShape) -> int:
     """Make the memory of captured steps on a GPU, which no later step moves; returns its bytes.
 
     Args:
         index: the cluster index.
         group: query heads per kv head.
+        dtype: of the KV pool.
         room: of the lists of these steps.
 
     Raises torch.OutOfMemoryError.
     """
     from sglang_clusterkv.kernels.decode import triton
 
-    return triton.decoder_of(index, group).reserve(room)
+    decoder = triton.decoder_of(index, group)
+    decoder.use_engine(dtype)
+    return decoder.reserve(room)
+
+
+def capture(index: ClusterIndex, group: int, lists: SparseStep) -> None:
+    """Before a step over these lists is captured on a GPU: whatever a capture cannot hold, and its layers need.
+
+    Args:
+        index: the cluster index.
+        group: query heads per kv head.
+        lists: of captured steps with so many requests; others read the same memory.
+    """
+    if torch.device(index.device).type == "cuda":
+        from sglang_clusterkv.kernels.decode import triton
+
+        triton.decoder_of(index, group).capture(lists)
+
+
+def replay(index: ClusterIndex, group: int, batch: int) -> None:
+    """Before the captured step of `batch` requests is replayed over the lists of the step that was prepared last.
+
+    Args:
+        index: the cluster index.
+        group: query heads per kv head.
+        batch: requests, padding included.
+    """
+    if torch.device(index.device).type == "cuda":
+        from sglang_clusterkv.kernels.decode import triton
+
+        triton.decoder_of(index, group).replay(batch)
 
 
 def sparse_decode(

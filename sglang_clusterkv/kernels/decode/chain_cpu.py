@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sglang_clusterkv.kernels.attend.cpu import attend_pair
+from sglang_clusterkv.kernels.attend.cpu import attend_pair, expect_pair
+from sglang_clusterkv.kernels.codes_cpu import PIECES
 from sglang_clusterkv.kernels.cpu_math import njit
 from sglang_clusterkv.kernels.estimate.cpu import estimate_pair
 from sglang_clusterkv.kernels.levels_cpu import BLOCK, DIGITS
 from sglang_clusterkv.kernels.merge.cpu import merge_pair
-from sglang_clusterkv.kernels.refine.cpu import recall_all_pair, recall_pair, rotate_pair, value_pair
+from sglang_clusterkv.kernels.refine.cpu import list_pair, recall_all_pair, recall_pair, rotate_pair, value_pair
 from sglang_clusterkv.kernels.score.cpu import score_pair, shared_pair
 from sglang_clusterkv.kernels.score.products_cpu import UNPACKED, products_of
 from sglang_clusterkv.kernels.select.cpu import select_pair
@@ -34,7 +35,8 @@ if TYPE_CHECKING:  # what `cached` gives the kernel
 
     def given(*args: Any) -> None: ...
 
-    split = shared = score = select = rotate = refine = recall = recall_all = attend = estimate = merge = look = given
+    split = shared = score = select = listed = rotate = refine = recall = recall_all = expect = attend = given
+    estimate = merge = look = given
 
 SCORE, SELECT, ROTATE, REFINE, RECALL, RECALL_ALL, ATTEND, ESTIMATE, MERGE, LOOK = (1 << i for i in range(10))
 
@@ -51,6 +53,7 @@ class Numbers(NamedTuple):
     budget: int  # recalled tokens
     own: int  # clusters that are estimated by their own mean value
     moves: bool  # mean values move with the query
+    moved: np.float32  # how far, of clusters without candidates that codes tell of
     by_code: bool  # candidates that were not recalled are estimated by their codes
     pairs_at_once: int  # that a thread takes, of which neighbours lie in the same lines of memory
 
@@ -89,9 +92,10 @@ class Buffers(NamedTuple):
     candidates: np.ndarray  # int32 [B, H]
     rotated: np.ndarray  # float32 [B, H, G, D]
     value: np.ndarray  # float32 [B, H, K]
+    entry: np.ndarray  # int64 [B, H, K + BLOCK]: slots of the candidates' codes
     place: np.ndarray  # int32 [B, H, K]
     of_cluster: np.ndarray  # int32 [B, H, K]
-    by_code: np.ndarray  # float32 [B, H, G, K + TOGETHER]
+    by_code: np.ndarray  # float32 [B, H, G, K + BLOCK]
     rest: np.ndarray  # float32 [B, H, K]
     recalled: np.ndarray  # int64 [B, H, R]
     recalled_count: np.ndarray  # int32 [B, H]
@@ -141,9 +145,10 @@ def make_buffers(
         candidates=ints(*by_head),
         rotated=floats(*by_query, channels),
         value=floats(*by_head, candidates),
+        entry=np.empty((*by_head, candidates + BLOCK), np.int64),
         place=ints(*by_head, candidates),
         of_cluster=ints(*by_head, candidates),
-        by_code=floats(*by_query, candidates + TOGETHER),
+        by_code=floats(*by_query, candidates + BLOCK),
         rest=floats(*by_head, candidates),
         recalled=np.empty((*by_head, recalled), np.int64),
         recalled_count=ints(*by_head),
@@ -162,6 +167,7 @@ class Scratch(NamedTuple):
     """What an operation needs while it runs, for each of T threads; N slots, L keys."""
 
     left: np.ndarray  # float32 [T, G, C]
+    reach: np.ndarray  # float32 [T, C]
     chance: np.ndarray  # float32 [T, G, C + BLOCK]
     own: np.ndarray  # float32 [T, G, C]
     rows: np.ndarray  # int64 [T, C]
@@ -179,6 +185,11 @@ class Scratch(NamedTuple):
     digits: np.ndarray  # int8 [T, DIGITS, D]
     levels: np.ndarray  # uint8 [T, UNPACKED D]: of unpacked rows, as are the next
     level_scales: np.ndarray  # float32 [T, UNPACKED SLICES]
+    # int8 [T, G, DIGITS, D]: rotated queries as refine multiplies them, as are the next three (codes_cpu.py)
+    code_digits: np.ndarray
+    code_start: np.ndarray  # int32 [T, G, PIECES]
+    code_unit: np.ndarray  # float32 [T, G]
+    ordered: np.ndarray  # float32 [T, D]
 
 
 def make_scratch(
@@ -189,6 +200,7 @@ def make_scratch(
     by_cluster, by_key = (threads, group, clusters), (threads, keys)
     return Scratch(
         left=np.empty(by_cluster, np.float32),
+        reach=np.empty((threads, clusters), np.float32),
         chance=np.empty((threads, group, clusters + BLOCK), np.float32),
         own=np.empty(by_cluster, np.float32),
         rows=np.empty((threads, clusters), np.int64),
@@ -206,6 +218,10 @@ def make_scratch(
         digits=np.empty((threads, DIGITS, channels), np.int8),
         levels=np.empty((threads, UNPACKED * channels), np.uint8),
         level_scales=np.empty((threads, UNPACKED * SLICES), np.float32),
+        code_digits=np.empty((threads, group, DIGITS, channels), np.int8),
+        code_start=np.empty((threads, group, PIECES), np.int32),
+        code_unit=np.empty((threads, group), np.float32),
+        ordered=np.empty((threads, channels), np.float32),
     )
 
 
@@ -264,6 +280,8 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
                     score(b, h, t, q, sinks, keys, host, index, lists, n, u, scratch)
                 if operations & SELECT:
                     select(b, h, t, lists, n, u, scratch)
+                if operations & REFINE:
+                    listed(b, h, t, index, lists, n, u, scratch)
                 if operations & ROTATE:
                     rotate(b, h, q, signs, u.rotated)
                 if operations & REFINE:
@@ -273,9 +291,11 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
                 if operations & RECALL_ALL:
                     recall_all(b, h, index, lists, n, u)
                 if operations & ATTEND:
-                    attend(b, h, t, q, sinks, keys, values, host, lists, n, u, scratch, output)
+                    expect(b, h, keys, values, host, lists, u)
                 if operations & ESTIMATE:
                     estimate(b, h, t, q, index, lists, n, u, scratch)
+                if operations & ATTEND:
+                    attend(b, h, t, q, sinks, keys, values, host, lists, n, u, scratch, output)
                 if operations & MERGE:
                     merge(b, h, output, u)
                 if operations & LOOK:
@@ -291,10 +311,12 @@ def chain_kernel(channels: int, group: int, row_format: int, code_bits: int, poo
         shared=shared_pair(channels, group, row_format),
         score=score_pair(channels, group, row_format, pool),
         select=select_pair,
+        listed=list_pair,
         rotate=rotate_pair(channels, group),
         refine=value_pair(channels, group, code_bits),
         recall=recall_pair,
         recall_all=recall_all_pair,
+        expect=expect_pair(channels, pool),
         attend=attend_pair(channels, group, pool),
         estimate=estimate_pair(channels, group, row_format, code_bits),
         merge=merge_pair,

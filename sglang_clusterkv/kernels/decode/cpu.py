@@ -117,6 +117,7 @@ class CpuDecoder:
         self._no_sinks = np.full((geometry.kv_heads, group), NEGLIGIBLE)
         self._step: SparseStep | None = None
         self._shape: tuple[int, ...] = ()
+        self._numbers: dict[tuple[float, int], Numbers] = {}
 
     def prepare(self, step: SparseStep, heads: int, group: int, channels: int) -> None:
         """Take a step's lists and make the buffers fit; once per step."""
@@ -173,19 +174,24 @@ class CpuDecoder:
         host: TierArrays | None = None,
         seen: Any = None,
     ) -> None:
-        config = self.config
-        numbers = Numbers(
-            np.float32(scale), np.float32(config.choice_spread), np.float32(config.estimate_spread),
-            self.index.geometry.page_size, self.index.clusters_per_page, self.limit, config.budget_tokens,
-            config.estimate_clusters, config.moving_values == "always", config.refine and config.estimate_codes,
-            self._pairs_at_once,
-        )  # fmt: skip
+        numbers = self._numbers.get((scale, self._pairs_at_once)) or self._numbers_of(scale)
         run(
             self._kernel, -(-self.buffers.candidates.size // self._pairs_at_once), operations, q,
             self._no_sinks if self.sinks is None else self.sinks, self.signs, keys, values, host,
             self._layers[layer], self._lists, numbers, self._buffers, self._scratch, output,
             self.index.row_of[layer], self._nobody if seen is None else seen, most=len(self.scratch.bins),
         )  # fmt: skip
+
+    def _numbers_of(self, scale: float) -> Numbers:
+        """The kernel's numbers for layers of this scale; made once."""
+        config, at_once = self.config, self._pairs_at_once
+        by_code, moved = config.refine and config.estimate_codes, np.float32(movement.weight(config))
+        numbers = self._numbers[scale, at_once] = Numbers(
+            np.float32(scale), np.float32(config.choice_spread), np.float32(config.estimate_spread),
+            self.index.geometry.page_size, self.index.clusters_per_page, self.limit, config.budget_tokens,
+            config.estimate_clusters, config.moving_values == "always", moved, by_code, at_once,
+        )  # fmt: skip
+        return numbers
 
     def run(
         self,
@@ -302,14 +308,15 @@ def sparse_decode(
     if keys.dtype not in POOL_FORMATS:
         return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier, sinks)
     kv_heads, channels = keys.shape[1:]
-    grouped = q.float().unflatten(1, (kv_heads, -1)).contiguous()
-    decoder = decoder_of(index, grouped.shape[2], keys.dtype)
-    decoder.prepare(step, kv_heads, grouped.shape[2], channels)
+    group = q.shape[1] // kv_heads
+    grouped = q.float().reshape(len(q), kv_heads, group, channels).contiguous()
+    decoder = decoder_of(index, group, keys.dtype)
+    decoder.prepare(step, kv_heads, group, channels)
     output = torch.empty_like(grouped)
     host = None if tier is None else tier.arrays
     by_head = None if sinks is None else by_kv_head(sinks, kv_heads).numpy()
     decoder.run(grouped.numpy(), bits(keys), bits(values), layer, scale, output.numpy(), host, by_head)
-    result = output.flatten(1, 2).to(q.dtype)
+    result = output.view(q.shape).to(q.dtype)
     decoder.note_mass(layer)
     return result
 

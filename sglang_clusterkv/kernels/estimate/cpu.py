@@ -14,7 +14,7 @@ from sglang_clusterkv.kernels.vectors_cpu import INT4, TOGETHER, add_rows, dot_r
 from sglang_clusterkv.memory.codec import CODE_LOSS
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
-from sglang_clusterkv.memory.movement import RANK
+from sglang_clusterkv.memory.movement import CODED_WEIGHT, RANK
 
 
 @functools.cache
@@ -27,6 +27,7 @@ def estimate_pair(channels: int, group: int, row_format: int, code_bits: int) ->
     """
     quarter = channels // 4
     least, cap, loss = np.float32(NO_MASS), np.float32(SPREAD_CAP), np.float32(CODE_LOSS[code_bits])
+    coded = np.float32(CODED_WEIGHT)
 
     @part(fastmath=FAST)
     def remaining(size: Any, taken: Any, weight: Any, clusters: Any, share: Any, left: Any, mass: Any) -> None:
@@ -44,8 +45,8 @@ def estimate_pair(channels: int, group: int, row_format: int, code_bits: int) ->
             x[i] = fast_exp(x[i])
 
     @part(fastmath=FAST)
-    def by_codes(b: Any, h: Any, lists: Any, n: Any, u: Any, left: Any, factors: Any, named: Any) -> None:
-        """What is left of clusters with candidates that were not recalled, by what these weigh on average.
+    def by_codes(b: Any, h: Any, lists: Any, n: Any, u: Any, left: Any, reach: Any, factors: Any, named: Any) -> None:
+        """What is left of clusters with candidates that were not recalled, by what these weigh on average; and their reach.
 
         A cluster's candidates lie together, clusters in their order. factors [G, C] and named [C] are overwritten.
         """
@@ -69,6 +70,7 @@ def estimate_pair(channels: int, group: int, row_format: int, code_bits: int) ->
                 for g in range(group):
                     left[g, np.uint64(c)] = dot_of_few(by_code[g], rest, begin, end - begin) * each * share[g]
                     factors[g, np.uint64(found)] = loss * min(spread[np.uint64(c)] * variances[s, g], cap)
+                reach[np.uint64(c)] = coded * spread[np.uint64(c)]
                 named[np.uint64(found)] = c
                 found += 1
         for g in range(group):
@@ -93,16 +95,22 @@ def estimate_pair(channels: int, group: int, row_format: int, code_bits: int) ->
         return total
 
     @part(fastmath=FAST)
-    def width(left: Any, spread: Any) -> Any:
-        """The spreads of a segment's clusters, by what is left of them."""
+    def reaches(spread: Any, weight: Any, clusters: Any, reach: Any) -> None:
+        """How far the values of clusters move."""
+        for c in range(clusters):
+            reach[c] = weight * spread[c]
+
+    @part(fastmath=FAST)
+    def width(left: Any, reach: Any) -> Any:
+        """How far a segment's clusters move, by what is left of them."""
         total = np.float32(0.0)
         for c in range(len(left)):
-            total += left[c] * spread[c]
+            total += left[c] * reach[c]
         return total
 
     @part(fastmath=FAST)
     def move(
-        q: Any, spread: Any, left: Any, pages: Any, segment_begin: Any, segments: Any, page_count: Any, h: Any, index: Any,
+        q: Any, reach: Any, left: Any, pages: Any, segment_begin: Any, segments: Any, page_count: Any, h: Any, index: Any,
         n: Any, rows: Any, products: Any, weights: Any, output: Any,
     ) -> None:  # fmt: skip
         """Adds to each query head's output by how much the values of what is left move with it."""
@@ -113,7 +121,7 @@ def estimate_pair(channels: int, group: int, row_format: int, code_bits: int) ->
             one, end, behind = first * n.per_page, last * n.per_page, first + SEGMENT_VECTOR_PAGES
             count = min(last - behind, RANK)
             for g in range(group):
-                share = n.estimate_spread * n.scale * width(left[g, one:end], spread[one:end])
+                share = n.scale * width(left[g, one:end], reach[one:end])
                 for i in range(count):
                     weights[g, listed + i] = share
             for i in range(count):
@@ -134,13 +142,16 @@ def estimate_pair(channels: int, group: int, row_format: int, code_bits: int) ->
         clusters = lists.page_count[b] * n.per_page
         size, taken, keys, mass = u.size[b, h], u.taken[b, h], scratch.keys[t], scratch.chance[t, 0]
         left, rows, own, pages = scratch.left[t], scratch.rows[t], scratch.own[t], lists.pages[b]
+        reach = scratch.reach[t]
         output, rest, sums = u.estimate[b, h], np.empty(group, np.float32), np.empty(group, np.float32)
         mass[:clusters] = 0.0
         for g in range(group):
             share = np.exp(u.peak[b, h, g] - u.total[b, h, g]) / np.float32(group)
             remaining(size, taken, u.weight[b, h, g], clusters, share, left[g], mass)
+        if n.moves:
+            reaches(u.spread[b, h], n.moved, clusters, reach)
         if n.by_code:
-            by_codes(b, h, lists, n, u, left, own, scratch.near[t])
+            by_codes(b, h, lists, n, u, left, reach, own, scratch.near[t])
         for g in range(group):
             sums[g] = sum_of(left[g], clusters)
             for d in range(channels):
@@ -189,7 +200,7 @@ def estimate_pair(channels: int, group: int, row_format: int, code_bits: int) ->
         )  # fmt: skip
         if n.moves:
             move(
-                q[b, h], u.spread[b, h], left, pages, segment_begin, segments, page_count, h, index, n, rows,
+                q[b, h], reach, left, pages, segment_begin, segments, page_count, h, index, n, rows,
                 scratch.chance[t], own, output,
             )  # fmt: skip
         for g in range(group):

@@ -1,1 +1,4 @@
-"""The lists of a decode step, made on a GPU by one launch from one packed copy; `memory.step.sparse_step` is the definition."""
+"""The lists of a decode step: on a GPU by one launch from one packed copy, on a CPU in one pass.
+
+`memory.step.sparse_step` is the definition.
+"""

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from sglang_clusterkv.kernels.ahead_cpu import ask_rows
 from sglang_clusterkv.kernels.cpu_math import FAST, exp_below_one, fast_exp, fast_log, float_of_bf16, larger, part
 from sglang_clusterkv.kernels.row_cpu import KEYS, pool_kernels
 from sglang_clusterkv.kernels.score.products_cpu import UNPACKED, products_of
-from sglang_clusterkv.kernels.vectors_cpu import TOGETHER
+from sglang_clusterkv.kernels.vectors_cpu import TOGETHER, row_bytes
 from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
 from sglang_clusterkv.memory.tier import BASE_HOST
 
@@ -101,6 +102,7 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
     quarter = channels // 4
     cap, least = np.float32(SPREAD_CAP), np.float32(NO_MASS)
     dots, _ = pool_kernels(channels, group, pool)
+    size_of_key = row_bytes(pool, channels)
     of_listed = products_of(channels, group, row_format).of_listed
 
     @part(fastmath=FAST)
@@ -224,6 +226,8 @@ def score_pair(channels: int, group: int, row_format: int, pool: int) -> Callabl
         for i in range(TOGETHER):
             slots[tokens + i] = base_slots[tokens - 1]
         u.reads[b, h, BASE_HOST] = dots(keys, host, KEYS, slots, 0, tokens, h, q[b, h], base_logit)
+        if host is None and h + 1 < q.shape[1]:  # mostly this thread's next pair
+            ask_rows(keys, slots, tokens, h + 1, size_of_key)
         peaks, base_peak = np.empty((group, 2), np.float32), np.empty(group, np.float32)
         for g in range(group):
             base_peak[g] = base_peak_of(base_logit[g], tokens, sinks[h, g], n.scale)

@@ -6,11 +6,11 @@
     python -m benchmarks.compiled --keep                    # all cases, and keeps them in benchmarks/compiled.json
 
 prints one line per case and target, and ends with 1 if a case lost a property that it states
-(`sglang_clusterkv/kernels/compile_case.py`) or has more instructions than compiled.json allows it: a fiftieth more than it had
-when it was first kept. `--keep --raise` allows what there is now. A compilation takes two seconds of a core, on as many cores
-as OMP_NUM_THREADS allows. What compiled.json has under the same hash (of the kernel's source and whatever it calls, of the
-case's types and constants, of the target, Triton and ptxas) is not compiled again, but for a few, drawn anew each time: those
-must come out as they are kept. Columns:
+(`sglang_clusterkv/kernels/compile_case.py`), or has or executes more instructions than compiled.json allows it: a fiftieth more
+than it did when it was first kept. `--keep --raise` allows what there is now. A compilation takes two seconds of a core, on as
+many cores as OMP_NUM_THREADS allows. What compiled.json has under the same hash (of the kernel's source and whatever it calls,
+of the case's types and constants, of the target, Triton and ptxas) is not compiled again, but for a few, drawn anew each time:
+those must come out as they are kept. Columns:
 
     regs      registers per thread
     spills    instructions that read or write local memory (LDL, STL), and local bytes: stack and arrays
@@ -20,6 +20,7 @@ must come out as they are kept. Columns:
     LDGSTS    asynchronous loads of 16 bytes to shared memory
     MMA       tensor-core instructions, of every kind
     instr     instructions, each counted once, however often it runs
+    run       of sm_90: as often as it usually runs (`executed.py`), of a warp
     div       integer divisions and remainders inside a loop: `div` or `rem` of an integer type in the PTX, between a label
               and a later branch back to it. (A division by a constant is a multiplication there.)
 """
@@ -44,7 +45,7 @@ import torch
 import triton
 
 import sglang_clusterkv
-from benchmarks.machine_code import Compiled, compile_for, hash_of
+from benchmarks.machine_code import MODEL_TARGET, Compiled, compile_for, hash_of
 from sglang_clusterkv.kernels.compile_case import CompileCase
 
 TARGETS = (80, 90, 100)  # Ampere, Hopper, Blackwell
@@ -126,7 +127,8 @@ class Kept(NamedTuple):
 
     hash: str
     result: Compiled
-    most_instructions: int | None  # None: whatever it has
+    most_instructions: int
+    most_executed: int | None  # of MODEL_TARGET
 
 
 def read_kept(path: Path) -> dict[tuple[str, int], Kept]:
@@ -134,7 +136,10 @@ def read_kept(path: Path) -> dict[tuple[str, int], Kept]:
     entries = json.loads(path.read_text()) if path.exists() else []
     return {
         (entry.pop("case"), entry.pop("target")): Kept(
-            entry.pop("hash"), most_instructions=entry.pop("most_instructions", None), result=Compiled(**entry)
+            entry.pop("hash"),
+            most_instructions=entry.pop("most_instructions"),
+            most_executed=entry.pop("most_executed", None),
+            result=Compiled(**entry),
         )
         for entry in entries
     }
@@ -146,18 +151,20 @@ def write_kept(path: Path, found: dict[tuple[str, int], Kept]) -> None:
         json.dumps(
             {"case": name, "target": target, "hash": kept.hash}
             | asdict(kept.result)
-            | {"most_instructions": kept.most_instructions}
+            | {"most_instructions": kept.most_instructions, "most_executed": kept.most_executed}
         )
         for (name, target), kept in sorted(found.items())
     ]
     path.write_text("[\n" + ",\n".join(entries) + "\n]\n")
 
 
-def most_instructions(kept: Kept | None, result: Compiled, raised: bool) -> int | None:
-    """How many a case may have from now on."""
-    if kept is not None and kept.most_instructions is not None and not raised:
-        return kept.most_instructions
-    return None if result.instructions is None else result.instructions * 51 // 50
+def _allowed(kept: Kept | None, result: Compiled, raised: bool) -> tuple[int, int | None]:
+    """How many instructions a case may have from now on, and execute."""
+    most = None if kept is None or raised else kept.most_instructions
+    most_executed = None if kept is None or raised else kept.most_executed
+    if most_executed is None and result.executed is not None:
+        most_executed = result.executed * 51 // 50
+    return result.instructions * 51 // 50 if most is None else most, most_executed
 
 
 def lines(
@@ -184,8 +191,8 @@ def lines(
     earlier = read_kept(kept) if kept else {}
     hashes = {(name, target): hash_of(cases[name], target) for name, target in todo} if kept else {}
     known = [one for one in todo if one in earlier and earlier[one].hash == hashes[one]]
-    if keep:  # what was kept before instructions were counted is counted now
-        known = [one for one in known if earlier[one].result.instructions is not None]
+    if keep:  # what was kept before executed instructions were counted is counted now
+        known = [one for one in known if (earlier[one].result.executed is None) == (one[1] != MODEL_TARGET)]
     again = set(random.sample(known, min(RECHECKED, len(known))))
     skipped = set(known) - again
     results = _results(modules, [one for one in todo if one not in skipped])
@@ -193,24 +200,26 @@ def lines(
     header = (
         f"{'case':{width}} {'sm':>4} {'regs':>4} {'spills':>11} {'shared':>7} {'prog/SM':>7} {'LDG':>4} {'LDGSTS':>6}"
     )
-    yield f"{header} {'MMA':>4} {'instr':>6} {'div':>3}", bool(todo)
+    yield f"{header} {'MMA':>4} {'instr':>6} {'run':>7} {'div':>3}", bool(todo)
     found = {}
     for name, target in todo:
         one = name, target
         before = earlier.get(one)
         result = earlier[one].result if one in skipped else next(results)
-        most = most_instructions(before, result, raised)
-        found[one] = Kept(hashes.get(one, ""), result, most)
+        most, most_executed = _allowed(before, result, raised)
+        found[one] = Kept(hashes.get(one, ""), result, most, most_executed)
         lost = losses(cases[name], result, target)
-        if most is not None and result.instructions is not None and result.instructions > most:
+        if result.instructions > most:
             lost.append(f"more than {most:,} instructions")
+        if most_executed is not None and result.executed is not None and result.executed > most_executed:
+            lost.append(f"executes more than {most_executed:,}")
         if before is not None and one in again and not _same(result, before.result):
             lost.append(f"kept was {before.result}")
         spills = f"{result.spills}, {result.local_bytes} B"
         yield (
             f"{name:{width}} {target:>4} {result.registers:>4} {spills:>11} {result.shared_bytes:>7,}"
             f" {result.programs_per_sm:>7} {result.loads_128:>4} {result.async_loads_128:>6} {result.tensor_cores:>4}"
-            f" {result.instructions or 0:>6,} {result.loop_divisions:>3}"
+            f" {result.instructions:>6,} {result.executed or '-':>7} {result.loop_divisions:>3}"
             + (f"  LOST: {'; '.join(lost)}" if lost else ""),
             not lost,
         )
@@ -225,7 +234,7 @@ def lines(
 
 
 def _same(result: Compiled, kept: Compiled) -> bool:
-    return replace(result, instructions=None) == kept if kept.instructions is None else result == kept
+    return replace(result, executed=None) == kept if kept.executed is None else result == kept
 
 
 def main(arguments: list[str] | None = None) -> int:

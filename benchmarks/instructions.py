@@ -1,178 +1,18 @@
-"""Instructions that a kernel executes, from its machine code and its source.
+"""Instructions that the pieces of a step's launches execute, from machine code (`executed.py`).
 
-    python -m benchmarks.instructions    # counts the pieces of a step's launches, for sm_90, into kernels/instruction_counts.py
-
-The disassembler says of each instruction which source line it is from, through all functions that were inlined. Which loops and
-branches of the source enclose a line, the source says. So the instructions of a kernel are a sum of terms, each a number of
-instructions and the loops that it lies in (`terms`); how often those run, and which branches are taken, depends on a shape
-(`executed`). What the compiler moved out of a loop counts once: of the source's loops an instruction lies in as many, from
-the outermost on, as there are loops in the machine code around it.
+`python -m benchmarks.instructions` counts them for sm_90, into kernels/instruction_counts.py.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.compiled import collect
+from benchmarks.compiled import MODEL_TARGET, collect
+from benchmarks.executed import ROOT, executed, terms
 from benchmarks.machine_code import listing_of
 
-ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "sglang_clusterkv" / "kernels" / "instruction_counts.py"
-TARGET = 90
-
-_FRAME = re.compile(r'//## File "([^"]+)", line (\d+)')
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);")
-_LABEL = re.compile(r"^(\.L_\w+):")
-_TARGET = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
-_STATIC = ("tl.static_range", "static_range")
-
-Frames = tuple[tuple[str, int], ...]  # (file, line), the innermost first
-
-
-class _Enclosing(ast.NodeVisitor):
-    """Of each line of a file: the loops and branches around it, the outermost first."""
-
-    def __init__(self, source: str) -> None:
-        self.lines = source.splitlines()
-        self.around: dict[int, tuple[str, ...]] = {}
-        self._stack: list[str] = []
-        self.visit(ast.parse(source))
-
-    def _body(self, nodes: list[ast.stmt], what: str | None) -> None:
-        if what is not None:
-            self._stack.append(what)
-        for node in nodes:
-            self.visit(node)
-        if what is not None:
-            self._stack.pop()
-
-    def generic_visit(self, node: ast.AST) -> None:
-        if isinstance(node, ast.stmt) and not isinstance(node, ast.FunctionDef):
-            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
-                self.around[line] = tuple(self._stack)
-        super().generic_visit(node)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self._body(node.body, None)
-
-    def _head(self, node: ast.stmt, first: ast.AST, extra: str | None) -> None:
-        """The lines of a statement's head; those of a loop's condition run as often as it."""
-        around = (*self._stack, extra) if extra else tuple(self._stack)
-        for line in range(node.lineno, (getattr(first, "end_lineno", None) or node.lineno) + 1):
-            self.around[line] = around
-
-    def visit_For(self, node: ast.For) -> None:
-        text = ast.unparse(node.iter)
-        loop = None if text.startswith(_STATIC) else f"for {text}"
-        self._head(node, node.iter, loop)
-        self._body(node.body, loop)
-
-    def visit_While(self, node: ast.While) -> None:
-        loop = f"while {ast.unparse(node.test)}"
-        self._head(node, node.test, loop)
-        self._body(node.body, loop)
-
-    def visit_If(self, node: ast.If) -> None:
-        test = ast.unparse(node.test)
-        self._head(node, node.test, None)
-        self._body(node.body, f"if {test}")
-        self._body(node.orelse, f"else {test}")
-
-
-@functools.cache
-def _enclosing(path: str) -> _Enclosing:
-    return _Enclosing(Path(path).read_text())
-
-
-def _path_of(frames: Frames) -> tuple[str, ...]:
-    """Loops and branches around an instruction, the outermost first, each with the line of the call that it was reached by."""
-    path: list[str] = []
-    for place in reversed(range(len(frames))):
-        file, line = frames[place]
-        if not file.startswith(str(ROOT)):
-            continue
-        known = _enclosing(file)
-        caller = frames[place + 1] if place + 1 < len(frames) else None
-        within = ""
-        if caller is not None and caller[0].startswith(str(ROOT)):
-            calls = _enclosing(caller[0]).lines[caller[1] - 1 : caller[1]]  # none where the compiler made up a line
-            within = "".join(f" @ {call.strip()}" for call in calls)
-        path += [what + within for what in known.around.get(line, ())]
-    return tuple(path)
-
-
-def terms(sass: str) -> dict[tuple[str, ...], int]:
-    """What encloses them -> how many instructions, of a listing by `nvdisasm -gi`.
-
-    What encloses an instruction: "for HEAD", "while HEAD", "if TEST" and "else TEST" as the source has them, the outermost
-    first, each followed by " @ " and the line of the call where it is in a function that was inlined.
-    """
-    labels: dict[str, int] = {}
-    found: list[tuple[str, Frames]] = []
-    frames: list[tuple[str, int]] = []
-    fresh = True
-    for text in sass.splitlines():
-        line = text.strip()
-        if match := _LABEL.match(line):
-            labels[match[1]] = len(found)
-        elif match := _FRAME.search(line):
-            if fresh:
-                frames = []
-            frames.append((match[1], int(match[2])))
-            fresh = False
-        elif match := _INSTRUCTION.search(line):
-            found.append((match[1], tuple(frames)))
-            fresh = True
-    loops = []
-    for place, (instruction, _) in enumerate(found):
-        match = _TARGET.search(instruction)
-        if match and match[1] in labels and labels[match[1]] <= place and labels[match[1]] != place:
-            loops.append((labels[match[1]], place))
-    inner = {begin: max(end for first, end in loops if first == begin) for begin, _ in loops}  # one loop for each head
-    counted: Counter[tuple[str, ...]] = Counter()
-    for place, (instruction, stack) in enumerate(found):
-        if instruction.startswith("NOP"):
-            continue
-        depth = sum(begin <= place <= end for begin, end in inner.items())
-        path = []
-        for what in _path_of(stack):
-            if what.startswith(("for ", "while ")):
-                depth -= 1
-                if depth < 0:
-                    continue
-            path.append(what)
-        counted[tuple(path)] += 1
-    return dict(counted)
-
-
-def executed(counted: Mapping[tuple[str, ...], int], runs: Mapping[str, float], unnamed: float | None = None) -> float:
-    """Instructions that a warp executes.
-
-    Args:
-        counted: as `terms` gives it.
-        runs: a loop or branch, or its beginning -> how often it runs. The longest that fits is taken. Branches run once unless
-            they are named here.
-        unnamed: how often a loop runs that is not named; None: that is an error.
-    """
-    total = 0.0
-    for path, count in counted.items():
-        times = 1.0
-        for what in path:
-            fitting = [name for name in runs if what.startswith(name)]
-            if fitting:
-                times *= runs[max(fitting, key=len)]
-            elif what.startswith(("for ", "while ")):
-                if unnamed is None:
-                    raise KeyError(f"how often does it run: {what}")
-                times *= unnamed
-        total += count * times
-    return total
 
 
 class Piece(NamedTuple):
@@ -206,11 +46,14 @@ _LOOPS = {
     "halvings": "while (high - low > 1) & (from_low - above > 1) @ low, high, room, between = bracket(",
     "own_list": "for range(0, clusters, BLOCK) @ low, high, last = list_most(",
     "short_list": "for range(0, clusters, BLOCK) @ list_most(",
+    "runs": "for range(0, number, RUNS)",
+    "codes": "for range(0, tl.max(behind - at, 0), TOGETHER)",
     "base_rows": "for range(begin_tile, ",
     "recalled_rows": "for range(tl.maximum(begin_tile, base_tiles), ",
     "own_tiles": "for range(begin, end, BLOCK) @ own_part(",
     "rest_tiles": "for range(begin, end, BLOCK)",
-    "rest_segments": "for range(tl.load(segment_of_page",
+    "rest_segments": "for range(begin_segment, ",
+    "moving_segments": "for range(first, last + 1, TOGETHER)",
 }
 _SCORE, _MERGE = "score int4 D=128 G=4", "merge D=128"
 _JOINED = "attend and estimate int4 D=128 G=4 C=4,096"
@@ -224,6 +67,7 @@ _MANY_HELD = {
     "else clusters <= MANY": 0, "else LARGE": 0,
 }  # fmt: skip
 _NO_CODES = {"if CODES": 0}
+_CODES_ALONE = {"if tl.program_id(2) == 0": 0}
 _FEW_HELD = {"if clusters == 0": 0, "if clusters <= FEW": 1, "else clusters <= FEW": 0}
 _NO_TIES = {"if between > room": 0}
 _CHOICE, _SHORTLIST = {"if shortens": 0, "if between > 1": 0}, {"else shortens": 0} | _NO_TIES
@@ -231,6 +75,19 @@ _MASSES = {"if clusters == 0": 0}
 _ATTENDED = {"if part < parts": 0}
 _OWN = {"else part < parts": 0, "else part < own_parts": 0}
 _REST = {"else part < parts": 0, "if part < own_parts": 0}
+
+
+def _codes(case: str, held: Mapping[str, float]) -> dict[str, Piece]:
+    """What a choice executes for codes, and what a program does that is there for them alone."""
+    block, alone = {**held, _LOOPS["runs"]: 1.0}, {**held, **_CODES_ALONE}
+    return {
+        "choice, codes": Piece(case, held, {**held, **_NO_CODES}),
+        "choice, a block of codes": _added(case, held, runs=1),
+        "choice, eight codes of a block": Piece(case, {**block, _LOOPS["codes"]: 1.0}, block),
+        "choice, a program of codes": Piece(case, alone),
+        "choice, a halving for codes": _added(case, alone, halvings=1),
+    }
+
 
 PIECES = {
     "score, a program of clusters": Piece(_SCORE, _CLUSTERS),
@@ -278,19 +135,25 @@ PIECES = {
             "choice, a program": Piece(case, held | _NO_CODES),
             "choice, a halving of each": _added(case, held, halvings=1),
             "choice, a block of the list": _added(case, held, own_list=1),
-            "choice, codes": Piece(case, held | {"for range(GROUP)": 4}, held | _NO_CODES),
+            **_codes(case, held),
         }.items()
     },
     "choice, a program, short": Piece(_SHORT_CHOICE, _NO_TIES | _NO_CODES),
     "choice, a halving of each, short": _added(_SHORT_CHOICE, _NO_TIES, halvings=1),
-    "choice, codes, short": Piece(_SHORT_CHOICE, _NO_TIES | {"for range(GROUP)": 4}, _NO_TIES | _NO_CODES),
-    "attend and estimate, a program of tokens": Piece(_JOINED, _ATTENDED),
-    "attend and estimate, a tile of the base": _added(_JOINED, _ATTENDED, base_rows=1),
-    "attend and estimate, a tile of recalled tokens": _added(_JOINED, _ATTENDED, recalled_rows=1),
-    "attend and estimate, a program of own values": Piece(_JOINED, _OWN),
-    "attend and estimate, a tile of own values": _added(_JOINED, _OWN, own_tiles=1),
-    "attend and estimate, a program of the rest": Piece(_JOINED, _REST),
-    "attend and estimate, a tile of the rest": _added(_JOINED, _REST, rest_tiles=1, rest_segments=1),
+    **{f"{name}, short": piece for name, piece in _codes(_SHORT_CHOICE, _NO_TIES).items()},
+    **{
+        f"attend and estimate, {name}{text}": piece
+        for text, case, moving in (("", _JOINED, {}), (", moving", f"{_JOINED} moving", {"moving_segments": 1}))
+        for name, piece in {
+            "a program of tokens": Piece(case, _ATTENDED),
+            "a tile of the base": _added(case, _ATTENDED, base_rows=1),
+            "a tile of recalled tokens": _added(case, _ATTENDED, recalled_rows=1),
+            "a program of own values": Piece(case, _OWN),
+            "a tile of own values": _added(case, _OWN, own_tiles=1),
+            "a program of the rest": Piece(case, _REST),
+            "a tile of the rest": _added(case, _REST, rest_tiles=1, rest_segments=1, **moving),
+        }.items()
+    },
     "merge, a program": Piece(_MERGE, {"for range(0, parts, ": 1}),  # all parts at once
 }
 
@@ -320,7 +183,7 @@ def kept_text(counted: Mapping[str, int]) -> str:
 def main() -> None:
     """Count them, and keep them where the step model reads them."""
     cases = collect(())
-    counted = counted_pieces(lambda name: listing_of(cases[name], TARGET))
+    counted = counted_pieces(lambda name: listing_of(cases[name], MODEL_TARGET))
     KEPT.write_text(kept_text(counted))
     for name, count in counted.items():
         print(f"{name:36} {count:>6,}")

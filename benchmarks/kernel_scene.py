@@ -16,6 +16,7 @@ from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
 from sglang_clusterkv.clusters.handed_out import HandedOut
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.device import Geometry, index_bytes
+from sglang_clusterkv.memory.huge_pages import use_huge_pages
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.movement import rank_of, row_codec
 from sglang_clusterkv.memory.step import DenseStep, SparseStep, dense_step
@@ -244,6 +245,8 @@ def make_scene(
         return normal(CENTRES)[which].add_(normal(geometry.slots), alpha=0.5).to(dtype)
 
     keys, values = [pool() for _ in range(layers)], [pool() for _ in range(layers)]
+    if device == "cpu":
+        use_huge_pages([*keys, *values])  # as the server's pool
     slots = torch.arange(PAGE_SIZE, geometry.slots, dtype=torch.int32)
     own = slots[shared:].view(batch, -1)
     table = torch.zeros((batch + 1, shared + own.shape[1]), dtype=torch.int32)

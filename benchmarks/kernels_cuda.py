@@ -56,7 +56,7 @@ def operations(scene: Scene) -> list[Operation]:
         Operation("refine", lambda layer: decoder.refine(layer, scale, q.dtype), moved["refine"]),
         Operation("recall", decoder.recall, 0),
         Operation("attend", lambda layer: decoder.attend(q, keys[layer], values[layer], scale), moved["attend"]),
-        Operation("estimate", lambda layer: decoder.estimate(layer, q.dtype), moved["estimate"]),
+        Operation("estimate", lambda layer: decoder.estimate(q, layer, scale), moved["estimate"]),
         Operation("merge", lambda layer: decoder.merge(layer, q.dtype), 0),
     ]
 

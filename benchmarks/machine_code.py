@@ -15,12 +15,15 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.cache import get_cache_key
 
+from benchmarks.executed import usually_executed
 from sglang_clusterkv.kernels.compile_case import CompileCase
 
+MODEL_TARGET = 90  # that the model of a step counts for
 READER = "2"  # another one where a number is read otherwise: what is kept of earlier runs is known by it
+_LINES = ("-gi",)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Of one SM (CUDA programming guide, "Technical specifications per compute capability"). Registers are handed out by 256 per
@@ -54,7 +57,8 @@ class Compiled:
     async_loads_128: int
     tensor_cores: int
     loop_divisions: int
-    instructions: int | None = None  # None: kept from before they were counted
+    instructions: int
+    executed: int | None = None  # of MODEL_TARGET
 
 
 def programs_per_sm(target: int, registers: int, shared_bytes: int, warps: int) -> int:
@@ -97,13 +101,12 @@ def hash_of(case: CompileCase, target: int) -> str:
 
 def compile_for(case: CompileCase, target: int) -> Compiled:
     """Compile one case for one target and read what came out."""
-    source, options = _source(case, target)
-    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    kernel = _compile(case, target)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        instructions = _tool("nvdisasm", "-c", cubin.name)
+        instructions = _tool("nvdisasm", "-c", *_LINES * (target == MODEL_TARGET), cubin.name)
     used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     shared_bytes = max(kernel.metadata.shared, used["SHARED"])
     return Compiled(
@@ -117,20 +120,24 @@ def compile_for(case: CompileCase, target: int) -> Compiled:
         tensor_cores=len(_TENSOR_CORE.findall(instructions)),
         loop_divisions=loop_divisions(kernel.asm["ptx"]),
         instructions=len(_INSTRUCTION.findall(instructions)),
+        executed=usually_executed(instructions) if target == MODEL_TARGET else None,
     )
 
 
-def listing_of(case: CompileCase, target: int) -> str:
-    """Machine code of a case, each instruction below the source lines that it is from, through all inlined functions."""
+def _compile(case: CompileCase, target: int) -> CompiledKernel:
     source, options = _source(case, target)
     with triton.knobs.compilation.scope():
         # What was compiled before names the lines, and the folder, of that time.
         triton.knobs.compilation.always_compile = True
-        kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def listing_of(case: CompileCase, target: int) -> str:
+    """Machine code of a case, each instruction below the source lines that it is from, through all inlined functions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
+        cubin.write(_compile(case, target).asm["cubin"])
         cubin.flush()
-        return _tool("nvdisasm", "-c", "-gi", cubin.name)
+        return _tool("nvdisasm", "-c", *_LINES, cubin.name)
 
 
 def _tool(name: str, *arguments: str) -> str:

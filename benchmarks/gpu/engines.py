@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.engines [--dry]
 
-From this table `attend_engine: auto` is to be decided. FlashInfer reads the always-attended keys a second time, and its own
-merge of parts is in its time; ours is merged with the estimate in any case.
+From this table `attend_engine: auto` is to be decided. FlashInfer runs as in decode graphs: its own merge of parts is in its
+time, and our launch that lists what it reads; ours is merged with the estimate in any case. It reads the always-attended keys
+a second time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from benchmarks.kernel_scene import PAGE_SIZE, SHAPES, Clock, CudaClock, Scene, 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend
 from sglang_clusterkv.kernels.decode.triton import decoder_of
+from sglang_clusterkv.kernels.step_model import BANDWIDTHS_TBS, StepShape, flashinfer_launches
+from sglang_clusterkv.memory.step import ListShape
 
 CONTEXT = 4096
 BATCHES = (1, 2, 4, 8, 16, 28, 64)  # of 8 kv heads: 8 to 512 lists
@@ -30,10 +33,16 @@ MOST_DIFFERENCE = 0.02  # of outputs of about 1 in bf16
 
 
 def flashinfer_of(scene: Scene) -> FlashInferAttend:
-    """FlashInfer, planned for the scene's step."""
-    shape, index = scene.shape, scene.engine.index
+    """FlashInfer, planned for the scene's step, as a captured one."""
+    shape, index, step, budget = scene.shape, scene.engine.index, scene.step, scene.config.budget_tokens
     engine = FlashInferAttend(shape.kv_heads, shape.group, shape.head_dim, scene.dtype, index.device)
-    engine.prepare(scene.step, scene.config.budget_tokens, PAGE_SIZE)
+    assert step.lengths is not None
+    listed = int(step.lengths[:, 0].sum())
+    engine.reserve(ListShape(step.batch, 0, 0, 0, 0, listed), budget)
+    captured = step._replace(lengths=None)
+    engine.capture(captured, PAGE_SIZE)
+    engine.prepare(step, budget, PAGE_SIZE)
+    engine.prepare(captured, budget, PAGE_SIZE)
     return engine
 
 
@@ -79,6 +88,9 @@ def measure(dry: bool) -> list[Figure]:
             w = decoder_of(scene.engine.index, shape.group).workspace
             attend = partial(engine.attend, q, keys, values, scale, w)
             theirs = 1000 * clock.ms(attend, REPEATS)
+            shaped = StepShape(*shape, batch, scene.context + 1, scene.dtype.itemsize, PAGE_SIZE)
+            launches = flashinfer_launches(shaped, config)
+            predicted = sum(launch.microseconds(BANDWIDTHS_TBS[H200]) for launch in launches)
             figures.append(Figure(f"FlashInfer, {where}", theirs, "us", predicted))
             apart = difference(scene, engine)
             assert apart <= MOST_DIFFERENCE, f"{where}: outputs differ by {apart}"

@@ -22,7 +22,9 @@ MOST_BASE = 16  # programs for the always-attended tokens of a (request, kv head
 FEW_CANDIDATES, MANY_CANDIDATES = 64, 256  # per program of refine's values
 CANDIDATE_PROGRAMS = 264  # two: then a program takes many candidates
 ESTIMATE_PROGRAMS = 528  # four, of both kinds together
+LISTED_TOKENS = 256  # per program of what lists tokens for FlashInfer
 MOST_ESTIMATE_PARTS = 32  # of a (request, kv head)
+CHOICE_PROGRAMS = 132  # one, of the choice
 PARTS_PROGRAMS = 396  # three, of attend and both kinds of the estimate together
 LEAST_PARTS, MOST_PARTS = 4, 64  # of them, for a (request, kv head)
 
@@ -73,6 +75,11 @@ def candidate_tile(pairs: int, candidates: int, channels: int = 128) -> int:
     return MANY_CANDIDATES if channels <= 128 else MANY_CANDIDATES // 2
 
 
+def choice_programs(pairs: int, shared: bool) -> int:
+    """Programs of refine's choice per (request, kv head): two if SMs would idle, where there is work for both (`shared`)."""
+    return 2 if shared and 2 * pairs <= CHOICE_PROGRAMS else 1
+
+
 def batch_of_large_tiles(heads: int, candidates: int) -> int:
     """The least batch for which `candidate_tile` takes many."""
     return -(-CANDIDATE_PROGRAMS // (heads * -(-candidates // MANY_CANDIDATES)))
@@ -95,15 +102,15 @@ def split_count(pairs: int, tokens: int) -> int:
     return share_count(pairs, tokens, TOKENS_PER_SPLIT, ATTEND_PROGRAMS)
 
 
-def estimate_parts(pairs: int, clusters: int, estimate_clusters: int) -> EstimateParts:
+def estimate_parts(pairs: int, clusters: int, estimate_clusters: int, moves: bool = False) -> EstimateParts:
     """Programs of the estimate, for up to `clusters` clusters: together no more than are resident at once, nor than merge takes
-    at once; both kinds with about as much to do."""
+    at once; both kinds with about as much to do. Where values move (`moves`) there are always some of the second."""
     own_clusters = min(clusters, estimate_clusters)
-    if clusters <= estimate_clusters:
+    if clusters <= estimate_clusters and not moves:
         return EstimateParts(share_count(pairs, own_clusters, LEAST_OWN, ESTIMATE_PROGRAMS), 0)
     parts = max(2, min(ESTIMATE_PROGRAMS // pairs, MOST_ESTIMATE_PARTS))
     share = OWN_WORK * own_clusters / (OWN_WORK * own_clusters + clusters)
-    own = max(1, min(round(parts * share), -(-own_clusters // LEAST_OWN)))
+    own = max(1, min(round(parts * share), -(-own_clusters // LEAST_OWN), parts - 1))
     return EstimateParts(own, min(parts - own, -(-clusters // LEAST_REST)))
 
 
@@ -117,6 +124,7 @@ class Parts(NamedTuple):
 
 # What programs execute, and for each tile of 64 tokens, 32 clusters or 256: roughly (kernels/instruction_counts.py).
 ATTEND_WORK, OWN_PART_WORK, REST_WORK = (950, 450), (470, 460), (570, 900)
+MOVING_WORK = (790, 1610)  # the last, where values move
 
 
 def part_programs(pairs: int) -> int:
@@ -124,7 +132,7 @@ def part_programs(pairs: int) -> int:
     return max(LEAST_PARTS, min(PARTS_PROGRAMS // pairs, MOST_PARTS))
 
 
-def divided(programs: int, base: int, recalled: int, clusters: int, limit: int) -> Parts:
+def divided(programs: int, base: int, recalled: int, clusters: int, limit: int, moves: bool = False) -> Parts:
     """How the programs of a (request, kv head) divide its work, which each of them finds out for itself (`division`, in
     decode/triton_parts.py): kinds have as many as their work is, and one each at least.
 
@@ -134,14 +142,19 @@ def divided(programs: int, base: int, recalled: int, clusters: int, limit: int) 
         recalled: tokens.
         clusters: of the request.
         limit: of them that are estimated at their own mean value.
+        moves: values move, which is added beside segments' mean values.
     """
     tiles = -(-base // 64) + -(-recalled // 64), -(-min(clusters, limit) // 32), -(-clusters // 256)
-    attend, own, rest = (a + b * n for (a, b), n in zip((ATTEND_WORK, OWN_PART_WORK, REST_WORK), tiles, strict=True))
-    if clusters <= limit:
+    attend, own, rest = (
+        a + b * n
+        for (a, b), n in zip((ATTEND_WORK, OWN_PART_WORK, MOVING_WORK if moves else REST_WORK), tiles, strict=True)
+    )
+    has_rest = moves or clusters > limit
+    if not has_rest:
         rest = 0
     whole = attend + own + rest
     splits = max(1, min((programs * attend + whole // 2) // whole, programs - 2))
-    if clusters <= limit:
+    if not has_rest:
         return Parts(splits, programs - splits, 0)
     owned = max(1, min((programs * own + whole // 2) // whole, programs - 1 - splits))
     return Parts(splits, owned, programs - splits - owned)

@@ -15,13 +15,16 @@ from typing import NamedTuple
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS
+from sglang_clusterkv.memory import movement
 from sglang_clusterkv.memory.codec import RowCodec, TokenCodec
+from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 
 SMS = 132  # of an H100 or H200
 BANDWIDTHS_TBS = (3.35, 4.8)  # H100 SXM, H200
 # Rows from pinned memory over PCIe 5: as long copies, and a fifth of it, as scattered rows may be.
 BUSES_GBS = (50.0, 10.0)
 LAUNCH_US = 2.5  # inside a captured graph
+LEAST_CHUNK = 128  # tokens of a program of FlashInfer's
 JOINED = "attend and estimate"
 _INT, _LONG, _FLOAT, _HALF = 4, 8, 4, 2  # bytes
 
@@ -119,9 +122,9 @@ def sparse_launches(shape: StepShape, config: ClusterKVConfig, *, joined: bool =
     else:
         splits, parts = grids.split_count(shape.pairs, lists.base + config.budget_tokens), grids.EstimateParts(0, 0)
         if config.estimate:
-            parts = grids.estimate_parts(shape.pairs, lists.clusters, config.estimate_clusters)
+            parts = grids.estimate_parts(shape.pairs, lists.clusters, config.estimate_clusters, movement.moves(config))
     launches = [_score(shape, config, lists), *_select(shape, config, lists)]
-    chosen = _own_bytes(shape, config, lists) if parts.rest else 0
+    chosen = _own_bytes(shape, config, lists) if config.estimate and lists.clusters > config.estimate_clusters else 0
     launches += _refine(shape, config, lists, chosen) if config.refine else _recall_all(shape, config, lists, chosen)
     attend, estimate = _attend(shape, lists, splits), _estimate(shape, config, lists, parts)
     if joined:
@@ -132,10 +135,33 @@ def sparse_launches(shape: StepShape, config: ClusterKVConfig, *, joined: bool =
     return launches
 
 
+def flashinfer_launches(shape: StepShape, config: ClusterKVConfig) -> list[Launch]:
+    """The launches of one layer that attend in our kernel's place where FlashInfer does, in a decode graph.
+
+    Its plan takes the smallest chunk of a list, of 128 tokens or more, with which it has two programs for each SM or fewer.
+    """
+    lists = lists_of(shape, config)
+    tokens, most = lists.base + lists.recalled, max(1, 2 * SMS // shape.pairs)
+    parts = -(-tokens // max(LEAST_CHUNK, -(-tokens // most)))
+    queries, lses = shape.pairs * shape.group * shape.row_bytes, shape.pairs * shape.group * _FLOAT
+    listed = shape.pairs * lists.recalled * (_LONG + _INT)
+    rows = shape.pairs * tokens * (2 * shape.row_bytes + _INT)
+    partial = parts * (queries + lses)
+    merged = -(-shape.pairs * shape.group // SMS) * SMS
+    programs = shape.pairs * -(-config.budget_tokens // grids.LISTED_TOKENS)
+    return [
+        Launch("FlashInfer: lists", programs, listed + 2 * queries),
+        Launch("FlashInfer: attend", shape.pairs * parts, rows + queries + partial),
+        Launch("FlashInfer: merge", merged, partial + queries + lses),
+    ]
+
+
 def parts_of(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> grids.Parts:
     """How the programs of the launch of attend and the estimate divide the work of a (request, kv head)."""
     programs = grids.part_programs(shape.pairs)
-    return grids.divided(programs, lists.base, lists.recalled, lists.clusters, config.estimate_clusters)
+    return grids.divided(
+        programs, lists.base, lists.recalled, lists.clusters, config.estimate_clusters, movement.moves(config)
+    )
 
 
 def dense_launches(shape: StepShape) -> list[Launch]:
@@ -241,14 +267,21 @@ def _refine(shape: StepShape, config: ClusterKVConfig, lists: Lists, chosen: int
     read = lists.candidates * (code + _LONG) + touched * shape.group * _FLOAT
     read += shape.group * shape.head_dim * _FLOAT
     # Each candidate's mass by query head, and of their clusters the logits that follow, with the mark at the spread.
-    masses = lists.candidates * shape.group * _FLOAT if config.estimate and config.estimate_codes else 0
-    marks = touched * (shape.group * _FLOAT + 2 * _HALF) if masses else 0
+    by_code, kept = config.estimate and config.estimate_codes, 1 << (shape.group - 1).bit_length()
+    masses = lists.candidates * kept * _FLOAT if by_code else 0
+    marks = touched * (shape.group * _FLOAT + 2 * _HALF + 2 * _INT) + lists.recalled * kept * _FLOAT if by_code else 0
     values = shape.pairs * (read + lists.candidates * (_FLOAT + _INT) + masses) + _page_bytes(shape, lists)
-    choice = lists.candidates * (_LONG + _FLOAT + _INT) + lists.recalled * (_LONG + 2 * _INT) + masses + marks
+    programs = grids.choice_programs(shape.pairs, by_code and chosen > 0)
+    choice = (
+        programs * lists.candidates * (_LONG + _FLOAT + _INT) + lists.recalled * (_LONG + 2 * _INT) + masses + marks
+    )
     tile = grids.candidate_tile(shape.pairs, config.candidate_tokens, shape.head_dim)
-    programs = shape.pairs * -(-config.candidate_tokens // tile)
+    tiles = -(-config.candidate_tokens // tile)
     choice = shape.pairs * choice + chosen
-    return [Launch("refine: values", programs, values), Launch("refine: choice", shape.pairs, choice)]
+    return [
+        Launch("refine: values", shape.pairs * tiles, values),
+        Launch("refine: choice", shape.pairs * programs, choice),
+    ]
 
 
 def _recall_all(shape: StepShape, config: ClusterKVConfig, lists: Lists, chosen: int) -> list[Launch]:
@@ -272,6 +305,9 @@ def _estimate(shape: StepShape, config: ClusterKVConfig, lists: Lists, parts: gr
     if parts.rest:
         masses = lists.clusters * _FLOAT + (chosen + 3) * _INT  # and the list with its edge
         own += shape.pairs * (masses + lists.segments * shape.head_dim * _HALF)
+    if movement.moves(config):
+        rows = lists.segments * min(movement.RANK, config.segment_tokens // shape.page_size - SEGMENT_VECTOR_PAGES)
+        own += shape.pairs * (rows * 2 * movement.row_codec(shape.head_dim).row_bytes + shape.group * shape.row_bytes)
     moved = own + _logit_bytes(shape, lists) + shared + _part_bytes(shape, sum(parts))
     return Launch("estimate", shape.pairs * sum(parts), moved)
 

@@ -25,6 +25,7 @@ from sglang_clusterkv.kernels.step_model import (
     sparse_launches,
 )
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, SCORE_TOKENS
+from sglang_clusterkv.memory import movement
 
 if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig
@@ -36,6 +37,7 @@ GAP_US = 1.2  # before a launch, in a captured graph
 FLOOR_PER_CYCLE = 4.0
 LIKELY_PER_CYCLE, LIKELY_PER_WARP = 2.2, 0.16
 HALVINGS = 13  # of a bracket, of masses as models have them
+LONGEST_RUN = 3  # eights of candidates, of the longest cluster of those that the choice takes at a time
 OTHER_MS = 4.7  # of a step of Llama-3.1-8B: weights, and all that is not attention
 
 
@@ -103,10 +105,10 @@ class MixedWork(NamedTuple):
 def _joined(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> MixedWork:
     """Attend and the estimate, in the order of their programs."""
     parts, scaled = parts_of(shape, config, lists), shape.head_dim / 128
-    rest, own = PIECES["attend and estimate, a tile of the rest"], PIECES["attend and estimate, a tile of own values"]
-    base, recalled = (
-        PIECES["attend and estimate, a tile of the base"],
-        PIECES["attend and estimate, a tile of recalled tokens"],
+    moving = ", moving" if movement.moves(config) else ""
+    rest, own, base, recalled = (
+        PIECES[f"attend and estimate, a tile of {kind}{moving}"]
+        for kind in ("the rest", "own values", "the base", "recalled tokens")
     )
     tiles = [
         ("the rest", [rest] * -(-lists.clusters // 256), parts.rest),
@@ -117,11 +119,11 @@ def _joined(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> MixedWor
     for kind, work, programs in tiles:
         share = -(-len(work) // max(1, programs))
         for program in range(programs):
-            of = PIECES[f"attend and estimate, a program of {kind}"] + sum(
+            of = PIECES[f"attend and estimate, a program of {kind}{moving}"] + sum(
                 work[program * share : (program + 1) * share]
             )
             found += [4 * scaled * of] * shape.pairs
-    return MixedWork(found, 4, 3)
+    return MixedWork(found, 4, 2 if moving else 3)
 
 
 def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work | MixedWork]:
@@ -145,17 +147,17 @@ def work_of(shape: StepShape, config: ClusterKVConfig) -> dict[str, Work | Mixed
     return {
         "score": Work(score * 4 * scaled, 4, 3),
         "select: masses": Work(pairs * masses * 4, 4, 8),
-        "select: clusters": Work(pairs * select.instructions, select.warps, select.resident),
+        "select: clusters": select,
         "refine: values": Work(pairs * values * 4 * scaled, 4, 10 if tile == grids.FEW_CANDIDATES else 4),
-        "refine: choice": Work(pairs * choice.instructions, choice.warps, choice.resident),
+        "refine: choice": choice,
         JOINED: _joined(shape, config, lists),
         "merge": Work(pairs * shape.group * PIECES["merge, a program"] * 4, 4, 8),
     }
 
 
-def _choices(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> tuple[Work, Work]:
-    """What select of clusters, and the choice of tokens, execute for a (request, kv head)."""
-    clusters, short = lists.clusters, short_of(config, lists)
+def _choices(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> tuple[Work, Work | MixedWork]:
+    """What select of clusters, and the choice of tokens, execute."""
+    clusters, short, pairs = lists.clusters, short_of(config, lists), shape.pairs
     large = clusters > 4096
     of = ", large" if large else ""
     warps, listed = (16, 4096) if large else (8, 2048)
@@ -170,15 +172,24 @@ def _choices(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> tuple[W
         + PIECES[f"shortlist, a block{of}"] * -(-clusters // listed)
     )
     both = 2 * max(select, shortlist) if short else select  # side by side, so each takes as long as the longer
-    chosen = Work(both * warps, warps, 1 if large else 2)
+    chosen = Work(pairs * both * warps, warps, 1 if large else 2)
     of = ", short" if short else ", few" if clusters <= 1024 else of
-    by_code = config.estimate and config.estimate_codes
     choice: float = PIECES[f"choice, a program{of}"] + PIECES[f"choice, a halving of each{of}"] * HALVINGS
-    choice += by_code * PIECES[f"choice, codes{of}"] * (shape.group + 1) / 5  # a scan for each query head, and one
     if short:
-        return chosen, Work(choice * 8, 8, 2 if by_code else 3)
-    choice += PIECES[f"choice, a block of the list{of}"] * -(-clusters // listed)
-    return chosen, Work(choice * warps, warps, 1 if large else 2 if by_code else 3)
+        warps, large = 8, False
+    else:
+        choice += PIECES[f"choice, a block of the list{of}"] * -(-clusters // listed)
+    if not (config.estimate and config.estimate_codes):
+        return chosen, Work(pairs * choice * warps, warps, 1 if large else 3)
+    touched = lists.candidates // config.tokens_per_cluster
+    codes = -(-touched // (32 * warps)) * (
+        PIECES[f"choice, a block of codes{of}"] + LONGEST_RUN * PIECES[f"choice, eight codes of a block{of}"]
+    )
+    if grids.choice_programs(pairs, clusters > config.estimate_clusters) == 1:
+        choice += PIECES[f"choice, codes{of}"] + codes
+        return chosen, Work(pairs * choice * warps, warps, 1 if large else 2)
+    codes += PIECES[f"choice, a program of codes{of}"] + PIECES[f"choice, a halving for codes{of}"] * HALVINGS
+    return chosen, MixedWork([choice * warps] * pairs + [codes * warps] * pairs, warps, 1 if large else 2)
 
 
 def _score(shape: StepShape, config: ClusterKVConfig, lists: Lists) -> float:

@@ -209,6 +209,7 @@ class LayerArrays(NamedTuple):
     spread: torch.Tensor  # bf16 [C, H]
     cluster_end: torch.Tensor  # int16 [C, H]
     vectors: torch.Tensor  # bf16 [pages, H, 3, D/4]
+    factors: torch.Tensor  # int32 [pages, H, 3, D/8], the same: int4 rows of movement
     members: torch.Tensor  # int16 [S, H]
     codes: torch.Tensor | None  # [S, H, D/8]: int16 for two bits, uint8 for one
     code_scales: torch.Tensor | None  # bf16 [S, H]
@@ -224,7 +225,8 @@ def layer_arrays(index: ClusterIndex, layer: int) -> LayerArrays:
         index.scratch[key] = LayerArrays(
             packed_view(view.key_rows, index.row_codec), view.key_scales,
             packed_view(view.value_rows, index.row_codec), view.value_scales,
-            view.spread, view.cluster_end, view.segment_vectors, view.members, codes, view.code_scales,
+            view.spread, view.cluster_end, view.segment_vectors, view.segment_vectors.view(torch.int32), view.members, codes,
+            view.code_scales,
         )  # fmt: skip
     return index.scratch[key]
 

@@ -119,7 +119,11 @@ class Workspace:
 
     # Written by refine.
     value: torch.Tensor  # float32 [B, H, K], mean over the group of exp(logit - total)
-    by_code: torch.Tensor  # float32 [B, H, G, K], exp(logit - total), where codes are estimated by
+    # float32 [B, H, K, G up to a power of two], exp(logit - total), where codes are estimated by; the choice puts 0 for
+    # candidates that it recalls
+    by_code: torch.Tensor
+    # int32 [B, H, K + 1], of clusters with candidates and of their end: the place of the first | recalled before it << 16
+    runs: torch.Tensor
     position: torch.Tensor  # int32 [B, H, K], of the candidate's token; select's before
     recalled: torch.Tensor  # int64 [B, H, R], slots, in the order of `candidates`: by cluster, then by position
     recalled_count: torch.Tensor  # int32 [B, H]
@@ -196,7 +200,8 @@ def make_workspace(shape: WorkspaceShape, device: str, allocate: Allocate | None
         candidate_count=allocate(by_head, torch.int32),
         shortlist=allocate((*by_head, shape.short), torch.int32),
         value=allocate((*by_head, shape.candidates), torch.float32),
-        by_code=allocate((*by_query, shape.candidates), torch.float32),
+        by_code=allocate((*by_head, shape.candidates, 1 << (shape.group - 1).bit_length()), torch.float32),
+        runs=allocate((*by_head, shape.candidates + 1), torch.int32),
         position=allocate((*by_head, shape.candidates), torch.int32),
         recalled=allocate((*by_head, shape.budget), torch.int64),
         recalled_count=allocate(by_head, torch.int32),

@@ -97,4 +97,4 @@ def _compiler() -> bool:
 
 
 def _graphs() -> str:
-    return "on, but for a host tier, traces and attend_engine=flashinfer"
+    return "on, but for a host tier and traces"

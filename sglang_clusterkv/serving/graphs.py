@@ -114,6 +114,8 @@ class DecodeGraphs:
             self._step = self._captured(forward_batch.batch_size) if sparse else NO_LISTS
         else:
             self._step = runtime.take_step() or NO_LISTS
+            if self.engine is not None and self._step.sparse is not None:
+                self.engine.decoding.replay(forward_batch.batch_size)
             self._count_dense_layers(self._step)
         self._in_capture, self._prefill_ready = in_capture, self._step.sparse is None or self.calls_prefill
         if self._prefill_ready:

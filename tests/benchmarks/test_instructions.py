@@ -14,12 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import executed as executed_module
 from benchmarks import instructions
-from benchmarks.instructions import PIECES, executed, terms
+from benchmarks.compiled import KEPT, read_kept
+from benchmarks.executed import executed, terms, usually_executed
+from benchmarks.instructions import PIECES
+from benchmarks.machine_code import MODEL_TARGET
 from benchmarks.step_time import CELLS, shape_of, table
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import instruction_counts
-from sglang_clusterkv.kernels.step_model import sparse_launches
+from sglang_clusterkv.kernels.step_model import JOINED, sparse_launches
 from sglang_clusterkv.kernels.step_time import (
     GAP_US,
     OTHER_MS,
@@ -28,6 +32,7 @@ from sglang_clusterkv.kernels.step_time import (
     dense_us,
     sparse_times,
     speedup,
+    work_of,
 )
 
 SOURCE = """
@@ -53,7 +58,7 @@ def listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """As nvdisasm prints: each instruction below its lines, the innermost first."""
     source = tmp_path / "kernel.py"
     source.write_text(SOURCE)
-    monkeypatch.setattr(instructions, "ROOT", tmp_path)
+    monkeypatch.setattr(executed_module, "ROOT", tmp_path)
 
     def at(text: str, *lines: int) -> str:
         frames = [f'\t//## File "{source}", line {line}' for line in lines]
@@ -105,6 +110,11 @@ def test_what_is_executed_follows_from_how_often_loops_run(listing: str) -> None
         executed(counted, {INNER: 1})
 
 
+def test_a_kernel_as_a_whole_has_loops_that_run_as_usual(listing: str) -> None:
+    usual = {"while n > 0": 4, INNER: 4, f"{INNER} @ inner(7)": 4}
+    assert usually_executed(listing) == executed(terms(listing), usual)
+
+
 def test_the_kept_counts_are_of_the_pieces() -> None:
     assert list(instruction_counts.PIECES) == list(PIECES)
     assert all(count > 0 for count in instruction_counts.PIECES.values())
@@ -117,10 +127,10 @@ def test_the_kept_counts_are_of_these_kernels() -> None:
     code = """
 import json
 from benchmarks.compiled import collect
-from benchmarks.instructions import TARGET, counted_pieces
-from benchmarks.machine_code import listing_of
+from benchmarks.instructions import counted_pieces
+from benchmarks.machine_code import MODEL_TARGET, listing_of
 cases = collect(())
-print(json.dumps(counted_pieces(lambda name: listing_of(cases[name], TARGET))))
+print(json.dumps(counted_pieces(lambda name: listing_of(cases[name], MODEL_TARGET))))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -161,3 +171,38 @@ def test_programs_that_fill_the_machine_once_more_take_twice_as_long() -> None:
     shape = shape_of(8, 32)
     assert speedup(shape, dense_us(shape)) == 1.0
     assert speedup(shape, 0.0) == pytest.approx(1 + shape.layers * dense_us(shape) / 1e3 / OTHER_MS)
+
+
+# Launches of the model, at 8 x 32k or where there are more than 4,096 clusters: the compile case of each.
+CASES = {
+    "score": "score int4 D=128 G=4",
+    "select: masses": "select masses C=4096 G=4",
+    "select: clusters": "select C=4096 K=2048 short",
+    "refine: values": "refine values 2 bits D=128 G=4 x256",
+    "refine: choice": "refine recall K=2048 O=512 R=512 C=131,072",
+    JOINED: "attend and estimate int4 D=128 G=4 C=4,096",
+    "merge": "merge D=128",
+}
+LARGE = {"select: masses": "select masses C=131072 G=4", "select: clusters": "select C=131072 K=2048 short"}
+FEW = {"refine: values": "refine values 2 bits D=128 G=4 x64"}
+
+
+@pytest.mark.parametrize(
+    ("batch", "thousands", "cases"), [(8, 32, CASES), (6, 128, CASES | LARGE), (1, 32, CASES | FEW)]
+)
+def test_an_sm_holds_as_many_programs_as_the_model_says(batch: int, thousands: int, cases: dict[str, str]) -> None:
+    """By the machine code that is kept."""
+    kept = {name: one.result for (name, target), one in read_kept(KEPT).items() if target == MODEL_TARGET}
+    work = work_of(shape_of(batch, thousands), ClusterKVConfig())
+    assert list(work) == list(cases)
+    for name, of in work.items():
+        assert of.resident <= kept[cases[name]].programs_per_sm, name
+
+
+def test_of_few_pairs_two_programs_choose_side_by_side() -> None:
+    """What codes need is off the longest path then, and no program more is there for many pairs."""
+    config, without = ClusterKVConfig(), ClusterKVConfig(estimate_codes=False)
+    few, many = (work_of(shape, config)["refine: choice"] for shape in (shape_of(8, 32), shape_of(28, 32)))
+    alone = work_of(shape_of(8, 32), without)["refine: choice"]
+    assert few.likely_us(128) == pytest.approx(alone.likely_us(64))
+    assert many.likely_us(224) > work_of(shape_of(28, 32), without)["refine: choice"].likely_us(224)

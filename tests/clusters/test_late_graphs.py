@@ -57,7 +57,7 @@ def test_each_step_stages_its_lists_in_memory_of_its_own(monkeypatch: pytest.Mon
             return lambda first, *rest, **named: packed.append(first)
 
     monkeypatch.setattr(lists_triton, "lists_kernel", Kernel())
-    lists = empty_lists(ListShape(1, 8, 2, 200, 64), torch.device("cpu"))
+    lists = empty_lists(ListShape(1, 8, 2, 200, 64, 200), torch.device("cpu"))
     for length in (100, 101):
         borders = RowBorders(
             np.array([1]), np.array([length]), np.array([1]), np.array([[16]], np.int32), np.array([[80]], np.int32),

@@ -380,6 +380,7 @@ def test_stages_widen_float32(rng):
         "total": ex.total(choice, base),
         "candidates": ex.candidate_logits(q, scale, rotation, keys, keys),
         "group mass": ex.group_mass(choice, total),
+        "largest mass": ex.largest_mass(choice, total),
         "values": ex.estimate_values(clusters, np.array([1])),
         "output": ex.softmax_output(choice, values[:12])[0],
         "dense": ex.dense_attention(q, keys, values, scale),
@@ -505,7 +506,7 @@ def loops(q, keys, values, scale, stored, begins, rotation, options):
         return math.exp(scale * (dot(q[h], stored[s].centroid[c]) + dot(rotated[h], stored[s].y[t - begins[s]])))
 
     def score(t):
-        return sum(by_code(h, t) / total[h] for h in heads) / len(q)
+        return max(by_code(h, t) / total[h] for h in heads)
 
     recalled = set(
         sorted(candidates[: options.candidate_tokens], key=lambda t: (-score(t), t))[: options.budget_tokens]

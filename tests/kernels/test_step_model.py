@@ -8,18 +8,22 @@ launches with them, is in triton/test_chain.py.
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.step_model import (
     JOINED,
+    SMS,
     Launch,
     StepShape,
     dense_launches,
+    flashinfer_launches,
     lists_of,
     sparse_launches,
     table,
 )
+from tests.support.flashinfer_plan import plan
 
 CONFIG = ClusterKVConfig()
 LLAMA = StepShape(layers=32, heads=32, kv_heads=8, head_dim=128, batch=8, context=32_768)
@@ -68,8 +72,10 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     assert by_name(LLAMA._replace(batch=1))["refine: values"].programs == 8 * 32
     assert launches["refine: values"].bytes == pages + pairs * values
     assert launches["refine: choice"].bytes == pairs * (
-        2048 * (16 + 16) + 512 * 16 + 1024 * 12 + 515 * 4 + 256 * (16 + 4)
+        2048 * (2 * 16 + 16) + 512 * (16 + 16) + 1024 * 12 + 515 * 4 + 256 * (16 + 4 + 8)
     )  # fmt: skip
+    assert launches["refine: choice"].programs == pairs * 2
+    assert by_name(LLAMA._replace(batch=9))["refine: choice"].programs == 72
     without = by_name(LLAMA, msgspec.structs.replace(CONFIG, estimate_codes=False))
     assert launches["refine: values"].bytes - without["refine: values"].bytes == pairs * 2048 * 16
     assert {name for name in without if without[name] != launches[name]} == {"refine: values", "refine: choice"}
@@ -88,6 +94,27 @@ def test_the_launches_of_a_llama_at_32k() -> None:
     assert single["estimate"].programs == pairs * (3 + 5)
     assert single["estimate"].bytes == estimate + pairs * 8 * part
     assert single["merge"].bytes == pairs * (12 * part + group * 256)
+
+
+def test_the_launches_by_which_flashinfer_attends() -> None:
+    pairs, group, tokens = 64, 4, 80 + 512
+    lists, attend, merge = flashinfer_launches(LLAMA, CONFIG)
+    queries, lses = pairs * group * 256, pairs * group * 4
+    assert (lists.programs, lists.bytes) == (pairs * 2, pairs * 512 * 12 + 2 * queries)
+    assert (attend.programs, attend.bytes) == (pairs * 4, pairs * tokens * (512 + 4) + queries + 4 * (queries + lses))
+    assert (merge.programs, merge.bytes) == (2 * 132, 5 * (queries + lses))
+
+
+@pytest.mark.parametrize(("batch", "budget"), [(1, 512), (1, 64), (8, 1024), (28, 512), (64, 512)])
+def test_flashinfer_has_as_many_programs_as_its_plan(batch: int, budget: int) -> None:
+    shape, config = LLAMA._replace(batch=batch), msgspec.structs.replace(CONFIG, budget_tokens=budget)
+    lists = lists_of(shape, config)
+    memory = np.zeros(1 << 20, np.uint8)
+    lengths = np.full(shape.pairs, lists.base + lists.recalled)
+    info, _, _ = plan(lengths, shape.group, shape.head_dim, True, SMS, memory)
+    at = info.block_valid_mask_offset
+    valid = memory[at : at + info.padded_batch_size].sum()
+    assert flashinfer_launches(shape, config)[1].programs == valid
 
 
 def test_a_dense_step_reads_every_token_once() -> None:

@@ -45,8 +45,8 @@ def traced(step: SparseStep, *places: int) -> list[Traced]:
 @pytest.mark.parametrize(
     ("dtype", "group", "options"),
     [
-        (torch.float32, 3, {}),
-        (torch.bfloat16, 1, {}),
+        (torch.float32, 1, {"code_bits": 1}),
+        (torch.bfloat16, 2, {}),
         (torch.float32, 2, {"estimate": False}),
         (torch.float32, 2, {"refine": False}),
         (torch.float32, 2, {"sinks": True}),

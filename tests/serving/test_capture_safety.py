@@ -32,7 +32,8 @@ from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import SparseStep
 from sglang_clusterkv.serving import active, graphs
 from sglang_clusterkv.serving.backend import ClusterKVAttnBackend
-from tests.support.graph import Capture
+from tests.support import flashinfer_stand_in as stand_in
+from tests.support.graph import KINDS, Capture
 
 HEADS, GROUP, HEAD_DIM, PAGES, CONTEXT, BATCH, MOST = 2, 4, 128, 64, 1024, 3, 4
 ERRORS = (AssertionError, DataDependentOutputException, DynamicOutputShapeException)
@@ -83,15 +84,14 @@ class FakeLayer:
 
     def capture(self) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         """What the layer launches; raises where it is not safe to capture."""
-        kind = type(merge_kernel)
         capture = Capture("cuda")
         with self.mode, self.monkeypatch.context() as patched:
+            for kind in KINDS:
+                patched.setattr(kind, "run", lambda *of, **named: None)
             lists = self.engine.decoding.captured(BATCH)
-            patched.setattr(kind, "run", lambda *of, **named: None)
             self.layer(lists)  # SGLang warms up before it captures
-            patched.setattr(
-                kind, "run", lambda kernel, *of, **named: capture.note(lambda *_, **__: None, kernel, of, named)
-            )
+            for kind in KINDS:
+                patched.setattr(kind, "run", capture.noting(lambda *_, **__: None))
             with capture:
                 output = self.layer(lists)
         assert output.shape == (BATCH, HEADS * GROUP * HEAD_DIM) and output.device.type == "cuda"
@@ -121,6 +121,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
 def test_a_captured_layer_is_its_launches(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     launches = FakeLayer(ClusterKVConfig(**fields), monkeypatch).capture()
     assert len(launches) > 5 and launches[0][0] is score_kernel and launches[-1][0] is merge_kernel
+
+
+def test_a_captured_layer_in_which_flashinfer_attends_is_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in.install(monkeypatch, HEADS)
+    fake = FakeLayer(ClusterKVConfig(attend_engine="flashinfer"), monkeypatch)
+    kernels = [kernel for kernel, _, _ in fake.capture()]
+    assert decode_triton.decoder_of(fake.index, GROUP).engine is not None
+    assert kernels.count(stand_in.ATTENTION) == 1 and len(kernels) == 9 and kernels[-1] is merge_kernel
 
 
 UNSAFE: dict[str, Callable[[SparseStep], object]] = {

@@ -71,7 +71,10 @@ class Served:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, sliding: tuple[int, ...] = ()) -> None:
         monkeypatch.setattr(decoding, "takes_mixtures", lambda device: True)
         monkeypatch.setattr(decoding, "prepare", lambda *of: None)
-        monkeypatch.setattr(decoding, "reserve", lambda index, group, room: 1000)
+        monkeypatch.setattr(decoding, "reserve", lambda *of: 1000)
+        self.engine_calls: list[tuple[str, int]] = []  # what FlashInfer would be told
+        monkeypatch.setattr(decoding, "capture", lambda *of: self.engine_calls.append(("capture", of[-1].batch)))
+        monkeypatch.setattr(decoding, "replay", lambda *of: self.engine_calls.append(("replay", of[-1])))
         self.scene = Scene(CONFIG, layers=2, kv_heads=HEADS, head_dim=HEAD_DIM, context=CONTEXT)
         monkeypatch.setattr(lists_triton, "make", self.made)
         self.lengths, self.dtype = dict(LENGTHS), torch.float32
@@ -223,6 +226,21 @@ def test_captured_layers_read_the_lists_that_steps_are_written_to(
     served.backend.init_forward_metadata_out_graph(served.view(2, 3))
     assert served.prefill.calls == [("state", MOST)], "nothing of it is in that graph"
     assert runtime.peek_step() is None, "a replay takes the step"
+
+
+def test_whoever_attends_is_told_before_a_capture_and_a_replay_of_how_many(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashInfer has a plan for each number of requests, padding included, which the batch does not say."""
+    for batch in (4, 3):
+        for label in ("dense", "sparse"):
+            served.capture(label, batch, monkeypatch)
+    assert served.engine_calls == [("capture", 4), ("capture", 3)], "a dense step has no lists of ours"
+    served.engine_calls.clear()
+    for rows, raw, padded in (((1, 3), 2, 3), ((2,), 1, 4), ((3,), 1, 3)):
+        served.launch(*rows)
+        served.backend.init_forward_metadata_out_graph(served.view(raw, padded))
+    assert served.engine_calls == [("replay", 3), ("replay", 4)]
 
 
 def test_a_dense_graph_is_the_other_backends(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

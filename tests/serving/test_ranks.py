@@ -51,7 +51,7 @@ class Ranks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decoding, "takes_mixtures", lambda device: True)
         monkeypatch.setattr(decoding, "prepare", lambda *of: None)
-        monkeypatch.setattr(decoding, "reserve", lambda index, group, room: 1000)
+        monkeypatch.setattr(decoding, "reserve", lambda *of: 1000)
         monkeypatch.setattr(lists_triton, "make", self.made)
         monkeypatch.setattr(ranks, "least_of_ranks", Group().least)
         self.scenes = [Scene(CONFIG, layers=1, kv_heads=1, head_dim=32, context=CONTEXT, seed=rank) for rank in (0, 1)]

@@ -27,13 +27,14 @@ Ints = NDArray[np.int64]
 BF16_MAX = (2 - 2**-7) * 2.0**127
 GROUP_CHANNELS_MAX = 32
 CODE_THRESHOLD = 0.9816  # in units of rms(y)
-CODE_INNER = 0.4528
+CODE_INNER = 0.453
 CODE_OUTER = 1.510
 SPREAD_CAP = 2.0  # of g in the estimate
 MOVEMENT_RANK = 8
 NO_MASS = 1e-30  # a mass below counts as none where tokens and clusters are ranked
 MOST_MASS = 1e20  # a token's by its code, where it is estimated
 CODE_LOSS = {1: 1 - 2 / np.pi, 2: 0.1175}  # of a normal variable's energy, by bits
+CODED_WEIGHT, OTHER_WEIGHT = 0.5, 1.0  # of the movement of values, of clusters that codes tell of and of all others
 
 
 def f64(x: ArrayLike) -> Floats:
@@ -295,7 +296,7 @@ class Code(NamedTuple):
 
 
 def code_levels(codes: Ints, bits: int) -> Floats:
-    """l [D]: +-1 with 1 bit, +-.4528 or +-1.510 with 2."""
+    """l [D]: +-1 with 1 bit, +-.453 or +-1.510 with 2."""
     size = np.ones(len(codes)) if bits == 1 else np.where(codes & 2, CODE_OUTER, CODE_INNER)
     return np.where(codes & 1, -size, size)
 
@@ -555,6 +556,11 @@ def candidate_logits(q: Floats, scale: float, rotation: Floats, centroid: Floats
     return scale * (q @ f64(centroid).T + (q @ f64(rotation).T) @ f64(y).T)
 
 
+def largest_mass(logits: Floats, total_logits: Floats) -> Floats:
+    """[n] the group's largest exp(logit - total); logits [G, n], total_logits [G]."""
+    return np.max(np.exp(f64(logits) - f64(total_logits)[:, None]), axis=0)
+
+
 def group_mass(logits: Floats, total_logits: Floats) -> Floats:
     """[n] mean over the group of exp(logit - total); logits [G, n], total_logits [G]."""
     return np.mean(np.exp(f64(logits) - f64(total_logits)[:, None]), axis=0)
@@ -615,14 +621,25 @@ def softmax_output(logits: Floats, values: Floats) -> tuple[Floats, Floats]:
     return weights @ f64(values), lse
 
 
-def moved(q: Floats, scale: float, clusters: Clusters, est: Floats, estimate_spread: float = 0.25) -> Floats:
-    """[G, D] what the movement of values adds to the output of the softmax over est [G, C]; 0 where that is empty."""
+def movement_weights(clusters: Clusters, estimate_spread: float, coded: Ints | None) -> Floats:
+    """[C] how much of their movement clusters have; coded: those that codes tell of; None: codes are not in the estimate."""
+    weight = np.full(len(clusters.size), estimate_spread if coded is None else OTHER_WEIGHT)
+    if coded is not None:
+        weight[coded] = CODED_WEIGHT
+    return weight
+
+
+def moved(q: Floats, scale: float, clusters: Clusters, est: Floats, weight: Floats) -> Floats:
+    """[G, D] what the movement of values adds to the output of the softmax over est [G, C]; 0 where that is empty.
+
+    weight [C]: how much of it each cluster has.
+    """
     if clusters.movement is None:
         return np.zeros_like(q, dtype=np.float64)
     lse = log_sum_exp(est)
     weights = np.exp(f64(est) - np.where(np.isfinite(lse), lse, 0.0)[:, None])
     by_cluster = np.einsum("svk,gk->gsv", f64(clusters.movement), f64(q))[:, clusters.segment]
-    return estimate_spread * scale * np.einsum("gc,c,gcv->gv", weights, f64(clusters.spread), by_cluster)
+    return scale * np.einsum("gc,c,gcv->gv", weights, weight * f64(clusters.spread), by_cluster)
 
 
 def merge(outputs: list[Floats], lses: list[Floats]) -> Floats:
@@ -693,17 +710,19 @@ def decode(
     position = np.array([p for c, taken in candidates for p in members[c][:taken]], dtype=np.int64)
     logits = candidate_logits(q, scale, rotation, clusters.centroid[cluster], y[position])
     if options.refine:
-        chosen = recall(group_mass(logits, total_logits), position, options.budget_tokens)
+        chosen = recall(largest_mass(logits, total_logits), position, options.budget_tokens)
     else:
         chosen = np.arange(len(position))
     recalled = np.sort(position[chosen])
 
     left = left_sizes(clusters.size, cluster[chosen])
     est = estimate_logits(q, scale, clusters, left, options.estimate_spread)
+    coded = None
     if options.refine and options.estimate_codes:
         rest = np.setdiff1d(np.arange(len(position)), chosen)
         spreads = spread_term(q, scale, clusters)
         est = estimate_by_codes(est, left, logits[:, rest], cluster[rest], total_logits, spreads, options.code_bits)
+        coded = np.unique(cluster[rest])
     attended = np.concatenate([base, recalled])
     all_logits, all_values = [exact_logits(q, keys[attended], scale)], [values[attended]]
     own = np.empty(0, dtype=np.int64)
@@ -714,7 +733,8 @@ def decode(
     output, lse = softmax_output(np.concatenate(all_logits, axis=1), np.concatenate(all_values))
     if options.estimate:
         share = np.exp(log_sum_exp(est) - lse)[:, None]
-        output = output + share * moved(q, scale, clusters, est, options.estimate_spread)
+        weight = movement_weights(clusters, options.estimate_spread, coded)
+        output = output + share * moved(q, scale, clusters, est, weight)
     return Decoded(
         base_logits=base_logits,
         choice=choice,

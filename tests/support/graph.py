@@ -8,19 +8,26 @@ that computes, copies or waits; it may allocate, as graphs do from a pool of the
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend
 from sglang_clusterkv.kernels.merge.triton import merge_kernel
 from sglang_clusterkv.kernels.workspace import Workspace
 from sglang_clusterkv.memory.step import SparseStep
+from tests.support.flashinfer_stand_in import Attention
 
 FAR = 1 << 30
+KINDS = (type(merge_kernel), Attention)  # of launches: Triton's, FlashInfer's
 
 
 class Capture(TorchDispatchMode):
@@ -46,6 +53,10 @@ class Capture(TorchDispatchMode):
         self._device = device
         self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self._launching = False
+
+    def noting(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """What a kind of launches runs by, with each one noted."""
+        return lambda kernel, *of, **named: self.note(run, kernel, of, named)
 
     def note(self, run: Callable[..., Any], kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A launch: note it, and run it."""
@@ -73,11 +84,10 @@ class Graph:
 
     def __init__(self, call: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
         call()  # SGLang warms up before it captures: what is made once is there
-        kind = type(merge_kernel)
-        self._run = run = kind.run
         capture = Capture()
         with monkeypatch.context() as patched, capture:
-            patched.setattr(kind, "run", lambda kernel, *of, **named: capture.note(run, kernel, of, named))
+            for kind in KINDS:
+                patched.setattr(kind, "run", capture.noting(kind.run))
             self.output = call()
         self._launches = capture.launches
 
@@ -85,7 +95,7 @@ class Graph:
         """The same launches again."""
         self.output.fill_(torch.nan)
         for kernel, arguments, named in self._launches:
-            self._run(kernel, *arguments, **named)
+            kernel.run(*arguments, **named)
         return self.output
 
     def addresses(self) -> set[int]:
@@ -108,6 +118,36 @@ def poison_lists(lists: SparseStep, page_size: int) -> None:
         lists.pages[b, pages:] = lists.segment_of_page[b, pages:] = FAR
         lists.segment_begin[b, int(lists.segment_count[b]) :] = FAR
         lists.base_slots[b, int(lists.base_count[b]) :] = FAR
+
+
+def poison_flashinfer(engine: FlashInferAttend, lists: SparseStep) -> None:
+    """What layers write before FlashInfer reads it, and whatever no list has."""
+    buffers = engine._room
+    assert buffers is not None
+    for tensor in (buffers.queries, buffers.output, buffers.lse):
+        tensor.fill_(torch.nan)
+    heads = buffers.lse.shape[1]
+    begins = buffers.indptr[: lists.batch * heads + 1].tolist()
+    buffers.indices[begins[-1] :] = -1
+    for pair in range(lists.batch * heads):
+        b = pair // heads
+        if lists.page_count[b] > 0:
+            buffers.indices[begins[pair] + int(lists.base_count[b]) : begins[pair + 1]] = -1
+
+
+def mutated(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+    """A module with one text of its source replaced by another."""
+    assert module.__file__ is not None
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r} is not once in {module.__name__}"
+    path = folder / f"mutant_{module.__name__.replace('.', '_')}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    mutant = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = mutant
+    spec.loader.exec_module(mutant)
+    return mutant
 
 
 @contextmanager

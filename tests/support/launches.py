@@ -11,10 +11,13 @@ these: [occasion, kernel]. The first server has the defaults and a short context
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 import triton
 
@@ -24,12 +27,13 @@ from sglang_clusterkv.clusters.build import write_in_place
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import tier as moves
 from sglang_clusterkv.kernels.attend.triton import dense_decode
-from sglang_clusterkv.kernels.decode.triton import sparse_decode
+from sglang_clusterkv.kernels.decode.triton import decoder_of, sparse_decode
 from sglang_clusterkv.kernels.tier import triton as moving
 from sglang_clusterkv.memory.device import index_pages
 from sglang_clusterkv.memory.host import HOST_DTYPES
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import PREFILL_HOST, Tier
+from tests.support import flashinfer_stand_in as stand_in
 from tests.support.scenes import PAGE, Scene, Tiers
 
 HEADS, GROUP, HEAD_DIM, DTYPE = 2, 4, 128, torch.bfloat16
@@ -144,6 +148,16 @@ def warm_up(
     )
 
 
+@contextmanager
+def flashinfer_attends() -> Iterator[ClusterKVConfig]:
+    """A configuration with which FlashInfer attends; its own launches are not made."""
+    with pytest.MonkeyPatch.context() as patched:
+        stand_in.install(patched, HEADS)
+        patched.setattr(stand_in.Attention, "run", lambda *_: None)
+        patched.setattr(decoding, "capture", lambda index, group, lists: decoder_of(index, group).capture(lists))
+        yield ClusterKVConfig(attend_engine="flashinfer")
+
+
 def main() -> None:
     """Warm up, then everything else."""
     compiled = Compiled()
@@ -180,6 +194,17 @@ def main() -> None:
     for batch in (1, 5):
         compiled.occasion = f"a captured step of {batch}"
         captured(ClusterKVConfig(), batch)
+    late += compiled.late
+    compiled.late.clear()
+    with flashinfer_attends() as config:
+        warm_up(config, DTYPE)
+        at_start.append(len(compiled.late))
+        compiled.late.clear()
+        for lengths in ([700], [701, 1500]):
+            compiled.occasion = f"decode {lengths}, FlashInfer attends"
+            decode(config, lengths)
+        compiled.occasion = "a captured step, FlashInfer attends"
+        captured(config, 3)
     for waiting in (500, 1000, 1800):
         compiled.occasion = f"decode, {waiting} tokens wait"
         decode(ClusterKVConfig(), [7000], waiting)

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.grids import LISTED_TOKENS
 
 if TYPE_CHECKING:
     from sglang_clusterkv.kernels.workspace import Workspace
     from sglang_clusterkv.memory.step import SparseStep
 
-TILE = 256  # tokens per program
+TILE = LISTED_TOKENS  # per program
 
 
 @triton.jit(do_not_specialize=["slots_stride", "pages_stride"])
@@ -43,13 +44,21 @@ def listed_kernel(
 
 @triton.jit
 def recalled_kernel(
-    recalled, recalled_count, page_count, base_count, indptr, indices, recalled_stride,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    recalled, recalled_count, page_count, base_count, indptr, indices, q, queries, recalled_stride, q_stride,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, QUERIES_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (requests * kv heads, tiles of `BLOCK` tokens): the recalled tokens of a sparse request, behind the others."""
+    """Grid (requests * kv heads, tiles of `BLOCK` tokens): the recalled tokens of a sparse request, behind the others.
+
+    And, of any request, q [B, H, QUERIES elements], `q_stride` between requests, to `queries` [B * H, QUERIES]: models cut a
+    request's queries from one product with keys and values, and FlashInfer takes one stride.
+    """
     pair = tl.program_id(0).to(tl.int64)
     request, head = pair // HEADS, pair % HEADS
     t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 0:
+        i = tl.arange(0, QUERIES_PAD)
+        row = tl.load(q + request * q_stride + head * QUERIES + i, mask=i < QUERIES, other=0.0)
+        tl.store(queries + pair * QUERIES + i, row, mask=i < QUERIES)
     if tl.load(page_count + request) > 0:
         listed = t < tl.load(recalled_count + pair)
         slot = tl.load(recalled + pair * recalled_stride + t, mask=listed, other=0)
@@ -76,29 +85,42 @@ def list_always(
     )  # fmt: skip
 
 
-def list_recalled(step: SparseStep, w: Workspace, indptr: torch.Tensor, indices: torch.Tensor) -> None:
-    """Write what a layer has recalled; `w` as recall left it."""
-    shape = w.shape
+def lay_out(
+    step: SparseStep, w: Workspace, q: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, queries: torch.Tensor
+) -> None:
+    """Write what a layer has recalled, and its queries as FlashInfer takes them.
+
+    Args:
+        step: its lists.
+        w: as recall left it.
+        q: [B, H, G, D], those of a request side by side.
+        indptr: int32 [B * H + 1], where each (request, kv head)'s list begins.
+        indices: int32, the lists.
+        queries: where these go, like q, [B or more, H, G, D].
+    """
+    shape, elements = w.shape, q.shape[2] * q.shape[3]
     recalled_kernel[(step.batch * shape.heads, triton.cdiv(shape.budget, TILE))](
-        w.recalled, w.recalled_count, step.page_count, step.base_count, indptr, indices, shape.budget,
-        HEADS=shape.heads, BLOCK=TILE,
+        w.recalled, w.recalled_count, step.page_count, step.base_count, indptr, indices, q, queries,
+        shape.budget, q.stride(0), HEADS=shape.heads, QUERIES=elements, QUERIES_PAD=triton.next_power_of_2(elements),
+        BLOCK=TILE,
     )  # fmt: skip
 
 
 _TYPES = {
+    **dict.fromkeys(("q", "queries"), "*bf16"),
     **dict.fromkeys(("slots", "counts", "pages", "dense_counts", "recalled", "page_count", "base_count"), "*i64"),
     **dict.fromkeys(("recalled_count", "indptr", "indices"), "*i32"),
-    **dict.fromkeys(("slots_stride", "pages_stride", "recalled_stride"), "i32"),
+    **dict.fromkeys(("slots_stride", "pages_stride", "recalled_stride", "q_stride"), "i32"),
 }
 
 
 def _case(name: str, kernel: object, constants: dict[str, int]) -> CompileCase:
     names = [name for name in kernel.arg_names if name in _TYPES]  # type: ignore[attr-defined]
-    aligned = tuple(name for name in names if _TYPES[name][0] == "*" or name == "recalled_stride")
+    aligned = tuple(name for name in names if _TYPES[name][0] == "*" or name in ("recalled_stride", "q_stride"))
     return CompileCase(name, kernel, {name: _TYPES[name] for name in names}, constants, aligned, programs_per_sm=8)
 
 
 COMPILE_CASES = [
     _case("attend listed", listed_kernel, {"HEADS": 8, "PAGE": 16, "BLOCK": TILE}),
-    _case("attend listed, recalled", recalled_kernel, {"HEADS": 8, "BLOCK": TILE}),
+    _case("attend listed, recalled", recalled_kernel, {"HEADS": 8, "QUERIES": 512, "QUERIES_PAD": 512, "BLOCK": TILE}),
 ]

@@ -18,7 +18,7 @@ import triton
 
 from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.attend import triton as attend_triton
-from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend, engine_of
+from sglang_clusterkv.kernels.attend.flashinfer import FlashInferAttend, engine_of, reserved
 from sglang_clusterkv.kernels.compile_case import CompileCase
 from sglang_clusterkv.kernels.decode import triton_parts
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
@@ -31,6 +31,7 @@ from sglang_clusterkv.kernels.select import triton as select_triton
 from sglang_clusterkv.kernels.trace.last import LastRead
 from sglang_clusterkv.kernels.triton_fp8 import query_dtype
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS, Allocate, Workspace, WorkspaceShape, make_workspace
+from sglang_clusterkv.memory import movement
 
 if TYPE_CHECKING:
     from sglang_clusterkv.memory.index import ClusterIndex
@@ -77,7 +78,9 @@ class TritonDecoder:
             self._dtype, self.engine = dtype, engine_of(self.index, self._least.group, dtype)
 
     def reserve(self, room: ListShape) -> int:
-        """Make the workspace of captured steps; returns its bytes. What an earlier call made is given up.
+        """Make the workspace of captured steps, and what FlashInfer reads and writes there; returns their bytes.
+
+        What an earlier call made is given up.
 
         Args:
             room: of the lists of these steps.
@@ -85,18 +88,34 @@ class TritonDecoder:
         Raises torch.OutOfMemoryError.
         """
         self._reserved = None
+        taken = 0
+        if self.engine is not None:
+            self.engine, taken = reserved(self.engine, room, self.config.budget_tokens)
         pairs = room.batch * self.heads
         parts = max(grids.LEAST_PARTS * pairs, grids.PARTS_PROGRAMS)
+        exact_parts = parts if self.config.estimate else max(pairs, grids.ATTEND_PROGRAMS)
+        if self.engine is not None:  # then the estimate is a launch of its own
+            exact_parts, parts = 0, max(grids.LEAST_PARTS * pairs, grids.ESTIMATE_PROGRAMS)
         shape = self._least._replace(
             batch=triton.next_power_of_2(room.batch),
             clusters=room.clusters,
             segments=room.segments,
             base=room.base,
-            exact_parts=parts if self.config.estimate else max(pairs, grids.ATTEND_PROGRAMS),
+            exact_parts=exact_parts,
             rest_parts=parts if self.config.estimate else 0,
         ).rounded()
         self._reserved = make_workspace(shape, self.index.device, self._allocate)
-        return self._reserved.bytes
+        return self._reserved.bytes + taken
+
+    def capture(self, lists: SparseStep) -> None:
+        """What comes before the capture of a step over these lists, and cannot be captured."""
+        if self.engine is not None:
+            self.engine.capture(lists, self.index.geometry.page_size)
+
+    def replay(self, batch: int) -> None:
+        """What comes before the replay of the step that was prepared last, by the graph of so many requests."""
+        if self.engine is not None:
+            self.engine.replay(batch)
 
     def prepare(self, step: SparseStep) -> None:
         """Take a step's lists and make the workspace fit."""
@@ -108,14 +127,15 @@ class TritonDecoder:
         clusters = estimate_triton.listed_clusters(self.index, step)
         room = triton.cdiv(clusters, SCORE_CLUSTERS) * SCORE_CLUSTERS
         estimated = self.config.estimate
-        self.parts = grids.estimate_parts(pairs, clusters, self.config.estimate_clusters) if estimated else NO_PARTS
+        moves, own = movement.moves(self.config), self.config.estimate_clusters
+        self.parts = grids.estimate_parts(pairs, clusters, own, moves) if estimated else NO_PARTS
         self.programs = grids.part_programs(pairs) if estimated else 0
         needed = self._least._replace(
             batch=triton.next_power_of_2(step.batch),
             clusters=step.batch * room if step.offset is None else step.clusters,
             segments=step.segment_begin.shape[1],
             base=base,
-            exact_parts=pairs * max(self.splits, self.programs),
+            exact_parts=pairs * max(self.splits, self.programs) if self.engine is None else 0,
             rest_parts=pairs * max(sum(self.parts), self.programs),
         ).rounded()
         workspace = self._reserved
@@ -200,10 +220,10 @@ class TritonDecoder:
         page_size = self.index.geometry.page_size
         attend_triton.attend(q, keys, values, self.step, page_size, scale, self.workspace, self.splits, tier)
 
-    def estimate(self, layer: int, dtype: torch.dtype) -> None:
-        """What was not recalled, by clusters, multiplied as queries of `dtype` are; nothing where nothing is estimated."""
+    def estimate(self, q: torch.Tensor, layer: int, scale: float) -> None:
+        """What was not recalled, by clusters, for queries as `score` takes them; nothing where nothing is estimated."""
         if self.config.estimate:
-            estimate_triton.estimate(self.index, layer, self.step, self.workspace, self.parts, dtype)
+            estimate_triton.estimate(q, self.index, layer, self.step, scale, self.workspace, self.parts)
 
     def attend_and_estimate(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, scale: float,
@@ -212,7 +232,7 @@ class TritonDecoder:
         """Both, in one launch where that can be."""
         if tier is not None or self.engine is not None or not self.config.estimate:
             self.attend(q, keys, values, scale, tier)
-            self.estimate(layer, q.dtype)
+            self.estimate(q, layer, scale)
             return
         if self.index.checks is not None:
             self.index.checks.recalled(self.step, self.workspace)

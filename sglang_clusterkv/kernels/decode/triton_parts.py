@@ -22,6 +22,7 @@ from sglang_clusterkv.kernels.estimate.triton import estimate_program
 from sglang_clusterkv.kernels.triton_fp8 import POINTERS, as_argument
 from sglang_clusterkv.kernels.triton_rows import layer_arrays, register_limit, row_arguments
 from sglang_clusterkv.kernels.triton_tier import OFF
+from sglang_clusterkv.memory import movement
 from sglang_clusterkv.memory.codec import CODE_LOSS, RowCodec
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
 
 STAGES = 2
-REGISTERS = {80: 255, 90: 168, 100: 255}  # where ptxas would spill some rather than take more
+# Where ptxas would spill some rather than take more; values that move need more than let a third program fit an SM.
+REGISTERS = {80: 255, 90: 168, 100: 255}
+MOVING_REGISTERS = dict.fromkeys(REGISTERS, 255)
 _OFF = tl.constexpr(OFF.value)
 
 # What differs from step to step must not make a variant of the kernel: it would be compiled while serving.
@@ -39,32 +42,38 @@ CHANGING = ("base_stride", "pages_stride", "segment_begin_stride")
 _ATTEND, _ATTEND_TILE = (tl.constexpr(work) for work in grids.ATTEND_WORK)
 _OWN, _OWN_TILE = (tl.constexpr(work) for work in grids.OWN_PART_WORK)
 _REST, _REST_TILE = (tl.constexpr(work) for work in grids.REST_WORK)
+_MOVING, _MOVING_TILE = (tl.constexpr(work) for work in grids.MOVING_WORK)
 
 
 @triton.jit
-def division(programs, base, recalled, clusters, limit):
+def division(programs, base, recalled, clusters, limit, MOVES: tl.constexpr):
     """(attend's splits, the estimate's programs of own mean values) of so many programs: `grids.divided`."""
     attend = _ATTEND + _ATTEND_TILE * (tl.cdiv(base, 64) + tl.cdiv(recalled, 64))
     own = _OWN + _OWN_TILE * tl.cdiv(tl.minimum(clusters, limit), 32)
-    is_limited = clusters > limit
-    whole = attend + own + tl.where(is_limited, _REST + _REST_TILE * tl.cdiv(clusters, 256), 0)
+    if MOVES:
+        has_rest = True
+        rest = _MOVING + _MOVING_TILE * tl.cdiv(clusters, 256)
+    else:
+        has_rest = clusters > limit
+        rest = tl.where(has_rest, _REST + _REST_TILE * tl.cdiv(clusters, 256), 0)
+    whole = attend + own + rest
     splits = tl.maximum(1, tl.minimum((programs * attend + whole // 2) // whole, programs - 2))
     owned = tl.maximum(1, tl.minimum((programs * own + whole // 2) // whole, programs - 1 - splits))
-    return splits, tl.where(is_limited, owned, programs - splits)
+    return splits, tl.where(has_rest, owned, programs - splits)
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def parts_kernel(
     q, keys, values, base_slots, base_count, base_logit, recalled, recalled_count, pages, page_count, dense_count,
-    exact_count, exact_output, exact_lse, rows, row_scales, vectors, segment_of_page, segment_begin, offset, dot,
-    segment_bonus, spread, left, mass, own, edge, rest_output, rest_lse, scale, limit, estimate_spread, code_loss, q_stride,
-    base_stride, logit_stride, recalled_stride, pages_stride, segment_begin_stride, clusters_stride, segments_stride,
+    exact_count, exact_output, exact_lse, factors, rows, row_scales, vectors, segment_of_page, segment_begin, offset, dot,
+    segment_bonus, spread, left, mass, own, edge, rest_output, rest_lse, scale, limit, moving, estimate_spread, code_loss,
+    q_stride, base_stride, logit_stride, recalled_stride, pages_stride, segment_begin_stride, clusters_stride, segments_stride,
     own_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, SHARE: tl.constexpr, PAGE: tl.constexpr, DOT: tl.constexpr,
     OWN_GROUP: tl.constexpr, EIGHTH_PAD: tl.constexpr, QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr,
     PER_SCALE: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_REST: tl.constexpr,
-    SEGMENTS: tl.constexpr, LIMITED: tl.constexpr, OWN_DOT: tl.constexpr,
+    SEGMENTS: tl.constexpr, LIMITED: tl.constexpr, MOVES: tl.constexpr, OWN_DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, P): `estimate_program` and `attend_part`, each with room for P parts.
 
@@ -76,18 +85,18 @@ def parts_kernel(
     b = pair // HEADS
     clusters = tl.load(page_count + b).to(tl.int32) * PER_PAGE
     base = tl.load(base_count + b).to(tl.int32)
-    splits, own_parts = division(programs, base, tl.load(recalled_count + pair), clusters, limit)
+    splits, own_parts = division(programs, base, tl.load(recalled_count + pair), clusters, limit, MOVES)
     splits = tl.where(clusters > 0, splits, programs)
     parts = programs - splits
     if part < parts:
         rest_parts = parts - own_parts
         estimate_program(
             pair, tl.where(part < rest_parts, own_parts + part, part - rest_parts),
-            rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread,
-            left, mass, own, edge, rest_output, rest_lse, own_parts, rest_parts, programs, limit, estimate_spread, code_loss,
-            pages_stride, segment_begin_stride, clusters_stride, segments_stride, own_stride,
-            HEADS, GROUP, OWN_GROUP, CHANNELS, EIGHTH_PAD, QUARTER_PAD, FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN, BLOCK_REST,
-            SEGMENTS, LIMITED, OWN_DOT,
+            q if MOVES else None, factors, rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset,
+            dot, segment_bonus, spread, left, mass, own, edge, rest_output, rest_lse, own_parts, rest_parts, programs, limit,
+            moving, estimate_spread, code_loss, q_stride, pages_stride, segment_begin_stride, clusters_stride, segments_stride,
+            own_stride, HEADS, GROUP, OWN_GROUP, CHANNELS, EIGHTH_PAD, QUARTER_PAD, FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN,
+            BLOCK_REST, SEGMENTS, LIMITED, MOVES, OWN_DOT,
         )  # fmt: skip
     else:
         if part == parts:
@@ -109,10 +118,11 @@ def _constants(
     clusters: int,
     dtype: torch.dtype,
     page_size: int,
+    moving: bool,
 ) -> dict[str, Any]:
     """The kernel's constants, by argument name; see `estimate_constants`."""
     attended = attend_triton.tile_constants(heads, group, codec.head_dim, dtype)
-    estimated = estimate_triton.estimate_constants(codec, per_page, limit, heads, group, clusters, dtype)
+    estimated = estimate_triton.estimate_constants(codec, per_page, limit, heads, group, clusters, dtype, moving)
     return {
         **estimated,
         **attended,
@@ -142,28 +152,29 @@ def attend_and_estimate(
     clusters = estimate_triton.listed_clusters(index, step)
     constants = _constants(
         index.row_codec, index.clusters_per_page, config.estimate_clusters, shape.heads, shape.group, clusters, q.dtype,
-        index.geometry.page_size,
+        index.geometry.page_size, movement.moves(config),
     )  # fmt: skip
     parts_kernel[(step.batch * shape.heads, programs)](
         q, as_argument(keys), as_argument(values), step.base_slots, step.base_count, w.base_logit, w.recalled,
         w.recalled_count, step.pages, step.page_count, step.dense_count, w.exact_count, w.exact_output, w.exact_lse,
-        arrays.value_rows, arrays.value_scales, arrays.vectors, step.segment_of_page, step.segment_begin, w.offset, w.dot,
-        w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.own_edge, w.rest_output, w.rest_lse, scale,
-        config.estimate_clusters, config.estimate_spread, CODE_LOSS[config.code_bits], q.stride(0),
-        step.base_slots.stride(0), shape.base, shape.budget, step.pages.stride(0), step.segment_begin.stride(0),
-        shape.clusters, shape.segments, w.own.shape[2], **constants,
-        num_stages=STAGES, **register_limit(REGISTERS),
+        arrays.factors if constants["MOVES"] else None, arrays.value_rows, arrays.value_scales, arrays.vectors,
+        step.segment_of_page, step.segment_begin, w.offset, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own,
+        w.own_edge, w.rest_output, w.rest_lse, scale, config.estimate_clusters, scale * movement.weight(config),
+        config.estimate_spread, CODE_LOSS[config.code_bits], q.stride(0), step.base_slots.stride(0), shape.base, shape.budget,
+        step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.segments, w.own.shape[2], **constants,
+        num_stages=STAGES, **register_limit(MOVING_REGISTERS if constants["MOVES"] else REGISTERS),
     )  # fmt: skip
 
 
 _TYPES = {
     **dict.fromkeys(("q", "keys", "values", "vectors", "spread"), "*bf16"),
+    "factors": "*i32",
     **dict.fromkeys(("base_slots", "base_count", "recalled", "pages", "page_count", "dense_count"), "*i64"),
     **dict.fromkeys(("segment_of_page", "segment_begin"), "*i64"),
     **dict.fromkeys(("recalled_count", "exact_count", "left", "own", "edge", "offset"), "*i32"),
     **dict.fromkeys(("base_logit", "exact_output", "exact_lse", "rest_output", "rest_lse"), "*fp32"),
     **dict.fromkeys(("dot", "segment_bonus", "mass"), "*fp32"),
-    **dict.fromkeys(("scale", "estimate_spread", "code_loss"), "fp32"),
+    **dict.fromkeys(("scale", "moving", "estimate_spread", "code_loss"), "fp32"),
     **dict.fromkeys(("limit", "q_stride", "base_stride", "logit_stride"), "i32"),
     **dict.fromkeys(("recalled_stride", "pages_stride", "segment_begin_stride", "clusters_stride"), "i32"),
     **dict.fromkeys(("segments_stride", "own_stride"), "i32"),
@@ -171,20 +182,25 @@ _TYPES = {
 _ALIGNED = ("q_stride", "logit_stride", "recalled_stride", "clusters_stride", "segments_stride")
 
 
-def _case(codec: RowCodec, clusters: int, group: int = 4, pool: str = "bf16", **holds: Any) -> CompileCase:
+def _case(
+    codec: RowCodec, clusters: int, group: int = 4, pool: str = "bf16", moving: bool = False, **holds: Any
+) -> CompileCase:
     """A case of 2 clusters per page and 512 of their own mean value; pool: as for attend."""
-    row_types, no_scales = row_arguments(codec)
+    row_types, absent = row_arguments(codec)
+    absent |= {} if moving else {"factors": None}
     types = _TYPES | row_types | dict.fromkeys(("keys", "values"), POINTERS.get(pool, "*bf16"))
-    constants = _constants(codec, 2, 512, 8, group, clusters, torch.bfloat16, 16)
+    types = {name: kind for name, kind in types.items() if name not in absent}
+    constants = _constants(codec, 2, 512, 8, group, clusters, torch.bfloat16, 16, moving)
     return CompileCase(
         f"attend and estimate {codec.name} D={codec.head_dim} G={group} C={clusters:,}"
-        + ("" if pool == "bf16" else f" {pool}"),
+        + ("" if pool == "bf16" else f" {pool}")
+        + " moving" * moving,
         parts_kernel,
         types,
-        constants | no_scales | {"DOT": tl.bfloat16, "OWN_DOT": tl.bfloat16},
+        constants | absent | {"DOT": tl.bfloat16, "OWN_DOT": tl.bfloat16},
         tuple(name for name, kind in types.items() if kind[0] == "*" or name in _ALIGNED),
         num_stages=STAGES,
-        register_limits=REGISTERS,
+        register_limits=MOVING_REGISTERS if moving else REGISTERS,
         **holds,
     )
 
@@ -197,4 +213,8 @@ COMPILE_CASES = [
     _case(RowCodec("int4", 256), 4096, tensor_cores=32, async_loads_128=8, programs_per_sm=2),
     _case(RowCodec("bf16", 128), 4096, tensor_cores=32, async_loads_128=8, programs_per_sm=2),
     _case(RowCodec("int4", 128), 4096, pool="e4m3", tensor_cores=32, async_loads_128=8, programs_per_sm=2),
+    *(
+        _case(RowCodec("int4", channels), clusters, group, moving=True, tensor_cores=32, programs_per_sm=2)
+        for channels, clusters, group in ((128, 512, 4), (64, 4096, 3), (128, 4096, 4), (256, 4096, 4))
+    ),
 ]

@@ -71,8 +71,11 @@ def estimate(
     output = output + torch.einsum("bhgs,bshd->bhgd", by_segment, segment_values)
     if index.config.moving_values == "always":
         spread = index.layer(layer).spread[rows].float().transpose(1, 2).unsqueeze(2)
-        wide = rest.new_zeros(by_segment.shape).scatter_add_(-1, segment, weights * spread)
-        output = output + index.config.estimate_spread * scale * moved(wide, q, index, layer, step)
+        reach = movement.weight(index.config) * spread
+        if code is not None:
+            reach = torch.where(code == -torch.inf, reach, movement.CODED_WEIGHT * spread)
+        wide = rest.new_zeros(by_segment.shape).scatter_add_(-1, segment, weights * reach)
+        output = output + scale * moved(wide, q, index, layer, step)
     return Partial(output, lse)
 
 

@@ -2,7 +2,7 @@
 
 Some programs of a (request, kv head) take the clusters that use their own mean value, by rank in equal shares, unpack their
 rows in registers and weigh them; the others sum the weights of all other clusters by segment and multiply by the segments'
-mean values.
+mean values. Where values move with the query (triton_moving.py) these also add by how much, for all clusters.
 
 Which clusters use their own mean value was listed once for all programs of a (request, kv head): triton_own.py.
 """
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sglang_clusterkv.kernels.compile_case import CompileCase
+from sglang_clusterkv.kernels.estimate.triton_moving import add_movement, int4_levels, load_query
 from sglang_clusterkv.kernels.estimate.triton_own import in_list, is_limited, masses_of
 from sglang_clusterkv.kernels.grids import LEAST_OWN
 from sglang_clusterkv.kernels.score.triton import CAP
@@ -24,13 +25,14 @@ from sglang_clusterkv.kernels.triton_rows import (
     INT4,
     is_interpreted,
     layer_arrays,
-    load_words,
     padded_group,
     row_arguments,
     row_constants,
 )
 from sglang_clusterkv.kernels.triton_softmax import LOG2_E, LOWEST, add_tile, log2, natural_lse, normalise, raise_peak
+from sglang_clusterkv.memory import movement
 from sglang_clusterkv.memory.codec import CODE_LOSS, RowCodec
+from sglang_clusterkv.memory.movement import moves
 
 if TYPE_CHECKING:
     from sglang_clusterkv.kernels.grids import EstimateParts
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 REST_CLUSTERS, REST_SEGMENTS = 256, 16  # per tile of the others
 STAGES = 2  # a third one spills registers
+# A part that values move in weighs so much of its largest cluster at least, for it may have none of its own to be carried by.
+LEAST_PART = tl.constexpr(2.0**-40)
+CODED = tl.constexpr(movement.CODED_WEIGHT / movement.OTHER_WEIGHT)
 
 
 @triton.jit
@@ -73,8 +78,7 @@ def mean_values(
     channel = j[None, :, None] * EIGHTH + i[None, None, :]
     mask = live[:, None, None] & (i < EIGHTH)[None, None, :]
     if FORMAT == INT4:
-        packed = load_words(rows, row[:, None], i[None, :], live[:, None] & (i < EIGHTH)[None, :], FORMAT, CHANNELS)
-        values = ((packed[:, None, :] << (28 - 4 * j)[None, :, None]) >> 28).to(tl.float32)
+        values = int4_levels(rows, row, live, EIGHTH_PAD, CHANNELS)
     else:
         values = tl.load(rows + row[:, None, None] * CHANNELS + channel, mask=mask, other=0).to(tl.float32)
     if FORMAT != BF16:
@@ -129,67 +133,90 @@ def own_part(
 
 @triton.jit
 def rest_part(
-    vectors, pages, segment_of_page, segment_begin, mass, dot, segment_bonus, spread, left, output, lse, h, begin, end,
-    low, high, last, estimate_spread, code_loss, clusters_stride, segments_stride,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, QUARTER_PAD: tl.constexpr,
-    PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, DOT: tl.constexpr,
+    q, factors, vectors, pages, segment_of_page, segment_begin, mass, dot, segment_bonus, spread, left, output, lse, h, begin,
+    end, clustered, low, high, last, moving, estimate_spread, code_loss, clusters_stride, segments_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
+    QUARTER_PAD: tl.constexpr, PER_SCALE: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    MOVES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Attention to the clusters [begin, end) that do not use their own mean value, each at its segment's.
+    """Attention to the clusters [begin, end) that do not use their own mean value, each at its segment's; if MOVES, also what
+    all of them move by.
 
-    A tile's weights are summed by segment, SEGMENTS at a time. Channels are in four padded quarters, as the vectors lie.
+    A tile's weights are summed by segment, SEGMENTS at a time. Channels are in four padded quarters, as the vectors lie, or in
+    eight padded slices, as movement does. clustered: pages of the request. moving: of a query, what it moves values by.
     """
     QUARTER: tl.constexpr = CHANNELS // 4
-    s, quarter, i = tl.arange(0, SEGMENTS), tl.arange(0, 4), tl.arange(0, QUARTER_PAD)
-    sums = tl.zeros((GROUP_PAD, 4 * QUARTER_PAD), tl.float32)
+    PIECES: tl.constexpr = 8 if MOVES else 4
+    PIECE: tl.constexpr = CHANNELS // PIECES
+    PIECE_PAD: tl.constexpr = EIGHTH_PAD if MOVES else QUARTER_PAD
+    s, piece, i = tl.arange(0, SEGMENTS), tl.arange(0, PIECES), tl.arange(0, PIECE_PAD)
+    sums = tl.zeros((GROUP_PAD, PIECES * PIECE_PAD), tl.float32)
     peak = tl.full((GROUP_PAD,), LOWEST, tl.float32)
     weight = tl.zeros((GROUP_PAD,), tl.float32)
+    if MOVES:
+        query = load_query(q, moving, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD, DOT)
+        final = tl.load(segment_of_page + clustered - 1).to(tl.int32)
     for first in range(begin, end, BLOCK):
         c = first + tl.arange(0, BLOCK)
         listed = c < end
         bits = masses_of(mass, left, c, listed, listed)
         tokens = tl.load(left + c, mask=listed, other=0)
-        live = (tokens > 0) & ~in_list(bits, c, low, high, last)
+        others = (tokens > 0) & ~in_list(bits, c, low, high, last)
+        live = (tokens > 0) if MOVES else others
         segment = tl.load(segment_of_page + c // PER_PAGE, mask=listed, other=0).to(tl.int32)
         logits = left_logits(
             dot, segment_bonus, spread, tokens, segment, c, live, estimate_spread, code_loss, clusters_stride, segments_stride,
             GROUP, GROUP_PAD,
         )  # fmt: skip
         peak, keep, part = raise_peak(peak, logits)
-        weight = weight * keep + tl.sum(part, 1)
         sums *= keep[:, None]
         last_segment = tl.max(segment, 0)
-        for first_segment in range(
-            tl.load(segment_of_page + first // PER_PAGE).to(tl.int32), last_segment + 1, SEGMENTS
-        ):
+        begin_segment = tl.load(segment_of_page + first // PER_PAGE).to(tl.int32)
+        if MOVES:
+            wide = tl.load(spread + c, mask=live, other=0.0).to(tl.float32)
+            wide = part * tl.where(wide < 0, -CODED * wide, wide)[None, :]
+            sums = add_movement(
+                sums, wide, query, segment, begin_segment, last_segment, final, clustered, factors, vectors, pages,
+                segment_begin, h, HEADS, CHANNELS, EIGHTH_PAD, PER_SCALE, DOT,
+            )  # fmt: skip
+            part = tl.where(others[None, :], part, 0.0)
+        weight = weight * keep + tl.sum(part, 1)
+        for first_segment in range(begin_segment, last_segment + 1, SEGMENTS):
             of_segment = (segment[:, None] - first_segment == s[None, :]).to(DOT)
             by_segment = tl.dot(part.to(DOT), of_segment, input_precision="ieee")  # [G, SEGMENTS]
             there = first_segment + s <= last_segment
             at = tl.load(segment_begin + first_segment + s, mask=there, other=0)
-            page = tl.load(pages + at[:, None] + quarter[None, :], mask=there[:, None], other=0)
+            page = tl.load(pages + at[:, None] + (piece * 4 // PIECES)[None, :], mask=there[:, None], other=0)
             at = vectors + ((page * HEADS + h) * 3 + 1)[:, :, None] * QUARTER + i[None, None, :]
-            values = tl.load(at, mask=there[:, None, None] & (i < QUARTER)[None, None, :], other=0.0)
-            values = tl.reshape(values, (SEGMENTS, 4 * QUARTER_PAD))
+            if MOVES:
+                at += (piece % 2 * PIECE)[None, :, None]
+            values = tl.load(at, mask=there[:, None, None] & (i < PIECE)[None, None, :], other=0.0)
+            values = tl.reshape(values, (SEGMENTS, PIECES * PIECE_PAD))
             sums = tl.dot(by_segment.to(DOT), values.to(DOT), sums, input_precision="ieee")
-    store_part(output, lse, sums, peak, weight, GROUP, GROUP_PAD, CHANNELS, 4, QUARTER_PAD)
+    if MOVES:
+        weight = tl.where(peak > LOWEST, tl.maximum(weight, LEAST_PART), 0.0)
+    store_part(output, lse, sums, peak, weight, GROUP, GROUP_PAD, CHANNELS, PIECES, PIECE_PAD)
 
 
 @triton.jit
 def estimate_program(
     pair, part,
-    rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
-    mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, code_loss, pages_stride,
-    segment_begin_stride, clusters_stride, segments_stride, own_stride,
+    q, factors, rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus,
+    spread, left, mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, moving, estimate_spread, code_loss,
+    q_stride, pages_stride, segment_begin_stride, clusters_stride, segments_stride, own_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
     QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
     PER_PAGE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr,
-    LIMITED: tl.constexpr, DOT: tl.constexpr,
+    LIMITED: tl.constexpr, MOVES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """What one program does: the part-th part of the pair-th (request, kv head); pair is int64.
 
-    Without LIMITED no request has more clusters than `limit`. Output [B, H, E, G, D], lse [B, H, E, G]; E is `capacity`.
+    Without LIMITED no request has more clusters than `limit`. MOVES: values move with the query; q, factors and q_stride are
+    for this alone. Output [B, H, E, G, D], lse [B, H, E, G]; E is `capacity`.
     """
     b, h = pair // HEADS, pair % HEADS
-    clusters = tl.load(page_count + b).to(tl.int32) * PER_PAGE
+    pages_of = tl.load(page_count + b).to(tl.int32)
+    clusters = pages_of * PER_PAGE
     pages += b * pages_stride
     segment_of_page += b * pages_stride
     at = h * clusters_stride + tl.load(offset + b)
@@ -208,36 +235,43 @@ def estimate_program(
             begin, end, estimate_spread, code_loss, clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS,
             EIGHTH_PAD, FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN, LIMITED, DOT,
         )  # fmt: skip
-    elif LIMITED:
+    elif LIMITED or MOVES:
         share = tl.cdiv(tl.cdiv(clusters, BLOCK_REST), rest_parts) * BLOCK_REST
         begin = (part - own_parts) * share
-        low, high, last = tl.load(edge + pair * 3), tl.load(edge + pair * 3 + 1), tl.load(edge + pair * 3 + 2)
+        if LIMITED:
+            low, high, last = tl.load(edge + pair * 3), tl.load(edge + pair * 3 + 1), tl.load(edge + pair * 3 + 2)
+        else:
+            low, high, last = -1, -1, 0  # all are in the list
+        if MOVES:
+            q += b * q_stride + h * (GROUP * CHANNELS)
         rest_part(
-            vectors, pages, segment_of_page, segment_begin + b * segment_begin_stride, mass + at, dot, segment_bonus, spread,
-            left, output, lse, h, begin, tl.minimum(begin + share, clusters), low, high, last, estimate_spread, code_loss,
-            clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, QUARTER_PAD, PER_PAGE, BLOCK_REST,
-            SEGMENTS, DOT,
+            q, factors, vectors, pages, segment_of_page, segment_begin + b * segment_begin_stride, mass + at, dot,
+            segment_bonus, spread, left, output, lse, h, begin, tl.minimum(begin + share, clusters), pages_of, low, high, last,
+            moving, estimate_spread, code_loss, clusters_stride, segments_stride, HEADS, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD,
+            QUARTER_PAD, PER_SCALE, PER_PAGE, BLOCK_REST, SEGMENTS, MOVES, DOT,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["own_parts", "rest_parts", "capacity", "pages_stride", "segment_begin_stride"])
+@triton.jit(
+    do_not_specialize=["own_parts", "rest_parts", "capacity", "q_stride", "pages_stride", "segment_begin_stride"]
+)
 def estimate_kernel(
-    rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
-    mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, code_loss, pages_stride,
-    segment_begin_stride, clusters_stride, segments_stride, own_stride,
+    q, factors, rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus,
+    spread, left, mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, moving, estimate_spread, code_loss,
+    q_stride, pages_stride, segment_begin_stride, clusters_stride, segments_stride, own_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHANNELS: tl.constexpr, EIGHTH_PAD: tl.constexpr,
     QUARTER_PAD: tl.constexpr, FORMAT: tl.constexpr, PER_SCALE: tl.constexpr,
     PER_PAGE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_REST: tl.constexpr, SEGMENTS: tl.constexpr,
-    LIMITED: tl.constexpr, DOT: tl.constexpr,
+    LIMITED: tl.constexpr, MOVES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests * kv heads, own_parts + rest_parts): `estimate_program`."""
     estimate_program(
         tl.program_id(0).to(tl.int64), tl.program_id(1),
-        rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus, spread, left,
-        mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, estimate_spread, code_loss, pages_stride,
-        segment_begin_stride, clusters_stride, segments_stride, own_stride,
+        q, factors, rows, row_scales, vectors, pages, segment_of_page, segment_begin, page_count, offset, dot, segment_bonus,
+        spread, left, mass, own, edge, output, lse, own_parts, rest_parts, capacity, limit, moving, estimate_spread, code_loss,
+        q_stride, pages_stride, segment_begin_stride, clusters_stride, segments_stride, own_stride,
         HEADS, GROUP, GROUP_PAD, CHANNELS, EIGHTH_PAD, QUARTER_PAD, FORMAT, PER_SCALE, PER_PAGE, BLOCK_OWN, BLOCK_REST,
-        SEGMENTS, LIMITED, DOT,
+        SEGMENTS, LIMITED, MOVES, DOT,
     )  # fmt: skip
 
 
@@ -252,9 +286,10 @@ def own_clusters(codec: RowCodec) -> int:
 
 
 def estimate_constants(
-    codec: RowCodec, per_page: int, limit: int, heads: int, group: int, clusters: int, dtype: torch.dtype
+    codec: RowCodec, per_page: int, limit: int, heads: int, group: int, clusters: int, dtype: torch.dtype, moving: bool
 ) -> dict[str, Any]:
-    """The kernel's constants, by argument name, for `clusters` listed clusters of which `limit` use their own value."""
+    """The kernel's constants, by argument name, for `clusters` listed clusters of which `limit` use their own value; moving:
+    all of them move with the query."""
     channels = codec.head_dim
     return {
         "HEADS": heads,
@@ -264,9 +299,10 @@ def estimate_constants(
         "QUARTER_PAD": triton.next_power_of_2(channels // 4),
         "PER_PAGE": per_page,
         "BLOCK_OWN": own_clusters(codec),
-        "BLOCK_REST": REST_CLUSTERS,
+        "BLOCK_REST": REST_CLUSTERS // 2 if moving and channels > 128 else REST_CLUSTERS,  # with as many it would spill
         "SEGMENTS": REST_SEGMENTS,
         "LIMITED": is_limited(clusters, limit),
+        "MOVES": moving,
         # Not float16: a mean value's scale times a weight can be too small for it.
         "DOT": tl.float32 if is_interpreted() or dtype is torch.float32 else tl.bfloat16,
         **row_constants(codec),
@@ -274,66 +310,75 @@ def estimate_constants(
 
 
 def estimate(
+    q: torch.Tensor,
     index: ClusterIndex,
     layer: int,
     step: SparseStep,
+    scale: float,
     w: Workspace,
     parts: EstimateParts,
-    dtype: torch.dtype,
 ) -> None:
     """Estimate what was not recalled: `rest_output` and `rest_lse` of the workspace, the first own + rest parts.
 
     Args:
+        q: [B, H, G, D], those of a request side by side; of float32 also products are made in float32.
         index: the cluster index.
         layer: counted from this rank's first.
         step: the lists of this step.
+        scale: of the logits.
         w: holds `dot`, `segment_bonus`, `spread`, `estimate_mass`, `left`, and `own` with its edge.
         parts: programs of a (request, kv head).
-        dtype: of the queries; float32 also multiplies in float32.
     """
-    arrays, shape = layer_arrays(index, layer), w.shape
-    clusters = listed_clusters(index, step)
+    arrays, shape, config = layer_arrays(index, layer), w.shape, index.config
     constants = estimate_constants(
         index.row_codec,
         index.clusters_per_page,
-        index.config.estimate_clusters,
+        config.estimate_clusters,
         shape.heads,
         shape.group,
-        clusters,
-        dtype,
+        listed_clusters(index, step),
+        q.dtype,
+        moves(config),
     )
     estimate_kernel[(step.batch * shape.heads, parts.own + parts.rest)](
-        arrays.value_rows, arrays.value_scales, arrays.vectors, step.pages, step.segment_of_page, step.segment_begin,
-        step.page_count, w.offset, w.dot, w.segment_bonus, w.spread, w.left, w.estimate_mass, w.own, w.own_edge,
-        w.rest_output, w.rest_lse, parts.own, parts.rest, parts.own + parts.rest, index.config.estimate_clusters,
-        index.config.estimate_spread, CODE_LOSS[index.config.code_bits], step.pages.stride(0), step.segment_begin.stride(0),
-        shape.clusters, shape.segments, w.own.shape[2], **constants, num_stages=STAGES,
+        *((q, arrays.factors) if moves(config) else (None, None)), arrays.value_rows, arrays.value_scales, arrays.vectors,
+        step.pages, step.segment_of_page, step.segment_begin, step.page_count, w.offset, w.dot, w.segment_bonus, w.spread,
+        w.left, w.estimate_mass, w.own, w.own_edge, w.rest_output, w.rest_lse, parts.own, parts.rest, parts.own + parts.rest,
+        config.estimate_clusters, scale * movement.weight(config), config.estimate_spread, CODE_LOSS[config.code_bits],
+        q.stride(0), step.pages.stride(0), step.segment_begin.stride(0), shape.clusters, shape.segments, w.own.shape[2],
+        **constants, num_stages=STAGES,
     )  # fmt: skip
 
 
 _TYPES = {
-    **{"vectors": "*bf16", "spread": "*bf16"},
+    **{"q": "*bf16", "factors": "*i32", "vectors": "*bf16", "spread": "*bf16"},
     **dict.fromkeys(("pages", "segment_of_page", "segment_begin", "page_count"), "*i64"),
     **dict.fromkeys(("dot", "segment_bonus", "mass", "output", "lse"), "*fp32"),
     **dict.fromkeys(("left", "own", "edge", "offset"), "*i32"),
     **dict.fromkeys(("own_parts", "rest_parts", "capacity", "limit"), "i32"),
-    **dict.fromkeys(("estimate_spread", "code_loss"), "fp32"),
+    **dict.fromkeys(("moving", "estimate_spread", "code_loss"), "fp32"),
     **dict.fromkeys(
-        ("pages_stride", "segment_begin_stride", "clusters_stride", "segments_stride", "own_stride"), "i32"
+        ("q_stride", "pages_stride", "segment_begin_stride", "clusters_stride", "segments_stride", "own_stride"), "i32"
     ),
 }
 
 
-def _case(codec: RowCodec, clusters: int, group: int = 4, **holds: Any) -> CompileCase:
+def moving_arguments(moving: bool) -> dict[str, None]:
+    """Which arguments of a kernel are None in its compile cases, for values that move or do not."""
+    return {} if moving else {"q": None, "factors": None}
+
+
+def _case(codec: RowCodec, clusters: int, group: int = 4, moving: bool = False, **holds: Any) -> CompileCase:
     """A case of 2 clusters per page and 512 of their own mean value."""
     row_types, no_scales = row_arguments(codec)
-    types = _TYPES | row_types
-    constants = estimate_constants(codec, 2, 512, 8, group, clusters, torch.bfloat16) | {"DOT": tl.bfloat16}
+    absent = no_scales | moving_arguments(moving)
+    types = {name: kind for name, kind in (_TYPES | row_types).items() if name not in absent}
+    constants = estimate_constants(codec, 2, 512, 8, group, clusters, torch.bfloat16, moving) | {"DOT": tl.bfloat16}
     return CompileCase(
-        f"estimate {codec.name} D={codec.head_dim} G={group} C={clusters:,}",
+        f"estimate {codec.name} D={codec.head_dim} G={group} C={clusters:,}" + " moving" * moving,
         estimate_kernel,
         types,
-        constants | no_scales,
+        constants | absent,
         tuple(name for name, kind in types.items() if kind[0] == "*" or name == "clusters_stride"),
         num_stages=STAGES,
         **holds,
@@ -349,4 +394,12 @@ COMPILE_CASES = [
     _case(RowCodec("int4", 256), 4096, loads_128=12, tensor_cores=16, programs_per_sm=2),
     _case(RowCodec("int8", 128), 4096, group=8, loads_128=8, tensor_cores=16, programs_per_sm=2),
     _case(RowCodec("bf16", 128), 4096, loads_128=12, tensor_cores=16, programs_per_sm=2),
+    *(
+        _case(RowCodec(name, channels), clusters, group, moving=True, tensor_cores=8, programs_per_sm=2)
+        for name, channels, clusters, group in (
+            ("int4", 96, 4096, 4),
+            ("int4", 128, 4096, 4),
+            ("bf16", 128, 4096, 4),
+        )
+    ),
 ]

@@ -70,7 +70,8 @@ COUNTS = ("splits", "parts")  # they change from step to step
 
 @triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
-    exact_output, exact_lse, rest_output, rest_lse, sinks, total, page_count, exact_count, merged, mass, splits, parts,
+    exact_output, exact_lse, rest_output, rest_lse, sinks, total, page_count, exact_count, base_count, dense_count, merged,
+    mass, splits, parts,
     HEADS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     ESTIMATED: tl.constexpr, NOTED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -81,6 +82,7 @@ def merge_kernel(
     theirs. If NOTED, a request without pages of clusters (page_count [B]) has no rest, and of all others the share of the mass
     that was read exactly goes to mass float64 [H, 2] (see `reference.note_mass`); the whole is the parts' sum or, not
     ESTIMATED, exp(total [B, H, G]). sinks: [H, G], learned logits that are read exactly and have no value; None: none.
+    base_count, dense_count: [B]; a request with neither is padding, whose exact parts count for nothing; None: it has none.
     UNIT: of exact_lse, in natural ones.
     """
     pair, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -92,6 +94,9 @@ def merge_kernel(
     if NOTED:
         sparse = tl.load(page_count + pair // HEADS) > 0
         parts = tl.where(sparse, parts, 0)
+    if base_count is not None:
+        request = pair // HEADS
+        splits = tl.where(tl.load(base_count + request) + tl.load(dense_count + request) > 0, splits, 0)
     peak = highest_lse(exact_lse, exact_first, splits, GROUP, BLOCK_P) * UNIT
     if ESTIMATED:
         peak = tl.maximum(peak, highest_lse(rest_lse, rest_first, parts, GROUP, BLOCK_P))
@@ -123,6 +128,9 @@ def merge_kernel(
         tl.atomic_add(cell + 1, tl.full((), GROUP, tl.float64), mask=sparse & (g == 0), sem="relaxed")
 
 
+NO_COUNTS = None, None  # all parts count
+
+
 def _launch(
     exact: tuple[torch.Tensor, torch.Tensor],
     splits: int,
@@ -131,17 +139,19 @@ def _launch(
     total: torch.Tensor | None,
     page_count: torch.Tensor | None,
     exact_count: torch.Tensor | None,
+    attended: tuple[torch.Tensor | None, torch.Tensor | None],
     mass: torch.Tensor | None,
     merged: torch.Tensor,
     sinks: torch.Tensor | None,
     unit: float = NATURAL,
 ) -> None:
-    """Launch over merged [B, H, G, D]; `exact` and `rest` are (output, lse); `unit` is that of exact's log-sum-exps."""
+    """Launch over merged [B, H, G, D]; `exact` and `rest` are (output, lse), `attended` the kernel's (base_count, dense_count);
+    `unit` is that of exact's log-sum-exps."""
     batch, heads, group, channels = merged.shape
     rest_output, rest_lse = rest or (None, None)
     merge_kernel[(batch * heads, group)](
-        *exact, rest_output, rest_lse, sinks, total, page_count, exact_count, merged, mass, splits, parts, HEADS=heads,
-        GROUP=group, CHANNELS=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_P=PARTS_AT_ONCE,
+        *exact, rest_output, rest_lse, sinks, total, page_count, exact_count, *attended, merged, mass, splits, parts,
+        HEADS=heads, GROUP=group, CHANNELS=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_P=PARTS_AT_ONCE,
         ESTIMATED=rest is not None, NOTED=mass is not None, UNIT=unit,
     )  # fmt: skip
 
@@ -169,7 +179,7 @@ def merge(
         dtype: of the result.
         sinks: [heads], learned logits that have no token; None: there are none.
         binary: the exact part of whoever attended in our kernel's place, output [B, H, 1, G, D] and log-sum-exps of base 2
-            [B, H, 1, G]; then the workspace has the estimate alone.
+            [B, H, 1, G]; then the workspace has the estimate alone. Padding has a part there too, which is left out.
         joined: both were one launch with so many parts, `splits` as `parts`, of which `exact_count` are exact.
 
     Returns:
@@ -179,11 +189,12 @@ def merge(
     merged = torch.empty((step.batch, shape.heads, shape.group, shape.channels), dtype=dtype, device=w.exact_lse.device)
     rest = (w.rest_output, w.rest_lse) if parts else None
     if binary is not None:
-        _launch(binary, 1, rest, parts, w.total, step.page_count, None, mass, merged, sinks, BINARY)
+        attended = step.base_count, step.dense_count
+        _launch(binary, 1, rest, parts, w.total, step.page_count, None, attended, mass, merged, sinks, BINARY)
     else:
         exact = (w.exact_output, w.exact_lse)
         count = w.exact_count if joined else None
-        _launch(exact, splits, rest, parts, w.total, step.page_count, count, mass, merged, sinks)
+        _launch(exact, splits, rest, parts, w.total, step.page_count, count, NO_COUNTS, mass, merged, sinks)
     return merged.flatten(1, 2)
 
 
@@ -193,7 +204,7 @@ def merge_parts(
     """Merge the parts of one attention: output [B, H, P, G, D], lse [B, H, P, G] -> [B, H * G, D] in `dtype`; sinks [H * G]."""
     batch, heads, parts, group, channels = output.shape
     merged = torch.empty((batch, heads, group, channels), dtype=dtype, device=output.device)
-    _launch((output, lse), parts, None, 0, None, None, None, None, merged, sinks)
+    _launch((output, lse), parts, None, 0, None, None, None, NO_COUNTS, None, merged, sinks)
     return merged.flatten(1, 2)
 
 
@@ -208,7 +219,7 @@ def _case(channels: int) -> CompileCase:
     """A case of Llama's group."""
     constants = {
         "HEADS": 8, "GROUP": 4, "CHANNELS": channels, "BLOCK_D": channels, "BLOCK_P": PARTS_AT_ONCE, "ESTIMATED": True,
-        "NOTED": True, "sinks": None, "UNIT": NATURAL,
+        "NOTED": True, "sinks": None, "base_count": None, "dense_count": None, "UNIT": NATURAL,
     }  # fmt: skip
     return CompileCase(
         f"merge D={channels}",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 from sglang_clusterkv.kernels.movement import reference
+from sglang_clusterkv.kernels.movement.reference import covariance, factors_of
+
+__all__ = ["covariance", "factors", "factors_of"]
 
 
 def factors(

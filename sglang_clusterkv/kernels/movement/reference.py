@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglang_clusterkv.kernels.encode.reference import of_token
+from sglang_clusterkv.kernels.kmeans.reference import sum_by_label
 from sglang_clusterkv.memory.rotation import rotation_matrix
 
 PASSES = 3  # of subspace iteration
@@ -43,6 +44,24 @@ def factors_of(covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
         adds = orthonormal(meets @ covariance.transpose(1, 2))
         meets = orthonormal(adds @ covariance)
     return meets, meets @ covariance.transpose(1, 2)
+
+
+def covariance(keys: torch.Tensor, values: torch.Tensor, labels: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Covariance of a segment's values and keys around their clusters' means: float32 [N, D of values, D of keys].
+
+    Args:
+        keys: float32 [N, M, D].
+        values: float32 [N, M, D].
+        labels: int64 [N, M].
+        clusters: C.
+    """
+    ones = torch.ones_like(keys[..., :1])
+    count = sum_by_label(ones, labels, clusters).clamp(min=1)
+    apart, moved = (
+        rows - of_token(sum_by_label(rows, labels, clusters) / count, labels)
+        for rows in (keys - keys.mean(1, keepdim=True), values)
+    )
+    return moved.transpose(1, 2) @ apart / keys.shape[1]
 
 
 def factors(

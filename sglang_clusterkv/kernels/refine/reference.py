@@ -56,8 +56,8 @@ def candidate_logits(
 
 
 def candidate_scores(logits: torch.Tensor, scores: Scores, candidates: Candidates) -> torch.Tensor:
-    """Mean over the group of exp(logit - total), 0 below `NO_MASS`; float32 [B, H, K], -1 beyond `count`."""
-    value = (logits - scores.total.unsqueeze(-1)).exp().mean(2)
+    """Largest of the group's exp(logit - total), 0 below `NO_MASS`; float32 [B, H, K], -1 beyond `count`."""
+    value = (logits - scores.total.unsqueeze(-1)).exp().amax(2)
     value = value.masked_fill(value < NO_MASS, 0.0)
     return torch.where(_listed(candidates), value, -1.0)
 

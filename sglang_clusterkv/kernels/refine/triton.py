@@ -31,6 +31,7 @@ from sglang_clusterkv.kernels.triton_rows import (
     layer_arrays,
     padded_group,
     padded_slice,
+    register_limit,
 )
 from sglang_clusterkv.kernels.triton_softmax import LN_2, LOG2_E, exp2, log2
 from sglang_clusterkv.kernels.triton_threshold import bracket, order_of
@@ -43,8 +44,11 @@ if TYPE_CHECKING:
     from sglang_clusterkv.memory.step import SparseStep
 
 LEAST_BLOCK = 64  # candidates
+REGISTERS = dict.fromkeys(
+    (80, 90, 100), 128
+)  # of the choice: with its own idea ptxas takes 48 of few candidates, and spills
 LEAST_MASS = tl.constexpr(NO_MASS)
-LEAST_SUM = tl.constexpr(1e-37)  # so that a sum's sign is seen
+LEAST_SUM = tl.constexpr(1e-37)  # of masses, whose log is taken
 MOST = tl.constexpr(MOST_MASS)
 MOST_HALF = tl.constexpr(65504.0)  # the largest float16
 
@@ -116,10 +120,10 @@ def value_kernel(
         logit = of_cluster + (scale * code_scale)[:, None] * first_columns(dots, BLOCK, GROUP_PAD, GROUP_KEPT)
         share = tl.where(real_head[None, :], exp2((logit - whole[None, :]) * LOG2_E), 0.0)
         if CODES:
-            at = by_code + pair * GROUP * candidates_stride + h[None, :] * candidates_stride + k[:, None]
-            tl.store(at, tl.minimum(share, MOST), mask=mask)
-        mean = tl.sum(share, 1) * (1.0 / GROUP)
-        tl.store(value + pair * candidates_stride + k, tl.where(mean < LEAST_MASS, 0.0, mean), mask=live)
+            at = by_code + (pair * candidates_stride + k)[:, None] * GROUP_KEPT + h[None, :]
+            tl.store(at, tl.minimum(share, MOST), mask=live[:, None])
+        most = tl.max(share, 1)
+        tl.store(value + pair * candidates_stride + k, tl.where(most < LEAST_MASS, 0.0, most), mask=live)
         at = _position(
             members, pages, segment_of_page + request * pages_stride, segment_begin + request * segment_begin_stride,
             entry, head, live, HEADS, PAGE,
@@ -128,58 +132,59 @@ def value_kernel(
 
 
 @triton.jit
-def restarted(before, behind):
-    """A sum, float32, that goes on with `behind`, or begins with it if that is negative: sums are negative that have begun."""
-    sign = before.to(tl.int32, bitcast=True) & -0x80000000
-    added = before + (behind.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-    return tl.where(behind < 0, behind, added)
-
-
-@triton.jit
-def sums_of_runs(x, begins):
-    """At each place the sum, float32, of x (not negative) since its run began, and a little that counts nothing."""
-    x += LEAST_SUM
-    return tl.abs(tl.associative_scan(tl.where(begins, -x, x), 0, restarted))
-
-
-@triton.jit
 def put_codes(
-    by_code, total, dot, spread, candidates, cluster, rest, k, count, there, candidates_stride, clusters_stride,
-    GROUP: tl.constexpr,
+    by_code, total, dot, spread, candidates, runs, number, clusters_stride,
+    GROUP: tl.constexpr, GROUP_KEPT: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """`dot` of clusters with candidates that were not recalled (`rest`) becomes the log of these candidates' mean mass, and
-    `spread` becomes negative, by which the estimate knows them. A cluster's candidates lie together.
+    """`dot` of clusters with candidates that were not recalled becomes the log of these candidates' mean mass, and `spread`
+    becomes negative, by which the estimate knows them.
 
-    by_code: [G, K] of the (request, kv head), as are all pointers; k: places of the candidates, of which there are `count`.
+    Pointers are those of one (request, kv head). Each thread takes a cluster, whose candidates lie together.
+
+    Args, beside the arrays of the workspace:
+        by_code: [K, GROUP_KEPT], 0 where a candidate was recalled.
+        runs: of `number` clusters and the end, the place of its first candidate | recalled ones before it << 16.
+        RUNS: clusters at a time.
     """
-    before = (tl.load(candidates + k - 1, mask=there & (k > 0), other=-1) >> 32).to(tl.int32)
-    behind = (tl.load(candidates + k + 1, mask=k + 1 < count, other=-1) >> 32).to(tl.int32)
-    begins = cluster != before
-    number = sums_of_runs(rest.to(tl.float32), begins)
-    last = (k < count) & (cluster != behind) & (number >= 1)
-    log_number = log2(number)
-    for g in range(GROUP):  # unrolled it would spill
-        mass = tl.load(by_code + g * candidates_stride + k, mask=there, other=0.0)
-        mass = sums_of_runs(tl.where(rest, mass, 0.0), begins)
-        logit = (log2(mass) - log_number) * LN_2 + tl.load(total + g)
-        tl.store(dot + g * clusters_stride + cluster, logit, mask=last)
-    wide = tl.load(spread + cluster, mask=last, other=0.0).to(tl.float32)
-    tl.store(spread + cluster, -tl.abs(wide), mask=last)
+    TOGETHER: tl.constexpr = 8 if GROUP_KEPT <= 4 else 4  # candidates of each: all their masses are loaded at once
+    h = tl.arange(0, GROUP_KEPT)
+    real = h < GROUP
+    whole = tl.load(total + h, mask=real, other=0.0)
+    for first in range(0, number, RUNS):
+        r = first + tl.arange(0, RUNS)
+        there = r < number
+        begin = tl.load(runs + r, mask=there, other=0).to(tl.uint32, bitcast=True)
+        end = tl.load(runs + r + 1, mask=there, other=0).to(tl.uint32, bitcast=True)
+        rest = (end & 0xFFFF) - (begin & 0xFFFF) - ((end >> 16) - (begin >> 16))
+        at, behind = (begin & 0xFFFF).to(tl.int32), (end & 0xFFFF).to(tl.int32)
+        cluster = (tl.load(candidates + at, mask=there, other=0) >> 32).to(tl.int32)
+        mass = tl.zeros((RUNS, GROUP_KEPT), tl.float32)
+        for ahead in range(0, tl.max(behind - at, 0), TOGETHER):
+            for i in tl.static_range(TOGETHER):
+                k = at + (ahead + i)
+                mass += tl.load(by_code + k[:, None] * GROUP_KEPT + h[None, :], mask=(k < behind)[:, None], other=0.0)
+        some = there & (rest > 0)
+        number_of = tl.maximum(rest.to(tl.int32), 1).to(tl.float32)
+        logit = (log2(tl.maximum(mass, LEAST_SUM)) - log2(number_of)[:, None]) * LN_2 + whole[None, :]
+        tl.store(dot + h[None, :] * clusters_stride + cluster[:, None], logit, mask=some[:, None] & real[None, :])
+        wide = tl.load(spread + cluster, mask=some, other=0.0).to(tl.float32)
+        tl.store(spread + cluster, -tl.abs(wide), mask=some)
 
 
 @triton.jit(do_not_specialize=["pages_stride"])
 def recall_kernel(
     pages, page_count, offset, candidates, candidate_count, value, position, left, recalled, recalled_count, mass, shortlist,
-    own, edge, by_code, total, dot, spread, pages_stride, clusters_stride, candidates_stride, recalled_stride, short_stride,
-    own_stride, budget, estimate_clusters,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, CANDIDATES: tl.constexpr, CODES: tl.constexpr,
-    OWN: tl.constexpr, SHORT: tl.constexpr, PER_PAGE: tl.constexpr, FEW: tl.constexpr, SOME: tl.constexpr,
-    MANY: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
+    own, edge, by_code, runs, total, dot, spread, pages_stride, clusters_stride, candidates_stride, recalled_stride,
+    short_stride, own_stride, budget, estimate_clusters,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_KEPT: tl.constexpr, PAGE: tl.constexpr, CANDIDATES: tl.constexpr,
+    CODES: tl.constexpr, RUNS: tl.constexpr, OWN: tl.constexpr, SHORT: tl.constexpr, PER_PAGE: tl.constexpr,
+    FEW: tl.constexpr, SOME: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (kv heads, requests): recall the `budget` candidates of the highest value (ties: the lower position).
+    """Grid (kv heads, requests, 1 or 2): recall the `budget` candidates of the highest value (ties: the lower position).
 
-    CANDIDATES: padded. If CODES, `put_codes` follows; if OWN, the clusters of own mean values: if SHORT, of a shortlist of so
-    many at most, else by `list_most`, whose constants the others are.
+    CANDIDATES: padded. If CODES, `put_codes` follows, which of two programs the second one does, having chosen for itself; if
+    OWN, the clusters of own mean values: if SHORT, of a shortlist of so many at most, else by `list_most`, whose constants the
+    others are.
     """
     head = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
@@ -199,33 +204,48 @@ def recall_kernel(
         low, high, room, _ = bracket(tl.where(tied, 0x7FFFFFFE - at, -1), None, room)
         tied = tied & (0x7FFFFFFE - at >= low)
     chosen = chosen | tied
-    rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    slot = _slot(pages + request * pages_stride, at, chosen, PAGE)
-    tl.store(recalled + pair * recalled_stride + rank, slot, mask=chosen)
     cluster = (tl.load(candidates + k, mask=there, other=0) >> 32).to(tl.int32)
     first = head.to(tl.int64) * clusters_stride + tl.load(offset + request) // TILE * TILE
-    left += first
-    tl.atomic_add(left + cluster, -1, mask=chosen, sem="relaxed")
-    tl.store(recalled_count + pair, tl.minimum(count, budget))
+    counted = chosen.to(tl.uint32)
     if CODES:
+        before = (tl.load(candidates + k - 1, mask=there & (k > 0), other=-1) >> 32).to(tl.int32)
+        begins = live & (cluster != before)
+        counted += begins.to(tl.uint32) << 16
+    counted = tl.cumsum(counted, 0)
+    passed = (counted & 0xFFFF).to(tl.int32)
+    if CODES and tl.program_id(2) == tl.num_programs(2) - 1:
+        by_code += pair * candidates_stride * GROUP_KEPT
+        for g in tl.static_range(GROUP):
+            tl.store(by_code + k * GROUP_KEPT + g, tl.zeros((CANDIDATES,), tl.float32), mask=chosen)
+        runs += pair * (candidates_stride + 1)
+        run = (counted >> 16).to(tl.int32)
+        tl.store(runs + run - 1, k | ((passed - chosen.to(tl.int32)) << 16), mask=begins)
+        number = tl.max(run, 0)
+        tl.store(runs + number, count | (tl.minimum(count, budget) << 16))
+        tl.debug_barrier()  # threads read what others wrote
         put_codes(
-            by_code + pair * GROUP * candidates_stride, total + pair * GROUP,
-            dot + first + head.to(tl.int64) * (GROUP - 1) * clusters_stride, spread + first, candidates, cluster,
-            live & ~chosen, k, count, there, candidates_stride, clusters_stride, GROUP,
+            by_code, total + pair * GROUP, dot + first + head.to(tl.int64) * (GROUP - 1) * clusters_stride, spread + first,
+            candidates, runs, number, clusters_stride, GROUP, GROUP_KEPT, RUNS,
         )  # fmt: skip
-    if OWN:
-        tl.debug_barrier()  # what is left of a cluster is read by other threads than changed it
-        clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
-        mass += first
-        own += pair * own_stride
-        if SHORT:
-            count = tl.minimum(clusters, estimate_clusters + budget)
-            low, high, last = most_of_shortlist(
-                mass, left, shortlist + pair * short_stride, count, estimate_clusters, own, SHORT
-            )
-        else:
-            low, high, last = list_most(mass, left, clusters, estimate_clusters, own, FEW, SOME, MANY, BLOCK, LARGE)
-        store_edge(edge + pair * 3, low, high, last)
+    if tl.program_id(2) == 0:
+        slot = _slot(pages + request * pages_stride, at, chosen, PAGE)
+        tl.store(recalled + pair * recalled_stride + passed - 1, slot, mask=chosen)
+        left += first
+        tl.atomic_add(left + cluster, -1, mask=chosen, sem="relaxed")
+        tl.store(recalled_count + pair, tl.minimum(count, budget))
+        if OWN:
+            tl.debug_barrier()  # what is left of a cluster is read by other threads than changed it
+            clusters = tl.load(page_count + request).to(tl.int32) * PER_PAGE
+            mass += first
+            own += pair * own_stride
+            if SHORT:
+                count = tl.minimum(clusters, estimate_clusters + budget)
+                low, high, last = most_of_shortlist(
+                    mass, left, shortlist + pair * short_stride, count, estimate_clusters, own, SHORT
+                )
+            else:
+                low, high, last = list_most(mass, left, clusters, estimate_clusters, own, FEW, SOME, MANY, BLOCK, LARGE)
+            store_edge(edge + pair * 3, low, high, last)
 
 
 @triton.jit(do_not_specialize=["pages_stride", "segment_begin_stride"])
@@ -285,9 +305,10 @@ def choice_constants(
     block = max(LEAST_BLOCK, triton.next_power_of_2(limit))
     short = grids.own_shortlist(clusters, estimate_clusters, budget) if own else 0
     held = short or clusters
+    warps = max(own_warps(held), min(16, block // 256))
     return {
-        "CANDIDATES": block, "OWN": own, "SHORT": short, **own_constants(per_page, held),
-        "num_warps": max(own_warps(held), min(16, block // 256)),
+        "CANDIDATES": block, "RUNS": 32 * warps, "OWN": own, "SHORT": short, **own_constants(per_page, held),
+        "num_warps": warps,
     }  # fmt: skip
 
 
@@ -331,15 +352,17 @@ def recall(index: ClusterIndex, step: SparseStep, limit: int, w: Workspace) -> N
     assert config.budget_tokens <= shape.budget, (config.budget_tokens, shape)
     clusters = step.pages.shape[1] * index.clusters_per_page
     own = config.estimate and is_limited(clusters, config.estimate_clusters)
-    recall_kernel[(shape.heads, step.batch)](
+    programs = grids.choice_programs(step.batch * shape.heads, own and has_codes(config))
+    recall_kernel[(shape.heads, step.batch, programs)](
         step.pages, step.page_count, w.offset, w.candidates, w.candidate_count, w.value, w.position, w.left, w.recalled,
-        w.recalled_count, w.estimate_mass, w.shortlist, w.own, w.own_edge, w.by_code, w.total, w.dot, w.spread,
+        w.recalled_count, w.estimate_mass, w.shortlist, w.own, w.own_edge, w.by_code, w.runs, w.total, w.dot, w.spread,
         step.pages.stride(0), shape.clusters, shape.candidates, shape.budget, w.shortlist.shape[2], w.own.shape[2],
         config.budget_tokens, config.estimate_clusters, HEADS=shape.heads, GROUP=shape.group,
-        PAGE=index.geometry.page_size, CODES=has_codes(config),
+        GROUP_KEPT=w.by_code.shape[3], PAGE=index.geometry.page_size, CODES=has_codes(config),
         **choice_constants(
             limit, own, config.estimate_clusters, config.budget_tokens, index.clusters_per_page, clusters
         ),
+        **register_limit(REGISTERS),
     )  # fmt: skip
 
 
@@ -359,7 +382,7 @@ _TYPES = {
     **dict.fromkeys(("rotated", "dot", "total", "value", "mass", "by_code"), "*fp32"),
     **{"members": "*i16", "code_scales": "*bf16", "spread": "*bf16", "scale": "fp32"},
     **dict.fromkeys(
-        ("offset", "candidate_count", "position", "left", "recalled_count", "shortlist", "own", "edge"), "*i32"
+        ("offset", "candidate_count", "position", "left", "recalled_count", "shortlist", "own", "edge", "runs"), "*i32"
     ),
     **dict.fromkeys(("pages_stride", "segment_begin_stride"), "i32"),
     **dict.fromkeys(("clusters_stride", "candidates_stride", "recalled_stride", "short_stride", "own_stride"), "i32"),
@@ -398,8 +421,11 @@ COMPILE_CASES = [
     *(
         _case(
             f"recall K={limit} O={own:,} R={budget} C={clusters:,}{name}", recall_kernel,
-            {"HEADS": 8, "GROUP": group, "CODES": codes, **choice_constants(limit, True, own, budget, 2, clusters)},
-            programs_per_sm=2 if clusters <= 4096 or own + budget <= 1024 else 1,
+            {
+                "HEADS": 8, "GROUP": group, "GROUP_KEPT": group, "CODES": codes,
+                **choice_constants(limit, True, own, budget, 2, clusters),
+            },
+            register_limits=REGISTERS, programs_per_sm=2 if clusters <= 4096 or own + budget <= 1024 else 1,
         )
         for limit, own, budget, clusters, group, codes, name in (
             (512, 512, 256, 4096, 4, True, ""), (2048, 512, 512, 1024, 4, True, ""), (2048, 512, 512, 131072, 4, True, ""),

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
+from sglang_clusterkv.kernels import grids
 from tests.support.interpreter import interpreting
+
+# Programs of attend and the estimate for a (request, kv head), at most, where the interpreter takes them one after the other:
+# some find nothing to do.
+FEW = 12
 
 
 @pytest.hookimpl(wrapper=True)
@@ -31,3 +36,14 @@ def _interpreted(device: str) -> Iterator[None]:
 def device(pytestconfig: pytest.Config) -> str:
     """Where a test puts its tensors: "cpu" in the interpreter, "cuda" with `--device cuda`."""
     return pytestconfig.getoption("device")
+
+
+@pytest.fixture
+def as_served() -> None:
+    """For a test whose launches have as many programs as a server's."""
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu" and "as_served" not in request.fixturenames:
+        monkeypatch.setattr(grids, "MOST_PARTS", FEW)

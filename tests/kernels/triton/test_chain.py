@@ -110,6 +110,13 @@ def test_the_chain_equals_the_reference(
     chain.assert_is_reference()
 
 
+@pytest.mark.parametrize("fields", [{}, {"moving_values": "always"}])
+def test_with_as_many_programs_as_a_server_has_it_does_too(
+    fields: dict[str, object], as_served: None, device: str
+) -> None:
+    Chain(msgspec.structs.replace(CONFIG, **fields), device).assert_is_reference()
+
+
 @pytest.mark.parametrize(("kinds", "fields"), [("sd", {}), ("-s", {}), ("d-", {}), ("ds", {"estimate": False})])
 def test_a_mixture_is_each_request_alone(kinds: str, fields: dict[str, object], device: str) -> None:
     """And only sparse ones count for the recalled mass."""

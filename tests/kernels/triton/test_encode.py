@@ -19,6 +19,7 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.encode import reference as encode_reference
 from sglang_clusterkv.kernels.encode.triton.clusters import describe_kernel
 from sglang_clusterkv.kernels.kmeans import reference as kmeans_reference
+from sglang_clusterkv.memory import movement
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import ClusterIndex
 
@@ -114,6 +115,30 @@ def test_the_index_holds_what_the_reference_writes(
     build.write_in_place(actual, slots, keys, values)
     for own in slots:
         write_by_reference(monkeypatch, expected, own, keys, values, labels_written(actual, own))
+    assert_equal_up_to_ties(actual, expected)
+
+
+@pytest.mark.parametrize(("head_dim", "layers", "pages"), [(64, 2, (4, 7)), (96, 1, (13,))])
+def test_values_move_by_what_the_reference_writes(
+    device: str, monkeypatch: pytest.MonkeyPatch, head_dim: int, layers: int, pages: tuple[int, ...]
+) -> None:
+    """Of segments with no component, with some, and with all. What the rows make together: a row's sign may differ."""
+    config = ClusterKVConfig(moving_values="always")
+    actual, expected = (poisoned_index(config, layers, 2, head_dim, device) for _ in range(2))
+    keys, values = (buffers(layers, 2, head_dim, torch.bfloat16, device, seed) for seed in (0, 1))
+    slots = segments(device, *pages)
+    build.write_in_place(actual, slots, keys, values)
+    for own in slots:
+        write_by_reference(monkeypatch, expected, own, keys, values, labels_written(actual, own))
+        behind = own[::PAGE][4:12] // PAGE
+        products = []
+        for index in (actual, expected):
+            meets, adds = movement.unpack(index.arrays["segment_vectors"][:, behind])
+            products.append(torch.einsum("lrhd,lrhe->lhde", meets, adds))
+        assert products[1].abs().max() > 0.01 or len(own) <= 4 * PAGE
+        torch.testing.assert_close(*products, atol=2e-3, rtol=2e-2)
+        for index in (actual, expected):
+            index.arrays["segment_vectors"][:, behind] = 0
     assert_equal_up_to_ties(actual, expected)
 
 

@@ -16,7 +16,7 @@ from sglang_clusterkv.kernels import grids
 from sglang_clusterkv.kernels.estimate import triton as estimate_triton
 from sglang_clusterkv.kernels.estimate import triton_own
 from sglang_clusterkv.kernels.merge.reference import Partial
-from tests.support.filled import FAR, Filled, assert_close, merged, of_request
+from tests.support.filled import FAR, SCALE, Filled, assert_close, merged, of_request
 
 CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=256, estimate_clusters=20)
 
@@ -31,7 +31,7 @@ def estimated(filled: Filled) -> Partial:
     clusters = estimate_triton.listed_clusters(filled.index, filled.step)
     if triton_own.is_limited(clusters, filled.config.estimate_clusters):
         triton_own.choose_own(filled.index, filled.step, decoder.workspace)
-    decoder.estimate(0, filled.dtype)
+    decoder.estimate(filled.q, 0, SCALE)
     filled.guarded.assert_untouched()
     return merged(*decoder.workspace.rest(filled.step.batch, sum(decoder.parts)))
 
@@ -61,6 +61,47 @@ def test_the_estimate_equals_the_reference(
     filled = Filled(config_of(centroid_dtype=centroid_dtype), device, head_dim=head_dim, group=group, dtype=dtype)
     assert filled.decoder.parts.rest > 0
     assert_is_reference(filled)
+
+
+MOVING = {"moving_values": "always"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "head_dim", "group", "dtype"),
+    [
+        ({}, 64, 3, torch.float32),
+        ({"centroid_dtype": "bf16", "estimate_codes": False}, 96, 1, torch.float32),
+        ({"estimate_clusters": 40}, 128, 4, torch.bfloat16),
+        ({}, 256, 1, torch.float32),
+        ({"estimate_clusters": 10_000}, 64, 1, torch.float32),
+        ({"segment_tokens": 128, "recluster_every": 128}, 32, 8, torch.float32),
+    ],
+)
+def test_values_move_with_the_query(
+    fields: dict[str, object],
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of clusters with their own mean value too, and where there are no others; of segments with few components, too."""
+    monkeypatch.setattr(estimate_triton, "REST_CLUSTERS", 32)  # several tiles, with borders inside segments
+    filled = Filled(config_of(**MOVING, **fields), device, head_dim=head_dim, group=group, dtype=dtype)
+    assert filled.decoder.parts.rest > 0
+    still = config_of(**fields)
+    moving, filled.index.config = filled.index.config, still
+    without = filled.estimated().output
+    filled.index.config = moving
+    assert (filled.estimated().output - without).abs().max() > 0.01, "nothing moves"
+    assert_is_reference(filled)
+
+
+def test_nothing_left_moves_nothing(device: str) -> None:
+    filled = Filled(config_of(**MOVING), device)
+    everything_recalled(filled)
+    result = estimated(filled)
+    assert (result.lse[1] == -torch.inf).all() and (result.output[1] == 0).all()
 
 
 @pytest.mark.parametrize("fields", [{"estimate_codes": False}, {"refine": False}, {"code_bits": 1}])
@@ -110,9 +151,11 @@ def test_the_own_clusters_are_the_references(device: str) -> None:
 
 @pytest.mark.parametrize("held", [True, False])
 def test_ties_go_to_the_lower_place(held: bool, device: str, request: pytest.FixtureRequest) -> None:
+    heads = 2
     if not held:
         request.getfixturevalue("in_memory")
-    filled = Filled(CONFIG, device, group=1)
+        heads = 1  # whose masses the interpreter reads again for each bit
+    filled = Filled(CONFIG, device, group=1, kv_heads=heads)
     w, own = filled.decoder.workspace, int(filled.step.page_count[1]) * 2
     # All clusters are alike but for three; one of the others has nothing left, so it is not among the first.
     w.segment_bonus[1] = 0.0
@@ -122,7 +165,7 @@ def test_ties_go_to_the_lower_place(held: bool, device: str, request: pytest.Fix
     left[:] = 8
     left[:, [0, 5, own - 1]] = torch.tensor([0, 16, 9], dtype=torch.int32, device=device)
     result = estimated(filled)
-    assert w.own[1].tolist() == [[*range(1, 20), own - 1]] * 2
+    assert w.own[1].tolist() == [[*range(1, 20), own - 1]] * heads
     tokens = left.sum(-1, keepdim=True)  # each counts once, at its own value or at its segment's
     assert_close(result.lse[1], 1.0 + tokens.double().log(), torch.float32)
 

@@ -115,7 +115,7 @@ def test_the_parts_are_those_of_exact_attention(
     engine = engine_of(step)
     for _ in range(2):  # the second time into the same memory, with poison in it
         step.prepare(engine)
-        engine.indices.fill_(-1)
+        engine._any.buffers.indices.fill_(-1)
         step.prepare(engine)
         step.attend(engine)
         output, lse = step.expected()
@@ -150,7 +150,7 @@ def test_the_stand_in_sees_a_wrong_list(broken: str, monkeypatch: pytest.MonkeyP
     step = Step("cpu", 2, 3, 64, torch.bfloat16, 2)
     engine = engine_of(step)
     step.prepare(engine)
-    engine.indices.fill_(-1)
+    engine._any.buffers.indices.fill_(-1)
     step.prepare(engine)
     if broken == "a recalled token is not written":
         step.left.recalled_count[1, 1] -= 1

@@ -99,7 +99,7 @@ def test_lists_of_their_own_size_are_the_definitions(device: str) -> None:
 def test_lists_that_never_move_hold_step_after_step(device: str) -> None:
     """Poisoned at first; afterwards each step finds what the last one left. Requests beyond the batch are padding."""
     generator, rows = random.Random(5), table()
-    room = ListShape(batch=ROWS + 2, pages=CONTEXT // PAGE, segments=20, base=CONTEXT, clusters=1000)
+    room = ListShape(batch=ROWS + 2, pages=CONTEXT // PAGE, segments=20, base=CONTEXT, clusters=1000, listed=1000)
     fixed = empty_lists(room, torch.device(device))
     for value in fixed:
         if isinstance(value, torch.Tensor):
@@ -127,4 +127,5 @@ def test_shapes_say_what_the_lists_come_to() -> None:
         lists = sparse_step(borders, rows, PAGE)
         counts = (lists.page_count, lists.segment_count, lists.base_count)
         assert packed.shape[:4] == (lists.batch, *(int(count.max()) for count in counts))
+        assert packed.shape.listed == int(lists.base_count.sum()), "no request has none"
         assert packed.recallable_tokens == lists.recallable_tokens and packed.dense_tokens == 0

@@ -23,29 +23,31 @@ CONFIG = ClusterKVConfig(budget_tokens=48, candidate_tokens=160, segment_tokens=
 
 
 @triton.jit
-def division_kernel(out, of):
+def division_kernel(out, of, MOVES: tl.constexpr):
     i = tl.program_id(0)
     splits, own = division(
-        tl.load(of + 5 * i), tl.load(of + 5 * i + 1), tl.load(of + 5 * i + 2), tl.load(of + 5 * i + 3), tl.load(of + 5 * i + 4)
+        tl.load(of + 5 * i), tl.load(of + 5 * i + 1), tl.load(of + 5 * i + 2), tl.load(of + 5 * i + 3),
+        tl.load(of + 5 * i + 4), MOVES,
     )  # fmt: skip
     tl.store(out + 2 * i, splits)
     tl.store(out + 2 * i + 1, own)
 
 
-def test_programs_divide_the_work_as_the_model_has_it(device: str) -> None:
+@pytest.mark.parametrize("moves", [False, True])
+def test_programs_divide_the_work_as_the_model_has_it(moves: bool, device: str) -> None:
     generator = torch.Generator().manual_seed(1)
     most = torch.tensor([61, 3000, 2049, 20000, 1024])
     of = (torch.rand(200, 5, generator=generator) ** 3 * most).int() + torch.tensor([4, 1, 0, 1, 1], dtype=torch.int32)
     out = torch.zeros(200, 2, dtype=torch.int32, device=device)
-    division_kernel[(200,)](out, of.to(device))
-    parts = [divided(*row) for row in of.tolist()]
+    division_kernel[(200,)](out, of.to(device), MOVES=moves)
+    parts = [divided(*row, moves) for row in of.tolist()]
     assert out.tolist() == [[part.splits, part.own] for part in parts]
     for (programs, _, _, clusters, limit), part in zip(of.tolist(), parts, strict=True):
         assert sum(part) == programs and min(part[:2]) >= 1
-        assert part.rest >= 1 if clusters > limit else part.rest == 0
+        assert part.rest >= 1 if clusters > limit or moves else part.rest == 0
 
 
-def test_programs_are_as_many_as_run_at_once_but_for_large_batches() -> None:
+def test_programs_are_as_many_as_run_at_once_but_for_large_batches(as_served: None) -> None:
     assert [part_programs(pairs) for pairs in (1, 8, 64, 99, 224, 4096)] == [64, 49, 6, 4, 4, 4]
     assert divided(6, 80, 512, 4086, 512) == (1, 2, 3)
     assert divided(49, 80, 512, 16374, 512) == (4, 5, 40)
@@ -58,6 +60,8 @@ def test_programs_are_as_many_as_run_at_once_but_for_large_batches() -> None:
         ({}, 64, 3, torch.float32),
         ({"centroid_dtype": "int8"}, 96, 1, torch.float32),
         ({"estimate_clusters": 10_000}, 64, 1, torch.bfloat16),
+        ({"moving_values": "always"}, 64, 3, torch.float32),
+        ({"moving_values": "always", "estimate_clusters": 10_000}, 96, 1, torch.float32),
     ],
 )
 def test_both_parts_equal_the_references(

@@ -11,6 +11,7 @@ import torch
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels import grids
+from sglang_clusterkv.kernels.refine import triton as refine_triton
 from sglang_clusterkv.kernels.refine.reference import Recalled, candidate_logits, candidate_scores, recall, recall_all
 from sglang_clusterkv.kernels.refine.triton import recall as recall_triton
 from sglang_clusterkv.kernels.select.reference import Candidates, select
@@ -132,15 +133,25 @@ def test_the_best_are_recalled_and_ties_go_to_the_lower_position(budget: int, le
     chosen.assert_recalled(recall(value, chosen.scores, chosen.candidates, budget))
 
 
-@pytest.mark.parametrize(("group", "bits"), [(1, 2), (3, 1), (4, 2)])
-def test_candidates_that_are_left_tell_their_clusters_logits(group: int, bits: int, device: str) -> None:
-    """By their codes; every other cluster's stays what it was."""
+@pytest.mark.parametrize(
+    ("group", "bits", "programs", "runs"), [(1, 2, 2, None), (3, 1, 1, None), (4, 2, 2, 4), (4, 2, 1, 4)]
+)
+def test_candidates_that_are_left_tell_their_clusters_logits(
+    group: int, bits: int, programs: int, runs: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their codes; every other cluster's stays what it was. runs: clusters at a time, None: as many as there are threads."""
+    monkeypatch.setattr(grids, "choice_programs", lambda pairs, shared: programs if shared else 1)
+    if runs is not None:
+        constants = refine_triton.choice_constants
+        monkeypatch.setattr(refine_triton, "choice_constants", lambda *of: constants(*of) | {"RUNS": runs})
     chosen = Chosen(config_of(code_bits=bits), device, group=group)
     w, expected = chosen.decoder.workspace, chosen.recalled
     chosen.decoder.refine(0, SCALE, torch.float32)
     chosen.decoder.recall(0)
     chosen.assert_recalled(expected)
     assert expected.code is not None
+    sizes = [(w.candidates[b, h, : len(order)] >> 32).bincount() for (b, h), order in chosen.order.items()]
+    assert max(int(size.max()) for size in sizes) > 8, "a cluster's codes take more than one step"
     for b in range(chosen.step.batch):
         own = int(chosen.step.page_count[b]) * chosen.index.clusters_per_page
         code, dot = expected.code[b, :, :, :own], of_request(w, w.dot, b, own)

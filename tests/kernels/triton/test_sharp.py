@@ -85,7 +85,7 @@ def test_what_is_far_below_the_peak_is_ranked_alike(deviation: int, device: str)
     assert sets(w.recalled[:1].cpu(), w.recalled_count[:1].cpu()) == sets(recalled.slots, recalled.count)
 
     # Which clusters have their own mean values: on the CPU it shows in the output alone.
-    on_gpu.estimate(0, torch.float32)
+    on_gpu.estimate(grouped.contiguous().to(device), 0, SCALE)
     mass = scores.estimate_mass * recalled.left
     mass = mass.masked_fill(mass < NO_MASS, 0.0)
     assert int((mass > 0).sum(-1).max()) < CONFIG.estimate_clusters

@@ -25,7 +25,7 @@ LENGTHS = ("tokens_of_call", "clusters", "outliers", "length", "tiles")
 class Pool(NamedTuple):
     """Keys or values of all layers, addressed from the first layer's buffer.
 
-    Every layer's buffer has the strides of the first, and lies a whole number of 16 bytes from it.
+    Every layer's buffer has the strides of the first, and lies a whole number of 8 elements and of 16 bytes from it.
     """
 
     first: torch.Tensor  # [slots, H, D], as `as_argument` gives them; channels are contiguous
@@ -66,8 +66,8 @@ def pool_of(buffers: list[torch.Tensor]) -> Pool:
     first = buffers[0]
     item = first.element_size()
     offsets = [buffer.data_ptr() - first.data_ptr() for buffer in buffers]
-    assert all(offset % 16 == 0 for offset in offsets), (
-        f"layers' buffers are not 16-byte aligned to each other: {offsets}"
+    assert all(offset % max(16, 8 * item) == 0 for offset in offsets), (
+        f"layers' buffers are not aligned to each other: {offsets}"
     )
     strides = {buffer.stride() for buffer in buffers}
     assert len(strides) == 1 and first.stride(2) == 1, f"layers' buffers have strides {sorted(strides)}"

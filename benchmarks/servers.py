@@ -74,12 +74,18 @@ class Server:
         return answer.json()
 
     def stream(self, prompt: list[int], tokens: int, **sampling_params: Any) -> list[float]:
-        """Greedy completion; the time (time.perf_counter) of the request, then of each token's arrival."""
+        """Greedy completion; the time (time.perf_counter) of the request, then of each token's arrival.
+
+        Raises:
+            AssertionError: it was refused.
+        """
         times = [time.perf_counter()]
         sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, **sampling_params}
         body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
         with requests.post(f"{self.url}/generate", json=body, stream=True, timeout=ANSWER_TIMEOUT_S) as answer:
+            assert answer.status_code == 200, answer.text
             for line in answer.iter_lines(chunk_size=MOST_READ):
+                assert not line.startswith(b'data: {"error"'), line.decode()
                 if line.startswith(b"data:") and b"[DONE]" not in line:
                     times.append(time.perf_counter())
         return times

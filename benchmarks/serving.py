@@ -14,7 +14,7 @@ what the ratios refer to. Workloads:
   has read before. The middle context and the middle concurrency.
 
 The default run takes about half an hour on two cores, most of it torch_native, whose prefill of 7,700 tokens takes a minute,
-and whose first token after a full cache hit half of one; `--quick` (1,000 tokens, two arms) about five minutes. Run it alone.
+and whose first token after a full cache hit half of one; `--quick` (1,000 tokens, two arms) three minutes. Run it alone.
 Prints a table and writes it with a picture to benchmarks/results/; bench_serving's own output is in the log that is named.
 """
 

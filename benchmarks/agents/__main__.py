@@ -13,8 +13,8 @@ servers of SGLang.
 Starts one server per arm, one after the other with the same flags; `dense` is our backend with a budget that covers everything,
 other names are attention backends of SGLang, `llama.cpp` is its server (`python -m benchmarks.peers.llama_cpp --build` makes
 one), with flash attention and KV in f16. With `--base-url` a server that runs. Every run has first prompts of its own, so no
-cache is emptied in between. Run it alone: half an hour for each of our arms on two cores with `--tokens 3000 --sessions 8`, and
-several times that for torch_native. Prints a table and writes it to benchmarks/results/, never over an older one.
+cache is emptied in between. Run it alone: some minutes for each of our arms on two cores with `--tokens 3000 --sessions 8`, and
+half an hour or more for torch_native. Prints a table and writes it to benchmarks/results/, never over an older one.
 """
 
 from __future__ import annotations

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cited.numbers import between, percent, small
 from benchmarks.cited.tables import QUALITY, README, Rows, cells_of, figures, sentence
 
 TASKS = [f"quality-tasks-20261128-{time}" for time in ("023700", "143426", "144125", "181247", "141145")]
+TOGETHER = [f"quality-tasks-20261130-{time}" for time in ("111701", "121114")]
+DRIFT = [f"quality-drift-20261130-{time}" for time in ("125525", "130954")]
 RULER = [f"quality-ruler-20261128-{time}" for time in ("054637", "140435", "201047")]
+RULER_NOW = "quality-ruler-20261130-155627"
 RULER_QWEN = "quality-ruler-20261128-204831"
 RULER_PROMPTS, RULER_QWEN_PROMPTS = "quality-ruler-prompts-20261129-100825", "quality-ruler-prompts-20261129-101438"
 
@@ -40,6 +44,29 @@ def _(*found: Any) -> Rows:
     return [[task, f"{length:,}", *scores[task, length]] for task, length in sorted(scores, key=lambda cell: cell[1])]
 
 
+@figures("tasks-together", QUALITY, *TOGETHER)
+def _(*found: Any) -> Rows:
+    return [[task, f"{length:,}", *line] for (task, length), line in _scores(_answers(*found)).items()]
+
+
+def _pooled_together(*found: Any) -> str:
+    from benchmarks.quality.scores import change, judged
+
+    answers = _answers(*found)
+    all_: Any = change(answers, "ours 256", judged(answers))
+    return f"{all_.points:+.1f} points against dense (95 % interval {all_.low:+.1f} to {all_.high:+.1f}), n = {all_.samples}"
+
+
+@sentence(QUALITY, *TOGETHER)
+def _(*found: Any) -> str:
+    return _pooled_together(*found)
+
+
+@sentence(README, *TOGETHER)
+def _(*found: Any) -> str:
+    return _pooled_together(*found)
+
+
 @figures("ruler", QUALITY, *RULER, RULER_PROMPTS)
 def _(*found: Any) -> Rows:
     from benchmarks.quality.scores import prompts_text, with_prompts
@@ -48,6 +75,15 @@ def _(*found: Any) -> Rows:
     scores = _scores(answers)
     cells = sorted(scores, key=lambda cell: cell[1])
     return [[cell[0], prompts_text(answers, cell), f"{cell[1]:,}", *scores[cell]] for cell in cells]
+
+
+@figures("ruler-now", QUALITY, RULER_NOW)
+def _(found: Any) -> Rows:
+    from benchmarks.quality.scores import prompts_text
+
+    answers = _answers(found)
+    scores = _scores(answers)
+    return [[None, prompts_text(answers, cell), f"{cell[1]:,}", *scores[cell]] for cell in sorted(scores)]
 
 
 def _pooled(*found: Any) -> tuple[Any, Any]:
@@ -110,11 +146,15 @@ def _extends(found: Any) -> Rows:
     return [[None, *(cell if "%" in cell else _pointed(cell.split()[0]) for cell in cells[1:])] for cells in rows]
 
 
-def _drift_tables(found: Any) -> list[list[list[str]]]:
-    """What the benchmark itself prints of a result."""
+def _drift_tables(found: Sequence[Any]) -> list[list[list[str]]]:
+    """What the benchmark itself prints of the documents of some results."""
     from benchmarks.quality.drift import table
 
-    blocks = [block.splitlines() for block in table(found).split("\n\n") if block.startswith("|")]
+    blocks = [
+        block.splitlines()
+        for block in table([document for one in found for document in one]).split("\n\n")
+        if block.startswith("|")
+    ]
     return [[cells_of(line) for line in block[2:]] for block in blocks]
 
 
@@ -123,16 +163,16 @@ def _pointed(cell: str) -> str:
     return re.sub(r"\b0(\.\d{5})", r"\1", cell)
 
 
-@figures("drift", QUALITY, "quality-drift-20261128-093246")
-def _(found: Any) -> Rows:
+@figures("drift", QUALITY, *DRIFT)
+def _(*found: Any) -> Rows:
     return [
         [re.sub(r"\d{4}", lambda number: f"{int(number[0]):,}", cells[0]), *map(_pointed, cells[1:])]
         for cells in _drift_tables(found)[0]
     ]
 
 
-@figures("drift-afresh", QUALITY, "quality-drift-20261128-093246")
-def _(found: Any) -> Rows:
+@figures("drift-afresh", QUALITY, *DRIFT)
+def _(*found: Any) -> Rows:
     return [[None, *map(_pointed, cells[1:])] for cells in _drift_tables(found)[1]]
 
 

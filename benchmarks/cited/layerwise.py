@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cited.model_level import Arms
+from benchmarks.cited.model_level import Arms, policy_row
 from benchmarks.cited.numbers import percent
 from benchmarks.cited.tables import QUALITY, Rows, figures
 
 FORMATS = "quality-layerwise-20261130-000804"
+ANCHORS = "quality-layerwise-20261130-160046"
+ANCHORS_QWEN = "quality-layerwise-20261130-154455"
+DEFAULT_QWEN, DEFAULT_QWEN_SMALL = "quality-layerwise-20261130-125109", "quality-layerwise-20261130-114917"
 
 ORDER = (
     "ours-256",
@@ -45,10 +48,12 @@ def _(found: Any) -> Rows:
     for name in ORDER:
         line = arms.lines[name]
         counts = found["documents"][0]["arms"][name]["counts"]
+        # Of this file: without values that move and codes, as the defaults were.
+        policy = "ours-tables" if line["policy"] == "ours" else line["policy"]
         rows.append(
             [
                 None,
-                percent(index_share(line["policy"], 128), 1),
+                percent(index_share(policy, 128), 1),
                 arms.kib(name),
                 f"{counts['candidates']:,.0f}",
                 f"{counts['chosen']:.2f}",
@@ -57,4 +62,32 @@ def _(found: Any) -> Rows:
                 arms.answers(name),
             ]
         )
+    return rows
+
+
+def _anchors(found: Any) -> Rows:
+    arms = Arms(found)
+    policies = ("ours", "vattention-equal-bytes", "pq-hsa-equal-bytes", "double-p-equal-bytes")
+    names = [f"{policy}-{budget}" for policy in policies for budget in (256, 512)]
+    return [[None, *policy_row(arms, name)] for name in names]
+
+
+@figures("anchors", QUALITY, ANCHORS)
+def _(found: Any) -> Rows:
+    return _anchors(found)
+
+
+@figures("anchors-qwen", QUALITY, ANCHORS_QWEN)
+def _(found: Any) -> Rows:
+    return _anchors(found)
+
+
+@figures("default-qwen", QUALITY, DEFAULT_QWEN, DEFAULT_QWEN_SMALL)
+def _(found: Any, first: Any) -> Rows:
+    rows: Rows = []
+    for one, budget in ((first, 128), (found, 256), (found, 512)):
+        arms, before, now = Arms(one), f"ours-before-{budget}", f"ours-{budget}"
+        sides = [[arms.kib(name), arms.kl_interval(name), arms.answers(name)] for name in (before, now)]
+        sides[1].insert(2, arms.over(now, before))
+        rows.append([None, *sides[0], *sides[1]])
     return rows

@@ -71,36 +71,35 @@ class Arms:
 
 THREE_DOCUMENTS = "quality-model-20261129-132212"
 WITHOUT_CAP = "quality-model-20261128-211030"  # the same documents before the estimate's spread had a cap
-ANCHORS = "quality-model-20261129-213209"
+DEFAULT_NOW = "quality-model-20261130-090402"
 ALL_POLICIES = "quality-model-20261129-141451"
 SOURCE_CODE, DIGITS = "quality-model-20261129-142131", "quality-model-20261129-143011"
-QWEN = "quality-model-20261128-211655"
+QWEN, QWEN_NOW = "quality-model-20261128-211655", "quality-model-20261130-110603"
 OTHER_MASSES = "quality-model-20261128-165418"
 TWO_LEVELS = "quality-model-20261128-133903"
 VALUES_INSIDE = "quality-model-20261128-162545"
 
 
-@figures("readme-quality", README, THREE_DOCUMENTS)
-def _(found: Any) -> Rows:
-    arms = Arms(found)
-    names = ("ours-{}", "published-equal-bytes-{}", "oracle-{}")
+@figures("readme-quality", README, DEFAULT_NOW, THREE_DOCUMENTS)
+def _(now: Any, before: Any) -> Rows:
+    ours, others = Arms(now), Arms(before)
     return [
-        [
-            None,
-            *(f"{arms.kl(n.format(b), 4 if n[0] == 'o' else 3)}, {arms.share(n.format(b))}" for b in (128, 256, 512)),
-        ]
-        for n in names
+        [None, *(f"{arms.kl(name.format(b), digits)}, {arms.share(name.format(b))}" for b in (128, 256, 512))]
+        for arms, name, digits in (
+            (ours, "ours-{}", 5),
+            (others, "published-equal-bytes-{}", 3),
+            (others, "oracle-{}", 4),
+        )
     ]
 
 
-@figures("readme-qwen", README, QWEN)
-def _(found: Any) -> Rows:
-    arms = Arms(found)
+@figures("readme-qwen", README, QWEN_NOW, QWEN)
+def _(now: Any, others: Any) -> Rows:
     return [
         [None, *(f"{arms.kl(name, digits)}, {_found(arms.lines[name])}" for name in names)]
-        for digits, names in (
-            (4, [f"ours-{budget}" for budget in (128, 256, 512)]),
-            (3, [f"published-equal-bytes-{budget}" for budget in (128, 256, 512)]),
+        for arms, digits, names in (
+            (Arms(now), 4, [f"ours-{budget}" for budget in (128, 256, 512)]),
+            (Arms(others), 3, [f"published-equal-bytes-{budget}" for budget in (128, 256, 512)]),
         )
     ]
 
@@ -137,10 +136,11 @@ def _(found: Any) -> Rows:
     names = [f"ours-{budget}" for budget in (128, 256, 512, 1024)]
     others = [name for name in arms.lines if name not in names]
     first = others.index("ours-no-estimate-128")
-    return [[None, *_policy_row(arms, name)] for name in [*others[:first], *names, *others[first:]]]
+    return [[None, *policy_row(arms, name)] for name in [*others[:first], *names, *others[first:]]]
 
 
-def _policy_row(arms: Arms, name: str) -> list[str]:
+def policy_row(arms: Arms, name: str) -> list[str]:
+    """All that is told of an arm beside its policy."""
     line = arms.lines[name]
     kl = "{:.5f} ({:.5f} to {:.5f})".format(line["kl"], *line["kl_interval"])
     ratio = over(line["over_ours"]) or "-"
@@ -149,30 +149,17 @@ def _policy_row(arms: Arms, name: str) -> list[str]:
     return [str(line["budget"]), arms.kib(name), arms.share(name), kl, ratio, same, answers, right, perplexity]
 
 
-@figures("anchors", QUALITY, ANCHORS)
-def _(found: Any) -> Rows:
-    arms = Arms(found)
-    names = [f"ours-{budget}" for budget in (256, 512)]
-    names += [f"{policy}-equal-bytes-{budget}" for policy in ("vattention", "pq-hsa") for budget in (256, 512)]
-    return [[None, *_policy_row(arms, name)] for name in names]
-
-
-@figures("qwen", QUALITY, QWEN)
-def _(found: Any) -> Rows:
-    arms = Arms(found)
-    return [
-        [
-            None,
-            f"{arms.lines[name]['budget']:,}",
-            arms.kib(name),
-            arms.share(name),
-            arms.kl_interval(name),
-            over(arms.lines[name]["over_ours"]),
-            *arms.tail(name),
-        ]
-        for policy in ("ours", "oracle", "published-equal-bytes")
-        for name in (f"{policy}-{budget}" for budget in (128, 256, 512, 1024))
-    ]
+@figures("qwen", QUALITY, QWEN_NOW, QWEN)
+def _(now: Any, others: Any) -> Rows:
+    ours, rest = Arms(now), Arms(others)
+    rows: Rows = []
+    for arms, policy in ((ours, "ours"), (rest, "oracle"), (rest, "published-equal-bytes")):
+        for budget in (128, 256, 512):
+            name = f"{policy}-{budget}"
+            ratio = "" if arms is ours else rest.over(name, f"ours-{budget}", ours)
+            line = [str(arms.lines[name]["budget"]), arms.kib(name), arms.share(name), arms.kl_interval(name), ratio]
+            rows.append([None, *line, *arms.tail(name)])
+    return rows
 
 
 @figures("kinds", QUALITY, THREE_DOCUMENTS, SOURCE_CODE, DIGITS)
@@ -340,6 +327,18 @@ def _(found: Any) -> Rows:
         sides = [[arms.kib(name), arms.kl_interval(name), arms.answers(name)] for name in (still, moving)]
         sides[1].insert(2, arms.over(moving, still))
         rows.append([budget, *sides[0], *sides[1]])
+    return rows
+
+
+@figures("default-now", QUALITY, DEFAULT_NOW, THREE_DOCUMENTS)
+def _(now: Any, before: Any) -> Rows:
+    arms, then = Arms(now), Arms(before)
+    rows: Rows = []
+    for budget in (128, 256, 512):
+        name = f"ours-{budget}"
+        sides = [[each.kib(name), each.kl_interval(name), each.answers(name)] for each in (then, arms)]
+        sides[1].insert(2, arms.over(name, name, then))
+        rows.append([f"{budget:,}", *sides[0], *sides[1]])
     return rows
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cited.numbers import between, milliseconds, percent, small
-from benchmarks.cited.tables import PERFORMANCE, README, Rows, figures, sentence
+from benchmarks.cited.tables import PERFORMANCE, README, Rows, cells_of, figures, sentence
+
+LATENCY = "latency-7700-b8-20261130-122534"
 
 
-@figures("latency", (README, PERFORMANCE), "latency-7700-b8-20261128-192837")
+@figures("latency", (README, PERFORMANCE), LATENCY)
 def _(found: Any) -> Rows:
     base = found["torch_native"]
     return [
@@ -27,48 +29,46 @@ def _(found: Any) -> Rows:
     ]
 
 
-@sentence(PERFORMANCE, "latency-7700-b8-20261125-052525")
-def _(old: Any) -> str:
-    long, batch = ([old[arm][key] for arm in ("clusterkv", "dense", "torch_native")] for key in ("long_ms", "batch_ms"))
-    return (
-        f"has {long[0]:.0f}, {long[1]:.0f} and {long[2]:.0f} ms at batch 1 and {batch[0]:.0f}, {batch[1]:.0f} and "
-        f"{batch[2]:,.0f} at batch 8: {long[0] / long[2]:.2f} and {batch[0] / batch[2]:.2f} of torch_native's, "
-        f"{long[0] / long[1]:.2f} and {batch[0] / batch[1]:.2f} of dense's"
-    )
-
-
-@sentence(PERFORMANCE, "latency-7700-b8-20261128-192837")
-def _(found: Any) -> str:
-    own, dense = found["clusterkv"], found["dense"]
-    return f"this one has {own['long_ms'] / dense['long_ms']:.2f} and {own['batch_ms'] / dense['batch_ms']:.2f}"
-
-
-@sentence(PERFORMANCE, "latency-7700-b8-20261128-192837")
+@sentence(PERFORMANCE, LATENCY)
 def _(found: Any) -> str:
     own = found["clusterkv"]
     return f"Time per token at 7,700 over that at 1,000: {own['long_ms'] / own['short_ms']:.2f}."
 
 
-@sentence(PERFORMANCE, "latency-7700-b8-20261130-044309")
+@sentence(README, LATENCY)
 def _(found: Any) -> str:
-    own = found["clusterkv"]
+    own, dense = found["clusterkv"], found["dense"]
     return (
-        f"takes {own['short_ms']:.0f} ms a token at 1,000 tokens, {own['long_ms']:.0f} at 7,700 and {own['batch_ms']:.0f} at "
-        f"batch 8, and {small(own['hit_s'], 2)} s to"
+        f"from {dense['long_ms']:.0f} to {own['long_ms']:.0f} ms at batch 1 and from {dense['batch_ms']:.0f} to "
+        f"{own['batch_ms']:.0f} at batch 8"
     )
 
 
-@figures("llama-cpp", PERFORMANCE, "llama-cpp-20261130-022302", "latency-7700-b8-20261130-044309")
+@sentence(PERFORMANCE, "latency-1000-b8-20261130-122702")
+def _(found: Any) -> str:
+    own = found["clusterkv"]
+    return f"it takes {own['long_ms']:.0f} at batch 1 and {own['batch_ms']:.0f} at 8"
+
+
+@figures("step-profile", PERFORMANCE, "step-profile-1000-b1-20261130-121535")
+def _(found: Any) -> Rows:
+    from benchmarks.step_profile import table
+
+    return [list(cells_of(line)) for line in table(found).splitlines()[2:]]
+
+
+@figures("llama-cpp", PERFORMANCE, "llama-cpp-20261130-095549", "latency-7700-b8-20261130-094512")
 def _(peer: Any, own: Any) -> Rows:
     row = own["clusterkv"]
-    of_peer = [[peer["f16"][f"{tokens} x {batch}"] for tokens in (100, 7700)] for batch in (1, 8)]
-    return [
-        [None, f"{short:.1f}", f"{long:.1f}", f"{ours:.1f}", f"{ours / long:.2f}"]
-        for (short, long), ours in zip(of_peer, (row["long_ms"], row["batch_ms"]), strict=True)
-    ]
+    rows: Rows = []
+    for batch, ours in ((1, row["long_ms"]), (8, row["batch_ms"])):
+        for weights in ("F32", "BF16"):
+            short, long = (peer[f"{weights} f16"][f"{tokens} x {batch}"] for tokens in (100, 7700))
+            rows.append([str(batch), weights, f"{short:.1f}", f"{long:.1f}", f"{ours:.1f}", f"{ours / long:.2f}"])
+    return rows
 
 
-@figures("operations", PERFORMANCE, "kernels-cpu-smollm2-135m-20261130-042630")
+@figures("operations", PERFORMANCE, "kernels-cpu-smollm2-135m-20261130-095602")
 def _(found: Any) -> Rows:
     rows: Rows = []
     for names in (["score"], ["select"], ["refine"], ["recall"], ["attend"], ["estimate"], ["rotate", "merge"]):
@@ -90,7 +90,7 @@ def _(found: Any) -> Rows:
     return [*rows, whole, dense]
 
 
-@sentence(PERFORMANCE, "kernels-cpu-smollm2-135m-20261130-042613")
+@sentence(PERFORMANCE, "kernels-cpu-smollm2-135m-20261130-094237")
 def _(found: Any) -> str:
     one, eight, shared = (cell["whole"]["ms"] for cell in found["cells"])
     return f"{one:.1f} ms at batch 1, {eight:.1f} at 8 and {shared:.1f} at 8 with 7,000 shared tokens"
@@ -129,7 +129,7 @@ def _under_load(run: Any, workload: str, context: int, at_once: int) -> tuple[li
     return ratios, [base["tpot_ms"], own["tpot_ms"]]
 
 
-@figures("under-load", PERFORMANCE, "serving-20261128-103730")
+@figures("under-load", PERFORMANCE, "serving-20261130-142926")
 def _(run: Any) -> Rows:
     rows: Rows = []
     cells = [("shared", context, at_once) for context in (1000, 4000, 7700) for at_once in (1, 4, 8)]
@@ -142,7 +142,17 @@ def _(run: Any) -> Rows:
     return rows
 
 
-@figures("quick-load", PERFORMANCE, "serving-quick-20261128-063529", "serving-quick-20261128-160710")
+@figures("short-prefixes", PERFORMANCE, "serving-20261130-144112")
+def _(run: Any) -> Rows:
+    rows: Rows = []
+    for context, at_once in ((1000, 4), (1000, 8), (2000, 4), (2000, 8)):
+        cell = [row for row in run["rows"] if (row["context"], row["concurrency"]) == (context, at_once)]
+        times = {arm: [row["tpot_ms"] for row in cell if row["arm"] == arm] for arm in ("dense", "clusterkv")}
+        rows.append([f"{context:,}", str(at_once), *(", ".join(f"{ms:.1f}" for ms in times[arm]) for arm in times)])
+    return rows
+
+
+@figures("quick-load", PERFORMANCE, "serving-quick-20261130-143300", "serving-quick-20261130-143525")
 def _(*runs: Any) -> Rows:
     rows: Rows = []
     for workload, at_once in (("shared", 1), ("shared", 4), ("random", 1), ("chat", 4)):

@@ -1,16 +1,17 @@
 """llama.cpp on the same machine: time per token at a context, and what of it the context costs.
 
     python -m benchmarks.peers.llama_cpp --build
-    python -m benchmarks.peers.llama_cpp [--tokens 100 1000 4000 7700] [--batch 1 8] [--kv f16 q8_0] [--weights F32]
+    python -m benchmarks.peers.llama_cpp [--tokens 100 1000 4000 7700] [--batch 1 8] [--kv f16 q8_0] [--weights F32 BF16]
 
 `--build` gets the source package of llama-cpp-python from PyPI, pinned by its SHA-256, and compiles llama.cpp's batched-bench,
 server and quantize for this processor, once, into the folder where the demo model is; it needs a C++ compiler and CMake.
 
 The measurement is llama.cpp's own batched-bench with flash attention: `--batch` sequences share one prompt and decode 32 tokens
-each. Weights are those of the demo model's GGUF, in `--weights`: F32 is nearest to what our servers compute in float32, Q4_1 is
-the file as it comes. The cost of context is the time per token at the longest context less that at the shortest, which is
-attention alone, whatever the products of the weights take. Best of `--rounds`, alternating; run it alone. Prints a table and
-writes it to benchmarks/results/, never over an older one.
+each. Weights are those of the demo model's GGUF, in `--weights`: F32 is what our servers compute with, BF16 has the bytes that
+their decode steps read, with products of less precision on a CPU with instructions for them, Q4_1 is the file as it comes. The
+cost of context is the time per token at the longest context less that at the shortest, which is attention alone, whatever the
+products of the weights take. Best of `--rounds`, alternating; run it alone. Prints a table and writes it to
+benchmarks/results/, never over an older one.
 """
 
 from __future__ import annotations
@@ -163,24 +164,25 @@ def token_ms(output: str) -> dict[tuple[int, int], float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Best milliseconds per step, by format of the KV cache, then "tokens x batch"."""
+    """Best milliseconds per step, by "weights KV" in their formats, then "tokens x batch"."""
     binary = program("llama-batched-bench")
     if binary is None:
         raise PeerError("nothing is built: `python -m benchmarks.peers.llama_cpp --build`")
-    gguf, threads = demo_gguf(args.weights), len(os.sched_getaffinity(0))
-    best: dict[str, dict[str, float]] = {kv: {} for kv in args.kv}
-    for _ in range(args.rounds):
-        for kv, cells in best.items():
-            command = bench_command(binary, gguf, args.tokens, args.batch, kv, threads)
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise PeerError(f"llama-batched-bench failed: {done.stderr[-500:]}")
-            found = token_ms(done.stdout)
-            for tokens, batch in itertools.product(args.tokens, args.batch):
-                if (tokens, batch) not in found:
-                    raise PeerError(f"llama-batched-bench measured no {tokens} x {batch}: {done.stderr[-500:]}")
-                name = f"{tokens} x {batch}"
-                cells[name] = min(found[tokens, batch], cells.get(name, found[tokens, batch]))
+    threads = len(os.sched_getaffinity(0))
+    models = {weights: demo_gguf(weights) for weights in args.weights}
+    best: dict[str, dict[str, float]] = {}
+    for _, weights, kv in itertools.product(range(args.rounds), models, args.kv):
+        cells = best.setdefault(f"{weights} {kv}", {})
+        command = bench_command(binary, models[weights], args.tokens, args.batch, kv, threads)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise PeerError(f"llama-batched-bench failed: {done.stderr[-500:]}")
+        found = token_ms(done.stdout)
+        for tokens, batch in itertools.product(args.tokens, args.batch):
+            if (tokens, batch) not in found:
+                raise PeerError(f"llama-batched-bench measured no {tokens} x {batch}: {done.stderr[-500:]}")
+            name = f"{tokens} x {batch}"
+            cells[name] = min(found[tokens, batch], cells.get(name, found[tokens, batch]))
     return best
 
 
@@ -188,12 +190,12 @@ def table(best: dict[str, dict[str, float]], tokens: Sequence[int], batch: Seque
     """Markdown: milliseconds per token by context, and the cost of context."""
     short, long = min(tokens), max(tokens)
     head = " | ".join(f"{count:,} tokens" for count in tokens)
-    lines = [f"| KV | batch | {head} | cost of context |", "|" + "---|" * (len(tokens) + 3)]
-    for kv, cells in best.items():
+    lines = [f"| weights | KV | batch | {head} | cost of context |", "|" + "---|" * (len(tokens) + 4)]
+    for formats, cells in best.items():
         for size in batch:
-            times = [cells[f"{count} x {size}"] for count in tokens]
+            times = " | ".join(f"{cells[f'{count} x {size}']:.1f}" for count in tokens)
             cost = cells[f"{long} x {size}"] - cells[f"{short} x {size}"]
-            lines.append(f"| {kv} | {size} | {' | '.join(f'{time_ms:.1f}' for time_ms in times)} | {cost:.1f} |")
+            lines.append(f"| {formats.replace(' ', ' | ')} | {size} | {times} | {cost:.1f} |")
     return "\n".join(lines)
 
 
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[100, 1000, 4000, 7700])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--kv", nargs="+", default=["f16", "q8_0"], help="formats of the KV cache")
-    parser.add_argument("--weights", default="F32", help="a format of llama-quantize, default %(default)s")
+    parser.add_argument("--weights", nargs="+", default=["F32"], help="formats of llama-quantize")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
     try:
@@ -255,7 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     write_results(
         "llama-cpp",
         title="llama.cpp: time per token",
-        setting=f"{SMOLLM2.name}, weights {args.weights}, flash attention, a prompt shared by the batch, {PACKAGE} {VERSION}",
+        setting=f"{SMOLLM2.name}, weights {', '.join(args.weights)}, flash attention, a prompt shared by the batch, "
+        f"{PACKAGE} {VERSION}",
         command=command_of("benchmarks.peers.llama_cpp"),
         body=body,
         data=best,

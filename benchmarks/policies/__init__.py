@@ -236,6 +236,7 @@ def _reformed(title: str, form: Format) -> Policy:
 
 FORMATS: dict[str, tuple[str, Format]] = {
     "ours-tables": ("by tables, with values that stay", Format()),
+    "ours-before": ("as it was up to 2026-11-29", Format(recalled_by="mean")),
     "ours-16-tokens": ("16 tokens per cluster", Format(tokens_per_cluster=16)),
     "ours-3-bit-centroids": ("centroids in 3 bits", Format(centroid_bits=3)),
     "ours-3-bit-turned-centroids": ("centroids rotated, in 3 bits", Format(centroid_bits=3, turned=True)),

@@ -16,6 +16,7 @@ import torch
 from benchmarks.policies.baselines import PublishedClusters, PublishedTables, best
 from benchmarks.policies.estimates import ChangedEstimate, Source
 from benchmarks.policies.policy import KeyTables, clustered_slots
+from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.kmeans.reference import assignment_scores, start_positions, sum_by_label
 from sglang_clusterkv.kernels.merge.reference import Partial, merge
 from sglang_clusterkv.kernels.score.reference import Scores
@@ -65,6 +66,17 @@ class StandIns(ABC):
     def see(self, tokens: Tokens, layer: int, request: int) -> Seen:
         """Choose what to read of one request in one layer."""
 
+    def next_step(self) -> None:  # noqa: B027 - most need none
+        """Called between the steps of what was seen last: by a server of all layers, elsewhere of one."""
+
+    def attend(self, tokens: Tokens, layer: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One request in one layer: output, float32 [H, G, D], and the tokens that were read, bool [H, T]."""
+        seen = self.see(tokens, layer, request)
+        exact = tokens.scale * tokens.q @ tokens.keys.transpose(1, 2)
+        exact = exact.masked_fill(~seen.read.unsqueeze(1), -torch.inf)
+        logits = torch.cat((tokens.scale * tokens.q @ tokens.base_keys.transpose(1, 2), exact, seen.logits), -1)
+        return logits.softmax(-1) @ torch.cat((tokens.base_values, tokens.values, seen.values), 1), seen.read
+
     def __call__(
         self,
         q: torch.Tensor,
@@ -85,12 +97,8 @@ class StandIns(ABC):
             rows = (pool[at].transpose(0, 1).float() for at in (slots, base) for pool in (keys, values))
             own_keys, own_values, base_keys, base_values = rows
             tokens = Tokens(grouped[b], own_keys, own_values, base_keys, base_values, scale)
-            seen = self.see(tokens, layer, b)
-            exact = scale * grouped[b] @ own_keys.transpose(1, 2)
-            exact = exact.masked_fill(~seen.read.unsqueeze(1), -torch.inf)
-            logits = torch.cat((scale * grouped[b] @ base_keys.transpose(1, 2), exact, seen.logits), -1)
-            output[b] = logits.softmax(-1) @ torch.cat((base_values, own_values, seen.values), 1)
-            chosen += [slots[mine] for mine in seen.read]
+            output[b], read = self.attend(tokens, layer, b)
+            chosen += [slots[mine] for mine in read]
         count = torch.tensor([len(mine) for mine in chosen])
         padded = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
         self.recalled = padded.unflatten(0, (step.batch, -1)), count.unflatten(0, (step.batch, -1))
@@ -226,7 +234,7 @@ class DoubleP(StandIns):
         """See `kernels.decode.sparse_decode`."""
         lengths = (step.page_count * index.geometry.page_size + step.base_count).tolist()
         if layer == 0 and lengths != self._step:
-            self._follow()
+            self.next_step()
             self._step = lengths
         return super().__call__(q, keys, values, index, layer, step, scale)
 
@@ -269,7 +277,7 @@ class DoubleP(StandIns):
             low, high = (middle + 1, high) if taken < self._budget else (low, middle)
         return max(float(borders[low]), 1e-6)
 
-    def _follow(self) -> None:
+    def next_step(self) -> None:
         """Leave more unread where the last step read more than the budget."""
         for layer, read in self._read.items():
             change = sum(read) / len(read) / self._budget - 1
@@ -282,8 +290,7 @@ class HalfBudget:
 
     def __init__(self, index: ClusterIndex) -> None:
         self._index = index
-        config = index.config
-        self.config = msgspec.structs.replace(config, budget_tokens=max(1, config.budget_tokens // 2))
+        self.config = VAttention.configured(index.config)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._index, name)
@@ -298,6 +305,11 @@ class VAttention(ChangedEstimate):
     """
 
     seed = 0
+
+    @staticmethod
+    def configured(config: ClusterKVConfig) -> ClusterKVConfig:
+        """Our chain recalls half of the budget."""
+        return msgspec.structs.replace(config, budget_tokens=max(1, config.budget_tokens // 2))
 
     def __call__(
         self,
@@ -328,45 +340,64 @@ class VAttention(ChangedEstimate):
                 ]
                 for h in range(slots.shape[1])
             ]
-            sizes = self._sizes(others, exact.lse[b], source, b, half)
-            parts.append([self._sampled(others[h], n, source, b, h) for h, n in enumerate(sizes)])
+            rows = [Others(source.keys[:, h], source.values[:, h], mine) for h, mine in enumerate(others)]
+            part, sizes = sample(source.q[b], rows, exact.lse[b], half, source.scale)
+            parts.append(part)
             chosen += [torch.cat((slots[b, h, : counts[b, h]], others[h][:n])) for h, n in enumerate(sizes)]
-        sample = Partial(
-            torch.stack([torch.stack([part.output for part in row]) for row in parts]),
-            torch.stack([torch.stack([part.lse for part in row]) for row in parts]),
-        )
+        sampled = Partial(torch.stack([part.output for part in parts]), torch.stack([part.lse for part in parts]))
         count = torch.tensor([len(mine) for mine in chosen]).unflatten(0, (source.q.shape[0], -1))
         padded = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
         self.recalled = padded.unflatten(0, (source.q.shape[0], -1)), count
-        return merge(exact, sample)
+        return merge(exact, sampled)
 
-    @staticmethod
-    def _logits(slots: torch.Tensor, source: Source, b: int, h: int) -> torch.Tensor:
-        """Of listed tokens, float32 [G, N]."""
-        return source.scale * source.q[b, h] @ source.keys[slots, h].float().T
 
-    def _sizes(self, others: list[torch.Tensor], lse: torch.Tensor, source: Source, b: int, half: int) -> list[int]:
-        """Tokens to draw per kv head: in proportion to the squared relative deviation of the sum of weights."""
-        pilot = max(2, int(PILOT_SHARE * half))
-        need, most = [], torch.tensor([len(rows) for rows in others], dtype=torch.float64)
-        for h, rows in enumerate(others):
-            logits = self._logits(rows[:pilot], source, b, h).double()
-            if logits.shape[1] < 2:
-                need.append(torch.zeros((), dtype=torch.float64))
-                continue
-            weights = (logits - lse[h].double().unsqueeze(-1)).exp()
-            total = 1 + len(rows) * weights.mean(-1)
-            need.append((len(rows) * weights.std(-1) / total).square().amax().clamp(max=1e30))
-        sizes = share(torch.stack(need), torch.full_like(most, pilot).minimum(most), most, half * len(others))
-        return [int(n) for n in sizes]
+class Others(NamedTuple):
+    """What a kv head may draw from."""
 
-    def _sampled(self, others: torch.Tensor, count: int, source: Source, b: int, h: int) -> Partial:
-        """The first `count` of tokens in random order, standing for all of them."""
-        drawn = others[:count]
-        logits = self._logits(drawn, source, b, h) + math.log(max(1, len(others)) / max(1, count))
-        if not count:
-            return Partial(torch.zeros_like(source.q[b, h]), torch.full_like(source.q[b, h, :, 0], -torch.inf))
-        return Partial(logits.softmax(-1) @ source.values[drawn, h].float(), logits.logsumexp(-1))
+    keys: torch.Tensor  # [N, D]
+    values: torch.Tensor  # [N, D]
+    order: torch.Tensor  # int64 [M], rows in random order
+
+    def logits(self, q: torch.Tensor, count: int, scale: float) -> torch.Tensor:
+        """Of the first ones, float32 [G, count]."""
+        return scale * q @ self.keys[self.order[:count]].float().T
+
+
+def sample(
+    q: torch.Tensor, others: list[Others], lse: torch.Tensor, half: int, scale: float
+) -> tuple[Partial, list[int]]:
+    """Random tokens of each kv head that stand for all that it did not read, and how many; `half` of them on average.
+
+    Args:
+        q: float32 [H, G, D].
+        others: by kv head.
+        lse: float32 [H, G], of what was read.
+        half: tokens.
+        scale: of the logits.
+    """
+    pilot = max(2, int(PILOT_SHARE * half))
+    need, most = [], torch.tensor([len(rows.order) for rows in others], dtype=torch.float64)
+    for h, rows in enumerate(others):
+        logits = rows.logits(q[h], pilot, scale).double()
+        if logits.shape[1] < 2:
+            need.append(torch.zeros((), dtype=torch.float64))
+            continue
+        weights = (logits - lse[h].double().unsqueeze(-1)).exp()
+        total = 1 + len(rows.order) * weights.mean(-1)
+        # In proportion to the squared relative deviation of the sum of weights.
+        need.append((len(rows.order) * weights.std(-1) / total).square().amax().clamp(max=1e30))
+    sizes = share(torch.stack(need), torch.full_like(most, pilot).minimum(most), most, half * len(others))
+    counts = [int(n) for n in sizes]
+    parts = [_drawn(q[h], rows, n, scale) for h, (rows, n) in enumerate(zip(others, counts, strict=True))]
+    return Partial(torch.stack([part.output for part in parts]), torch.stack([part.lse for part in parts])), counts
+
+
+def _drawn(q: torch.Tensor, others: Others, count: int, scale: float) -> Partial:
+    """The first `count` tokens, standing for all of them; q: float32 [G, D]."""
+    if not count:
+        return Partial(torch.zeros_like(q), torch.full_like(q[:, 0], -torch.inf))
+    logits = others.logits(q, count, scale) + math.log(max(1, len(others.order)) / count)
+    return Partial(logits.softmax(-1) @ others.values[others.order[:count]].float(), logits.logsumexp(-1))
 
 
 def share(need: torch.Tensor, least: torch.Tensor, most: torch.Tensor, total: float) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Format:
         codes_in_estimate: candidates that were not recalled count with the logits of their codes, as with `estimate_codes`.
         left_logits: a cluster's mean logit is that of its tokens left: without the recalled ones' own.
         left_values: a cluster's mean value likewise.
+        recalled_by: tokens with the most mass of one query head are recalled, or those with the most on average.
     """
 
     tokens_per_cluster: int | None = None
@@ -56,6 +57,7 @@ class Format:
     codes_in_estimate: bool = False
     left_logits: bool = False
     left_values: bool = False
+    recalled_by: Literal["largest", "mean"] = "largest"
 
 
 class Bytes:

@@ -18,10 +18,9 @@ from sglang_clusterkv.kernels.merge.reference import Partial, merge, note_mass
 from sglang_clusterkv.memory.codec import CODE_LOSS
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.masses import NO_MASS, SPREAD_CAP
+from sglang_clusterkv.memory.movement import CODED_WEIGHT, OTHER_WEIGHT
 from sglang_clusterkv.memory.rotation import rotation_matrix
 from sglang_clusterkv.memory.step import SparseStep
-
-MOVEMENT_WEIGHT = 0.25
 
 
 class Scored(NamedTuple):
@@ -171,8 +170,9 @@ class Step:
     def _masses(
         self, q: torch.Tensor, scored: Scored, candidates: torch.Tensor, residual: torch.Tensor
     ) -> torch.Tensor:
-        """Mass of each token by its code, mean over the group, float32 [N, H, T]; -1 where it is no candidate."""
-        mass = (self._logits(q, scored, residual) - scored.total.unsqueeze(-1)).exp_().mean(2)
+        """Mass of each token by its code, the group's largest or mean, float32 [N, H, T]; -1 where it is no candidate."""
+        mass = (self._logits(q, scored, residual) - scored.total.unsqueeze(-1)).exp_()
+        mass = mass.amax(2) if self._form.recalled_by == "largest" else mass.mean(2)
         return mass.masked_fill_(mass < NO_MASS, 0.0).masked_fill_(~candidates, -1.0)
 
     def _logits(self, q: torch.Tensor, scored: Scored, residual: torch.Tensor) -> torch.Tensor:
@@ -197,8 +197,12 @@ class Step:
             sums = self._by_cluster(exact_logits.masked_fill(~read.unsqueeze(2), 0.0))
             dot = (t.size.unsqueeze(1) * dot - sums) / left.clamp(min=1).unsqueeze(2)
         per_token = by_token = dot + bonus
+        reach = config.estimate_spread * t.spread.unsqueeze(1)
         if form.codes_in_estimate:
-            by_token = self._with_codes(q, scored, candidates & ~read, per_token)
+            rest = candidates & ~read
+            by_token = self._with_codes(q, scored, rest, per_token)
+            coded = (self._by_cluster(rest.float()) > 0).unsqueeze(2)
+            reach = torch.where(coded, CODED_WEIGHT, OTHER_WEIGHT) * t.spread.unsqueeze(1)
         logits = left.log().unsqueeze(2) + by_token
         lse = logits.logsumexp(-1)
         weights = (logits - torch.where(lse.isfinite(), lse, 0.0).unsqueeze(-1)).exp()
@@ -219,9 +223,8 @@ class Step:
         by_segment = torch.nn.functional.one_hot(t.segment, t.segment_value.shape[1]).float()
         output = output + mix((weights - owned) @ by_segment, t.segment_value)
         if form.rank:
-            wide = (weights * t.spread.unsqueeze(1)) @ by_segment
-            moved = torch.einsum("nhgs,hsvk,nhgk->nhgv", wide, t.movement, q)
-            output = output + MOVEMENT_WEIGHT * self._scale * moved
+            wide = (weights * reach) @ by_segment
+            output = output + self._scale * torch.einsum("nhgs,hsvk,nhgk->nhgv", wide, t.movement, q)
         return Partial(output, lse)
 
     def _with_codes(self, q: torch.Tensor, scored: Scored, rest: torch.Tensor, per_token: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks.policies import POLICIES
+
+EARLIER = "as it was"
 
 
 def _pyplot() -> Any:
@@ -18,17 +21,19 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def quality_against_bytes(lines: list[dict[str, Any]]) -> Any:
+def quality_against_bytes(lines: list[dict[str, Any]], earlier: Sequence[dict[str, Any]] = ()) -> Any:
     """KL to dense over KiB read per step, of natural text and of the needles' digits; a curve per policy and change.
 
     Args:
         lines: of `model_level.summary`; equal-bytes rows join their policy's curve.
+        earlier: likewise, of another result; its ours has a curve of its own.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure, panels = _pyplot().subplots(1, 2, figsize=(12, 5.5), sharex=True, layout="constrained")
     curves: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    for line in lines:
+    before = [line | {"change": line["change"] or EARLIER} if line["policy"] == "ours" else line for line in earlier]
+    for line in [*lines, *before]:
         curve = curves.setdefault((line["policy"], line["change"]), [])
         curve.append((line["bytes"] / 1024, max(line["kl"], 1e-6), max(line["answer_kl"], 1e-6)))
     for name, change in sorted(curves, key=lambda curve: list(POLICIES).index(curve[0])):

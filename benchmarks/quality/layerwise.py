@@ -2,11 +2,13 @@
 
     python -m benchmarks.quality.layerwise [--documents 1] [--budgets 256 512] [--policies ours ours-1-bit ...]
                                            [--changes '{"candidate_tokens":1024}'] [--prefill FILE]
+                                           [--equal-bytes pq-hsa double-p vattention]
 
 Documents, decoded text, KL and bytes are those of benchmarks.quality.model_level. That one asks a real server, a token at a
 time; here the text goes through the model a layer at a time, all decode steps together, each with its own choice over the
 clusters that the engine's k-means makes of the same prompt. So a policy costs seconds and not minutes. "ours" is there to be
 compared with model_level's. What a step does is benchmarks/policies/steps.py, whose default is the kernels' definition.
+`--equal-bytes` names methods of other papers, which get budgets at which they read what ours reads.
 
 `--prefill FILE` keeps the prompts' keys and values (46 KB a token for the demo model) for the next run. Writes JSON, Markdown
 and SVG to benchmarks/results/, of the policies that are done where it is interrupted.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.policies import FORMATS, Reading
+from benchmarks.policies import FORMATS, POLICIES, Reading
+from benchmarks.policies.anchors import Others, StandIns, Tokens, VAttention, sample
 from benchmarks.policies.formats import Bytes, Format
 from benchmarks.policies.reformed import Tables, clustered_anew, make
-from benchmarks.policies.steps import Step, dots, mix
+from benchmarks.policies.steps import Decoded, Step, dots, mix
 from benchmarks.quality.documents import PROSE, Document, make_documents, read_kind
 from benchmarks.quality.figures import frontier
 from benchmarks.quality.llama_layers import LayeredModel
@@ -40,8 +44,10 @@ from benchmarks.quality.model_level import (
     Arm,
     Sizes,
     arms_of,
+    changed,
     compare,
     entropy,
+    equal_bytes,
     join,
     step_bytes,
     summary,
@@ -50,12 +56,22 @@ from benchmarks.quality.model_level import (
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import model_folder
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.merge.reference import Partial, merge
+from sglang_clusterkv.memory.movement import RANK
 from sglang_clusterkv.tools.demo_model import default_out
 
 PAGE = 16
 LEAST_PAGES = 4  # of a segment
 STEPS = 16  # at once: what they need of a layer should fit a core's cache
-FORMS = {OURS: Format()} | {name: form for name, (_, form) in FORMATS.items()}
+ANCHORS = ("pq-hsa", "double-p", "vattention")
+
+
+def served(config: ClusterKVConfig) -> Format:
+    """Ours."""
+    return Format(codes_in_estimate=config.estimate_codes, rank=RANK if config.moving_values != "never" else 0)
+
+
+FORMS = {OURS: served(ClusterKVConfig())} | {name: form for name, (_, form) in FORMATS.items()}
 
 
 class Prefix:
@@ -97,13 +113,19 @@ class Attention:
 
     Args:
         prefix: before them.
-        form: None: dense.
+        policy: of `FORMS` or `ANCHORS`; None: dense.
         config: step options.
         scale: of the logits.
     """
 
-    def __init__(self, prefix: Prefix, form: Format | None, config: ClusterKVConfig, scale: float) -> None:
-        self._prefix, self._form, self._config, self._scale = prefix, form, config, scale
+    def __init__(self, prefix: Prefix, policy: str | None, config: ClusterKVConfig, scale: float) -> None:
+        self._prefix, self._config, self._scale = prefix, config, scale
+        self._form = served(config) if policy == OURS else FORMS.get(policy) if policy else None
+        make = POLICIES[policy].make if policy in ANCHORS else None
+        self._anchor = make(config.budget_tokens) if make else None
+        if isinstance(self._anchor, VAttention):
+            self._config = self._anchor.configured(config)
+        self._random = torch.Generator().manual_seed(0)
         self._candidates = self._chosen = self._heads = 0.0
 
     def counts(self) -> dict[str, float]:
@@ -124,6 +146,18 @@ class Attention:
             rows = q[begin : begin + STEPS].contiguous()
             later = torch.arange(base_keys.shape[1]) > before + torch.arange(begin, begin + len(rows)).unsqueeze(1)
             logits = (self._scale * dots(rows, base_keys)).masked_fill(later[:, None, None], -torch.inf)
+            if isinstance(self._anchor, StandIns):
+                for n, one in enumerate(rows):
+                    end = before + begin + n + 1
+                    tokens = Tokens(
+                        one, t.keys, t.values, base_keys[:, :end].contiguous(), base_values[:, :end], self._scale
+                    )
+                    found.append(self._anchor.attend(tokens, layer, 0)[0].unsqueeze(0))
+                    self._anchor.next_step()
+                continue
+            if isinstance(self._anchor, VAttention):
+                found += self._with_samples(step(rows, logits, base_values, None), rows, t)
+                continue
             if self._form is None:
                 logits = torch.cat((logits, self._scale * dots(rows, t.keys)), -1)
                 found.append(mix(logits.softmax(-1), torch.cat((base_values, t.values), 1)))
@@ -135,6 +169,20 @@ class Attention:
             self._chosen += decoded.chosen
             self._heads += len(rows) * keys.shape[1]
         return torch.cat(found)
+
+    def _with_samples(self, best: Decoded, q: torch.Tensor, t: Tables) -> list[torch.Tensor]:
+        """Output of each step, float32 [1, H, G, D], by what was read and by a sample of what was not."""
+        found = []
+        for n, one in enumerate(q):
+            others = []
+            for h, read in enumerate(best.read[n]):
+                rest = (~read).nonzero().squeeze(-1)
+                order = rest[torch.randperm(len(rest), generator=self._random)]
+                others.append(Others(t.keys[h], t.values[h], order))
+            exact = Partial(best.exact.output[n], best.exact.lse[n])
+            part, _ = sample(one, others, exact.lse, self._config.budget_tokens, self._scale)
+            found.append(merge(exact, part).output.unsqueeze(0))
+        return found
 
 
 def decode(model: LayeredModel, document: Document, attend: Attention) -> torch.Tensor:
@@ -156,7 +204,12 @@ def prefilled(model: LayeredModel, documents: list[Document], file: Path | None)
 
 
 def run_document(
-    model: LayeredModel, document: Document, kept: list[tuple[torch.Tensor, torch.Tensor]], arms: list[Arm], more: Any
+    model: LayeredModel,
+    document: Document,
+    kept: list[tuple[torch.Tensor, torch.Tensor]],
+    arms: list[Arm],
+    more: Any,
+    equal: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All arms over one document, or those that are done when interrupted; as `model_level.run_document`."""
     prefix = Prefix(kept, ClusterKVConfig())
@@ -172,10 +225,12 @@ def run_document(
         "answer_entropy": [unsure[part.start - 1 : part.stop - 1].tolist() for part in document.answers],
         "sizes": sizes._asdict(),
     }
+    likes = [arm for arm in arms if arm.policy == OURS and not changed(arm.options)]
+    arms = [*arms, *(equal_bytes(policy, like, sizes) for like in likes for policy in equal)]
     for arm in tqdm(arms, unit="arm", leave=False):
-        attend = Attention(prefix, FORMS[arm.policy], ClusterKVConfig(**arm.options), model.scale)
+        attend = Attention(prefix, arm.policy, ClusterKVConfig(**arm.options), model.scale)
         rows = decode(model, document, attend).numpy()
-        counts = attend.counts()
+        counts = attend.counts() if arm.policy in FORMS else None
         found["arms"][arm.name] = {
             **compare(document, reference, rows),
             "policy": arm.policy,
@@ -188,7 +243,9 @@ def run_document(
 
 
 def index_share(policy: str, head_dim: int) -> float:
-    """Of the index in the KV cache, in 16 bits."""
+    """Of the index in the KV cache, in 16 bits; nan for a method of another paper."""
+    if policy not in FORMS:
+        return float("nan")
     return Bytes(FORMS[policy], Reading(0, 0, head_dim, ClusterKVConfig())).share()
 
 
@@ -204,12 +261,14 @@ def table(documents: list[dict[str, Any]]) -> str:
     for line in summary(documents):
         low, high = line["kl_interval"]
         counts = documents[0]["arms"][line["name"]]["counts"]
-        shares = [f"{100 * index_share(line['policy'], size):.1f} %" for size in (head_dim, 128)]
+        of_ours = ["-"] * 4
+        if counts:
+            shares = [f"{100 * index_share(line['policy'], size):.1f} %" for size in (head_dim, 128)]
+            of_ours = [f"{counts['candidates']:.0f}", f"{counts['chosen']:.2f}", *shares]
         out.append(
-            f"| {title_of(line)} | {line['budget']} | {counts['candidates']:.0f} | {counts['chosen']:.2f} "
-            f"| {' | '.join(shares)} | {line['bytes'] / 1024:.0f} | 1/{everything / line['bytes']:.1f} "
-            f"| {line['kl']:.5f} ({low:.5f} to {high:.5f}) | {line['over_ours'] or '-'} | {line['answer_kl']:.4f} "
-            f"| {line['right']} of {line['answers']} |"
+            f"| {title_of(line)} | {line['budget']} | {' | '.join(of_ours)} | {line['bytes'] / 1024:.0f} "
+            f"| 1/{everything / line['bytes']:.1f} | {line['kl']:.5f} ({low:.5f} to {high:.5f}) "
+            f"| {line['over_ours'] or '-'} | {line['answer_kl']:.4f} | {line['right']} of {line['answers']} |"
         )
     return "\n".join(out)
 
@@ -224,6 +283,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[256])
     parser.add_argument("--policies", nargs="+", choices=FORMS, default=list(FORMS), metavar="POLICY")
     parser.add_argument("--changes", type=json.loads, nargs="+", default=[], help="step options of ours, JSON each")
+    parser.add_argument("--equal-bytes", nargs="+", choices=ANCHORS, default=[], help="methods to run at our bytes")
     parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     parser.add_argument("--prefill", type=Path, help="a file for keys and values of the prompts")
     parser.add_argument("--join", nargs="+", type=Path, help="results of runs to put together; runs nothing")
@@ -264,7 +324,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
             model = LayeredModel(args.model)
             for document, kept in zip(made, prefilled(model, made, args.prefill), strict=True):
                 under_way.clear()
-                documents.append(run_document(model, document, kept, arms, more))
+                documents.append(run_document(model, document, kept, arms, more, args.equal_bytes))
     except KeyboardInterrupt:
         print(f"\ninterrupted: {len(documents)} of {len(made)} documents are done", flush=True)
         documents = documents or under_way

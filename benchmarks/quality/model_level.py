@@ -19,6 +19,7 @@ paired by part. Writes JSON, Markdown and SVG to benchmarks/results/.
 
 puts the documents of several runs into one table, with the arms that all have. A document that is in several results has the
 arms of all of them; of an arm that is in several, the last one named counts. `--documents 1` takes the first one alone.
+`--beside RESULT.json` draws a result of earlier code in the same picture.
 """
 
 from __future__ import annotations
@@ -367,6 +368,7 @@ def main() -> None:
     parser.add_argument("--no-equal-bytes", action="store_true", help="leave them out")
     parser.add_argument("--quick", action="store_true", help="one shorter document, one budget, few policies")
     parser.add_argument("--join", nargs="+", type=Path, help="results of runs to put together; runs nothing")
+    parser.add_argument("--beside", type=Path, help="a result of earlier code, drawn in the picture")
     args = parser.parse_args()
     if args.text and args.kind != PROSE:
         parser.error(f"--text names a file to be read as {PROSE}: leave out --kind {args.kind}")
@@ -392,7 +394,7 @@ def main() -> None:
         command=command_of("benchmarks.quality.model_level"),
         body=body,
         data={"documents": documents, "summary": lines},
-        figure=quality_against_bytes(lines),
+        figure=quality_against_bytes(lines, summary(join([args.beside])[0]) if args.beside else []),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from sglang_clusterkv.tools.haystack import CITIES, magic_number
+from sglang_clusterkv.tools.haystack import CITIES, Fact, magic_number
 
 DEPTHS = (10, 30, 50, 70, 90)  # percent of the document before the needle that is asked for
 DISTRACTORS = 5  # further cities with a number of their own
@@ -25,6 +25,14 @@ COMMON_SHARE = 0.5  # of the list's entries, all common words together
 RARE_WORDS = 300
 WORD_USES = 10  # in the text, of a word that lists are made of: no names and no typing errors
 WORDS = "common words"
+JSON, COPY = "fields into JSON", "exact copy"
+SHIPS = ["Aurora", "Boreas", "Cormorant", "Delfin", "Estrella", "Falcon"]
+CARGOES = ["copper", "barley", "marble", "cotton", "pepper", "timber", "amber", "salt"]
+CAPTAINS = ["Ingrid", "Matteo", "Nadia", "Oskar", "Paloma", "Rashid", "Sigrid", "Tomas"]
+PORTS = ["Genoa", "Bergen", "Tunis", "Malaga", "Gdansk", "Smyrna", "Calais", "Bilbao"]
+OWNERS = ["Yusuf", "Zelda", "Viktor", "Wanda", "Ulrich", "Xenia"]
+# Questions over one document, by task, in `Prompts.make_together`.
+TOGETHER = {"needle with distractors": 3, "needle with values": 1, "variables": 2, JSON: 3, COPY: 3}
 _SLOT = "\0"
 
 
@@ -39,6 +47,7 @@ class Sample(NamedTuple):
     question: list[int]  # to the beginning of the answer, which is given
     expected: list[str]  # a correct answer contains each
     answer_tokens: int  # most that are decoded
+    part: int = 0  # of a document that is asked more than one question: which question of its task
 
 
 class _Parts(NamedTuple):
@@ -128,11 +137,48 @@ class Prompts:
         words = rng.sample(self._words, COMMON_WORDS + RARE_WORDS)
         parts = _common_words(words[:COMMON_WORDS]) if task == WORDS else NEEDLES[task](rng)
         head = self.encode(self.template.before + parts.introduction)
-        question = self.encode(f"{self.template.ask}{parts.question}{self.template.answer}{parts.answer_begin}")
+        question = self._question(parts)
         room = length - len(head) - len(question)
         found = depth if parts.at_depth else None
         body = self._word_list(rng, room, words) if task == WORDS else self.prose(rng, room, parts.needles, found)
         return Sample(task, length, number, found, head + body, question, parts.expected, parts.answer_tokens)
+
+    def make_together(self, length: int, number: int) -> list[Sample]:
+        """Samples over one document that has the needles of all of them, `TOGETHER` of each task.
+
+        Args:
+            length: tokens of the document and the longest question.
+            number: which document; it chooses names, numbers and prose.
+
+        Raises ValueError as `make` does.
+        """
+        rng = random.Random(f"{self._seed}/together/{length}/{number}")
+        cities = rng.sample(CITIES, 1 + DISTRACTORS + TOGETHER["needle with values"])
+        facts = [magic_number(city, int(n)) for city, n in zip(cities, _numbers(rng, 1 + DISTRACTORS), strict=False)]
+        made = {
+            "needle with distractors": [_one_of(facts, i) for i in range(TOGETHER["needle with distractors"])],
+            "needle with values": [_values_of(rng, city) for city in cities[1 + DISTRACTORS :]],
+            "variables": [_variables(rng) for _ in range(TOGETHER["variables"])],
+            JSON: [_fields(rng, ship) for ship in rng.sample(SHIPS, TOGETHER[JSON])],
+            COPY: [_copy(rng, owner, self._words) for owner in rng.sample(OWNERS, TOGETHER[COPY])],
+        }
+        asked = [(task, i, parts) for task, several in made.items() for i, parts in enumerate(several)]
+        questions = [self._question(parts) for *_, parts in asked]
+        head = self.encode(self.template.before)
+        # Sentences of one part stay in their order: as cards of several hands that are dealt in turn.
+        hands = [list(dict.fromkeys(parts.needles)) for *_, parts in asked[TOGETHER["needle with distractors"] - 1 :]]
+        turns = [i for i, hand in enumerate(hands) for _ in hand]
+        rng.shuffle(turns)
+        needles = [hands[i].pop(0) for i in turns]
+        document = head + self.prose(rng, length - len(head) - max(map(len, questions)), needles)
+        return [
+            Sample(task, length, number, None, document, question, parts.expected, parts.answer_tokens, 1 + i)
+            for (task, i, parts), question in zip(asked, questions, strict=True)
+        ]
+
+    def _question(self, parts: _Parts) -> list[int]:
+        """To the beginning of its answer."""
+        return self.encode(f"{self.template.ask}{parts.question}{self.template.answer}{parts.answer_begin}")
 
     def prose(self, rng: random.Random, room: int, sentences: Sequence[str], depth: int | None = None) -> list[int]:
         """Sentences from a random place of the text on, exactly `room` tokens with the needles among them.
@@ -194,15 +240,25 @@ def _needle_with_distractors(rng: random.Random) -> _Parts:
 
 def _magic_number(cities: list[str], numbers: list[str]) -> _Parts:
     """A needle per city; the first is asked for."""
-    facts = [magic_number(city, int(number)) for city, number in zip(cities, numbers, strict=True)]
-    begin = f"The magic number of {cities[0]} is"
-    sentences = [fact.sentence for fact in facts]
-    return _Parts(sentences, facts[0].question, begin, numbers[:1], answer_tokens=24, at_depth=True)
+    return _one_of([magic_number(city, int(number)) for city, number in zip(cities, numbers, strict=True)], 0)
+
+
+def _one_of(facts: Sequence[Fact], asked: int) -> _Parts:
+    """All facts as needles; one is asked for."""
+    fact = facts[asked]
+    begin = fact.sentence.removesuffix(f" {fact.answer}.")
+    sentences = [each.sentence for each in facts]
+    return _Parts(sentences, fact.question, begin, [fact.answer], answer_tokens=24, at_depth=True)
 
 
 def _needle_values(rng: random.Random) -> _Parts:
     """Several sentences with one key and a value each; all values are asked for."""
-    city, numbers = rng.choice(CITIES), _numbers(rng, VALUES)
+    return _values_of(rng, rng.choice(CITIES))
+
+
+def _values_of(rng: random.Random, city: str) -> _Parts:
+    """The same of a city that is given."""
+    numbers = _numbers(rng, VALUES)
     sentences = [f"One of the magic numbers of {city} is {number}." for number in numbers]
     question = f"What are all the magic numbers of {city}?"
     return _Parts(sentences, question, f"The magic numbers of {city} are", numbers, answer_tokens=16 * VALUES)
@@ -216,6 +272,28 @@ def _variables(rng: random.Random) -> _Parts:
     question = f"Find all variables that are assigned the value {value} in the text above."
     begin = f"The {len(names)} variables that are assigned the value {value} are VAR"
     return _Parts(chain, question, begin, names, answer_tokens=16 * len(names))
+
+
+def _fields(rng: random.Random, ship: str) -> _Parts:
+    """A sentence for each field of a ship; all are asked for as JSON."""
+    cargo, captain, port, crew = rng.choice(CARGOES), rng.choice(CAPTAINS), rng.choice(PORTS), str(rng.randint(20, 99))
+    sentences = [
+        f"The cargo of the {ship} is {cargo}.",
+        f"The captain of the {ship} is {captain}.",
+        f"The home port of the {ship} is {port}.",
+        f"The crew of the {ship} is {crew}.",
+    ]
+    question = f"What are the cargo, captain, home port and crew of the {ship}? Answer in JSON."
+    begin = f'{{"ship": "{ship}", "cargo": "'
+    return _Parts(sentences, question, begin, [cargo, captain, port, crew], answer_tokens=64)
+
+
+def _copy(rng: random.Random, owner: str, words: Sequence[str]) -> _Parts:
+    """A string of words and digits, which is asked for as it stands."""
+    first, second, third = rng.sample(words, 3)
+    key = f"{first}-{rng.randint(1000, 9999)}-{second}-{rng.randint(1000, 9999)}-{third}"
+    begin = f"The access key of {owner} is"
+    return _Parts([f"{begin} {key}."], f"What is the access key of {owner}?", begin, [key], answer_tokens=32)
 
 
 def _common_words(common: Sequence[str]) -> _Parts:

@@ -1,12 +1,15 @@
 """Needles, variables and common words through one real server: every policy beside dense, on identical prompts.
 
     python -m benchmarks.quality.tasks [--samples 10] [--lengths 4096 7800] [--budgets 256 512] [--question prefilled]
+    python -m benchmarks.quality.tasks --together [--samples 20] ...
 
 Prompts are RULER's in kind (benchmarks/quality/prompts.py), each with a document of its own. Each is prefilled once, dense
 and exact, then asked for under every policy, a few prompts at once. Unless `--question prefilled` says otherwise, the
 question too goes through the policy's decode steps. Scores are shares of the expected strings; a policy is compared with
 dense over all cells together, paired by sample, with 95 % intervals by bootstrap. Cells where dense scores below 20 % are
-listed, not judged: they say something of the model, nothing of a policy. Writes JSON, Markdown and SVG to
+listed, not judged: they say something of the model, nothing of a policy. With `--together` a sample is a document that has the
+needles of several tasks, fields to be put into JSON and strings to be copied among them, and all questions about it: so many
+questions cost few prefills. Those of one document are drawn together in the bootstrap. Writes JSON, Markdown and SVG to
 benchmarks/results/.
 """
 
@@ -16,6 +19,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +55,8 @@ def answer_of(arm: Arm, sample: Sample, ids: list[int], text: str) -> Answer:
         task=sample.task,
         length=sample.length,
         number=sample.number,
-        column="-" if sample.depth is None else f"{sample.depth} %",
-        document=f"{sample.task}/{sample.length}/{sample.number}",
+        column=f"question {sample.part}" if sample.part else "-" if sample.depth is None else f"{sample.depth} %",
+        document=f"{'together' if sample.part else sample.task}/{sample.length}/{sample.number}",
         score=string_match(text, sample.expected),
         tokens=len(ids),
         text=text,
@@ -61,23 +65,32 @@ def answer_of(arm: Arm, sample: Sample, ids: list[int], text: str) -> Answer:
     )
 
 
+def groups_of(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples that are asked for at once: all of one document, or `TOGETHER` that have documents of their own."""
+    together = groupby((s for s in samples if s.part), lambda s: (s.length, s.number))
+    alone = [s for s in samples if not s.part]
+    return [list(some) for _, some in together] + [
+        alone[first : first + TOGETHER] for first in range(0, len(alone), TOGETHER)
+    ]
+
+
 def run(
     server: Server, tokenizer: Any, samples: Sequence[Sample], arms: Sequence[Arm], decoded: bool
 ) -> tuple[list[Answer], Steps]:
-    """Ask for every sample under every arm, `TOGETHER` samples at a time."""
+    """Ask for every sample under every arm, a group at a time."""
     answers, steps = [], Steps()
 
     def say(sample: Sample) -> list[int]:
         return ask(server, sample.document, sample.question, sample.answer_tokens, tokenizer.eos_token_id, decoded)
 
     bar = tqdm(total=len(samples), unit="sample")
-    for first in range(0, len(samples), TOGETHER):
-        asked = samples[first : first + TOGETHER]
+    for asked in groups_of(samples):
         bar.set_description(f"{asked[0].task}, {asked[0].length:,}")
-        prefill(server, *(s.document if decoded else s.document + s.question for s in asked))
+        documents = (s.document if decoded else s.document + s.question for s in asked)
+        prefill(server, *map(list, dict.fromkeys(map(tuple, documents))))
         for arm in arms:
             use(server, arm.policy, **arm.options)
-            with steps.count(server, arm), ThreadPoolExecutor(TOGETHER) as threads:
+            with steps.count(server, arm), ThreadPoolExecutor(len(asked)) as threads:
                 found = list(threads.map(say, asked))
             answers += [answer_of(arm, s, ids, tokenizer.decode(ids)) for s, ids in zip(asked, found, strict=True)]
         bar.update(len(asked))
@@ -117,6 +130,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10, help="per task and length; 10 is quick, 50 for the night")
     parser.add_argument(
+        "--together",
+        action="store_true",
+        help="questions of several tasks about each document; --samples are documents",
+    )
+    parser.add_argument(
         "--first",
         type=int,
         default=0,
@@ -141,6 +159,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.samples < 1 or args.first < 0:
         parser.error("--samples must be at least 1, and --first at least 0")
+    if args.together and args.tasks != TASKS:
+        parser.error("--together has tasks of its own: leave out --tasks")
     return args
 
 
@@ -149,9 +169,12 @@ def main() -> None:
     args = parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     source, text = read_text(args.text)
-    samples = make_samples(
-        Prompts(tokenizer, text, args.seed, args.format == "chat"), args.tasks, args.lengths, args.samples, args.first
-    )
+    prompts = Prompts(tokenizer, text, args.seed, args.format == "chat")
+    if args.together:
+        numbers = range(args.first, args.first + args.samples)
+        samples = [s for length in args.lengths for number in numbers for s in prompts.make_together(length, number)]
+    else:
+        samples = make_samples(prompts, args.tasks, args.lengths, args.samples, args.first)
     arms = arms_of(args.policies, args.budgets, args.candidates)
     log = Path(tempfile.mkdtemp(prefix="tasks-")) / "server.log"
     print(f"{len(samples)} samples, {len(arms)} arms; starting a server, its log: {log}", flush=True)
@@ -162,7 +185,7 @@ def main() -> None:
         "tasks",
         answers,
         steps.shares(),
-        title="Tasks: needles, variables, common words",
+        title="Tasks: needles, variables, " + ("JSON, copies" if args.together else "common words"),
         setting=f"{args.model.name}, float32, {source}, {args.format} format, question {args.question}",
         figure=heat_map(answers),
         arms=[arm._asdict() for arm in arms],

@@ -51,7 +51,7 @@ def test_lloyd_ends_where_no_label_changes() -> None:
 def test_double_p_reads_the_budget_on_average() -> None:
     policy, read = DoubleP(100), []
     for seed in range(60):
-        policy._follow()
+        policy.next_step()
         read += [float(policy.see(made(seed % 7, 2.0), 0, 0).read.sum(-1).float().mean())]
     assert sum(read[20:]) / 40 == pytest.approx(100, rel=0.1)
 

@@ -36,25 +36,34 @@ def test_a_steps_time_is_that_of_its_decoding() -> None:
 
 
 def test_the_best_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"f16": iter([0.64, 0.32]), "q8_0": iter([0.96, 1.28])}
+    seconds = {"f16": iter([0.64, 3.2, 0.32, 6.4]), "q8_0": iter([0.96, 9.6, 1.28, 6.4])}
+
+    models: list[str] = []
 
     def run(command: list[str], **_: Any) -> Any:
         kv = command[command.index("-ctk") + 1]
+        models.append(command[command.index("-m") + 1])
         took = next(seconds[kv])
         return subprocess.CompletedProcess(command, 0, f"{line(100, 1, took)}\n{line(7700, 1, 10 * took)}\n", "")
 
     monkeypatch.setattr(llama_cpp, "program", lambda name: Path(name))
-    monkeypatch.setattr(llama_cpp, "demo_gguf", lambda weights: Path("m.gguf"))
+    monkeypatch.setattr(llama_cpp, "demo_gguf", lambda weights: Path(f"{weights}.gguf"))
     monkeypatch.setattr(subprocess, "run", run)
-    args = argparse.Namespace(weights="F32", kv=["f16", "q8_0"], tokens=[100, 7700], batch=[1], rounds=2)
+    args = argparse.Namespace(weights=["F32", "BF16"], kv=["f16", "q8_0"], tokens=[100, 7700], batch=[1], rounds=2)
     best = measure(args)
-    assert best == {"f16": {"100 x 1": 10, "7700 x 1": 100}, "q8_0": {"100 x 1": 30, "7700 x 1": 300}}
+    assert best == {
+        "F32 f16": {"100 x 1": 10, "7700 x 1": 100},
+        "F32 q8_0": {"100 x 1": 30, "7700 x 1": 300},
+        "BF16 f16": {"100 x 1": 100, "7700 x 1": 1000},
+        "BF16 q8_0": {"100 x 1": 200, "7700 x 1": 2000},
+    }
+    assert models == ["F32.gguf", "F32.gguf", "BF16.gguf", "BF16.gguf"] * 2
     seconds["f16"], seconds["q8_0"] = iter([1.0]), iter([1.0])
     with pytest.raises(PeerError, match="measured no 100 x 2"):
         measure(argparse.Namespace(**vars(args) | {"batch": [1, 2], "rounds": 1}))
-    assert table(best, args.tokens, args.batch).splitlines()[2:] == [
-        "| f16 | 1 | 10.0 | 100.0 | 90.0 |",
-        "| q8_0 | 1 | 30.0 | 300.0 | 270.0 |",
+    assert table(best, args.tokens, args.batch).splitlines()[2:4] == [
+        "| F32 | f16 | 1 | 10.0 | 100.0 | 90.0 |",
+        "| F32 | q8_0 | 1 | 30.0 | 300.0 | 270.0 |",
     ]
 
 

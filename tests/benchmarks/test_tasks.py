@@ -1,10 +1,10 @@
 """Prompts, scores and intervals of the task-level evaluation (benchmarks/quality), without a server.
 
 Red when: a prompt is not the same from the same seed, depends on another, misses its length or its depth, lacks an expected
-answer or gives it away in the question; a score, a paired interval, a ratio of lengths is not what its definition says; a cell
-where dense can't answer is judged or goes unlisted; a forced question leaves a choice, or an answer is forced; nothing
-says that lm-eval is missing; a row is headed by the length asked for where a prompt has another, or a prompt is counted that
-is not the result's.
+answer or gives it away in the question; questions over one document count as independent; a score, a paired interval, a ratio
+of lengths is not what its definition says; a cell where dense can't answer is judged or goes unlisted; a forced question
+leaves a choice, or an answer is forced; nothing says that lm-eval is missing; a row is headed by the length asked for where a
+prompt has another, or a prompt is counted that is not the result's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,22 @@ import pytest
 import torch
 
 from benchmarks.quality.asking import ForcedQuestion, arms_of
-from benchmarks.quality.prompts import COMMON_WORDS, DEPTHS, HOPS, TASKS, VALUES, WORDS, Prompts, Sample, sentences_of
+from benchmarks.quality.model_level import Arm
+from benchmarks.quality.prompts import (
+    COMMON_WORDS,
+    DEPTHS,
+    HOPS,
+    TASKS,
+    TOGETHER,
+    VALUES,
+    WORDS,
+    Prompts,
+    Sample,
+    sentences_of,
+)
 from benchmarks.quality.ruler import optional, recount
 from benchmarks.quality.scores import Answer, bootstrap, change, judged, length_ratio, read_answers, string_match, table
-from benchmarks.quality.tasks import answer_of, heat_map, make_samples
+from benchmarks.quality.tasks import answer_of, groups_of, heat_map, make_samples
 from benchmarks.quality.turns import answers_of, hold_session, make_conversation, parse_args, recalling
 
 LENGTHS = (700, 1501)
@@ -134,6 +147,37 @@ def test_common_words_are_the_most_frequent(prompts: Prompts, tokenizer: Pieces)
     assert min(counts[word] for word in sample.expected) > 3 * max(
         count for word, count in counts.items() if word not in sample.expected
     )
+
+
+def test_one_document_has_what_all_its_questions_ask_for(prompts: Prompts, tokenizer: Pieces) -> None:
+    samples = prompts.make_together(1501, 0)
+    assert Counter(sample.task for sample in samples) == TOGETHER
+    assert len({(sample.task, sample.part) for sample in samples}) == len(samples)
+    (document,) = {tokenizer.decode(sample.document) for sample in samples}
+    for sample in samples:
+        question = tokenizer.decode(sample.question)
+        assert document.startswith("<user>") and "<assistant>" in question
+        for value in sample.expected:
+            assert re.search(rf"\b{value}\b", document) and value not in question
+    assert max(len(sample.document) + len(sample.question) for sample in samples) == 1501
+    chain = [f"VAR {name} = " for name in next(s.expected for s in samples if s.task == "variables")]
+    assert sorted(chain, key=document.index) == chain
+    cities = re.findall(r"The magic number of (\w+) is \d{5}\.", document)
+    assert len(set(cities)) == len(cities) == 6
+    assert prompts.make_together(1501, 0) == samples
+    assert prompts.make_together(1501, 1)[0].document != samples[0].document
+
+
+def test_questions_over_one_document_are_asked_and_drawn_together(prompts: Prompts) -> None:
+    both = [sample for number in range(2) for sample in prompts.make_together(700, number)]
+    each = len(both) // 2
+    assert groups_of(both) == [both[:each], both[each:]]
+    alone = make_samples(prompts, ["needle"], [700], 5)
+    assert groups_of(alone) == [alone[:4], alone[4:]]
+    arm = Arm("ours 256", "ours", {})
+    found = [answer_of(arm, sample, [1], "") for sample in both]
+    assert len({answer.question for answer in found}) == len(found)
+    assert [len({a.document for a in part}) for part in (found, found[:each])] == [2, 1]
 
 
 def test_a_plain_prompt_has_no_template(tokenizer: Pieces) -> None:

@@ -19,11 +19,13 @@ PY := $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --upgrade pip && $(PY) -m pip install --no-compile
 CACHE := $(or $(SGLANG_CLUSTERKV_CACHE),$(HOME)/.cache/sglang-clusterkv)
 SERVED := $(or $(MODEL),$(CACHE)/SmolLM2-135M-Instruct)
+# Before anything is installed for it; what is no path is a model's name on a hub.
+$(if $(filter /% .%,$(MODEL)),$(if $(shell test -e '$(MODEL)' && echo there),,$(error there is no model at $(MODEL): pass the folder of one)))
 
 # Without an accelerator the server needs to be told so, and would size its KV pool by the whole memory of the machine.
 CPU_ARGS := --device cpu --max-total-tokens 65536
-# Without bf16 instructions, float32 products are several times faster than bf16 ones.
-CPU_ARGS += $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --dtype float32)
+# Without AMX, decode steps in float32 are several times faster than in bf16: they run by our kernels.
+CPU_ARGS += $(shell grep -qs amx_bf16 /proc/cpuinfo || echo --dtype float32)
 
 # Where it is set, as in many images, each of a server's three processes compiles SGLang's sources anew: a minute, not 20 s.
 export PYTHONDONTWRITEBYTECODE :=
@@ -43,6 +45,7 @@ help:
 	@echo "make test-compiled  the Triton kernels as machine code, without a GPU: registers, spills, instructions"
 	@echo "make test-servers  those against real servers, two at a time"
 	@echo "make test-long  the tests that make test leaves out: churn, kill, tensor parallelism on servers; 8 minutes"
+	@echo "make demo-model, make dev-env  the demo model alone; the environment with test tools alone"
 	@echo "make demo    an agent over a long document, against a running 'make serve' (DEMO_ARGS=--small, or --tier)"
 	@echo "make explain  a page that shows what an answer was read from, against a running 'make serve' (EXPLAIN_ARGS='--document FILE"
 	@echo "             --question \"...\"'); make serve keeps traces unless it is given SERVE_ARGS or options"

@@ -161,8 +161,8 @@ def larger_than_the_device(counts: Counts, tokens: int) -> int:
     """Tokens of a document that does not fit the server's device tier, at least `tokens`; DemoError where there is no tier."""
     if not counts.tier:
         raise DemoError(
-            """the server has no host tier: start it with `make serve SERVE_ARGS='--max-total-tokens 40960 """
-            """--chunked-prefill-size 512 --max-running-requests 4 --clusterkv-config {"host_ratio":10}'`, """
+            """the server has no host tier: start it with `SGLANG_CLUSTERKV_CONFIG='{"host_ratio": 10}' make serve """
+            """SERVE_ARGS='--max-total-tokens 40960 --chunked-prefill-size 512 --max-running-requests 4'`, """
             """or leave out --tier"""
         )
     return max(tokens, counts.tier["device_pages"] * PAGE_TOKENS * 5 // 4)

@@ -77,6 +77,10 @@ def main() -> None:
         backend = sgl.RuntimeEndpoint(url, api_key=args.api_key, chat_template_name=args.chat_template)
     except urllib.error.URLError as error:
         sys.exit(f"no SGLang server answers at {url} ({error.reason}): start one with `make serve`, or pass --base-url")
+    except RuntimeError as error:
+        sys.exit(
+            f"the server at {url} refused a request ({error}): pass its key with --api-key, if it was started with one"
+        )
     except KeyError:
         sys.exit(f"SGLang's frontend knows no chat template {args.chat_template}: see sglang/lang/chat_template.py")
     before = read_counts(backend)

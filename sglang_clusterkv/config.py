@@ -87,7 +87,7 @@ FIELD_DOCS: dict[str, str] = {
     "candidate_tokens": "Tokens of the best clusters, among which refining picks the budget.",
     "refine": "Pick the budget's tokens one by one by their codes; false recalls whole clusters, the last one trimmed.",
     "code_bits": "Bits per channel of a token's code, 1 or 2.",
-    "sink_tokens": "First tokens of a sequence, never clustered and always attended; whole pages.",
+    "sink_tokens": "First tokens of a sequence, never clustered and always attended; whole pages, one or more.",
     "window_tokens": "Most recent tokens, always attended (at least so many); whole pages, two or more.",
     "segment_tokens": "Most tokens that are clustered together; whole pages, four or more.",
     "tokens_per_cluster": "Tokens of a cluster on average; divides page_size.",
@@ -104,14 +104,13 @@ FIELD_DOCS: dict[str, str] = {
     "dense_below_tokens": "Sequences shorter than this, in tokens, attend to everything.",
     "dense_below": "auto: on a GPU a step attends to everything where its batch has so few clustered tokens that this is "
     "likely faster, never with a host tier; never: each request by itself. See [gpu.md](gpu.md).",
-    "recall_extend_tokens": "Prompts of which all but so many tokens, or fewer, come from the prefix cache recall for "
-    "these as a decode step does; 0 is off. On a CPU alone. See [design.md](design.md#recalled-extends).",
+    "recall_extend_tokens": "A prompt that is in the prefix cache but for so many tokens or fewer recalls for these, as a "
+    "decode step does; 0 is off. On a CPU alone. See [design.md](design.md#recalled-extends).",
     "recluster_every": "So many decoded tokens behind the window become a segment, each time; whole pages, four or more.",
     "merge_segments": "Neighbouring segments that one running request alone sees are clustered again as one, when that at "
     "least doubles the largest of them, completes one of segment_tokens or adds a third to a prompt's last one.",
-    "reproducible": "Requests one after another get the same answer whatever was served before: segments are built again "
-    "where another request's differ from those of an empty cache, and answers that were decoded sparsely are not kept in "
-    "the prefix cache.",
+    "reproducible": "Requests one after another get the same answer whatever was served before: segments that others' "
+    "requests shaped are built again, and answers that were decoded sparsely are not kept in the prefix cache.",
     "host_ratio": "Tokens that the KV cache holds for each that has room on the device; the others are in host memory. 1 is "
     "off: everything is on the device. See [memory.md](memory.md).",
     "host_kv_dtype": "Format in host memory: auto is the KV cache's own, bit for bit; int8 rounds a page once, when stored.",
@@ -303,7 +302,7 @@ def _page_problems(values: dict[str, Any], page_size: int) -> list[str]:
     for name, limit in LIMITS.items():
         if not limit.pages:
             continue
-        value, fitting = values[name], _whole_pages(values[name], limit, page_size)
+        value, fitting, s = values[name], _whole_pages(values[name], limit, page_size), "s" * (limit.least > 1)
         most = int(limit.most) // page_size * page_size
         than = f"{most} ({limit.why})"
         if name == "recluster_every" and segment < most:
@@ -313,7 +312,7 @@ def _page_problems(values: dict[str, Any], page_size: int) -> list[str]:
         elif value % page_size:
             problems.append(f"{name}={value} is not a multiple of page_size={page_size}: use {fitting}")
         elif value < fitting:
-            problems.append(f"{name}={value} is less than {limit.least} pages of {page_size} tokens: use {fitting}")
+            problems.append(f"{name}={value} is less than {limit.least} page{s} of {page_size} tokens: use {fitting}")
         if name == "segment_tokens":
             segment = min(fitting, most)
     return problems
@@ -365,7 +364,6 @@ def configuration_markdown() -> str:
     for name, limit in LIMITS.items():
         reasons.setdefault(limit.why, []).append(f"`{name}`")
     limits = "\n".join(f"- {', '.join(names)}: {why}." for why, names in reasons.items())
-    tokens = f"{MAX_SEGMENT_TOKENS:,}"
     return f"""# Configuration
 
 <!-- Written by `python -m sglang_clusterkv.config > docs/configuration.md`: change config.py, not this. -->
@@ -381,14 +379,16 @@ sglang serve --model-path MODEL --attention-backend clusterkv {FLAG} '{EXAMPLE}'
 |---|---|---|---|
 {rows}
 
-`--page-size` is SGLang's own flag; with `--attention-backend clusterkv` it is 16 unless set. Values that the table
-calls whole pages are raised to fit it where they are still the defaults. It may be 2 to {MAX_PAGE_SIZE:,}:
-a segment has {MIN_SEGMENT_PAGES} pages or more and {tokens} tokens or less. An unknown key, one that is given twice, a wrong
-type, a number outside its limits or values that do not go together end the start with one sentence that names the fix.
+`--page-size` is SGLang's own flag; with `--attention-backend clusterkv` it is 16 unless set, and may be 2 to {MAX_PAGE_SIZE:,}.
+Values that the table calls whole pages are raised to fit it where they are still the defaults. An unknown key, one given twice,
+a wrong type, a number outside its limits or values that do not go together end the start with a sentence that names the fix.
 
-The environment variable `{CHECK}=1` makes every step and build check the indices that become addresses, and count those that
-were wrong: slow, for whoever looks for a mistake of ours ([developing.md](developing.md#checked-indices)). Without
-an accelerator `SGLANG_CLUSTERKV_CPU_OVERLAP=1` keeps SGLang's overlap schedule, by which a result waits for the next forward.
+In the environment `{CHECK}=1` has [indices checked](developing.md#checked-indices), and on the plugin's CPU platform:
+- `SGLANG_USE_CPU_ENGINE=1`: SGLang's own platform takes its place.
+- `SGLANG_CLUSTERKV_CPU_OVERLAP=1`: SGLang's overlap schedule stays on.
+- `SGLANG_CLUSTERKV_CPU_LAYERS=0`: decoder layers run by SGLang's modules in every step.
+- `SGLANG_CLUSTERKV_CPU_SLEEP=0`: a scheduler that has nothing to do stays awake.
+- `SGLANG_CLUSTERKV_CPU_BF16_WEIGHTS=0`: no [weights in half the bytes](performance.md#weights-in-half-the-bytes).
 
 Why not more:
 

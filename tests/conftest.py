@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from benchmarks.servers import Server, serve
 from sglang_clusterkv.tools.demo_model import default_out
@@ -34,12 +35,27 @@ LONGEST_FIRST = (
     "tiny",
     "tests/serving/test_host_tier_server.py",
     "tests/serving/matrix/test_matrix.py",
+    "tests/serving/test_flags.py",
+    "tests/test_package.py",
+    "tests/kernels/test_tiers.py",
+    "tests/kernels/triton/test_graph.py",
     "tests/clusters/test_faults.py",
     "tests/clusters/test_machine.py",
     "tests/clusters/test_merging.py",
     "tests/kernels/test_compiled.py",
     "tests/clusters/test_exact_engine.py",
 )
+
+# The same examples in every run of the same sources, however busy the machine. `--hypothesis-profile=random` looks further.
+UNTIMED: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+    "print_blob": True,
+}
+settings.register_profile("same", derandomize=True, **UNTIMED)
+settings.register_profile("random", **UNTIMED)
+settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

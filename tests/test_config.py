@@ -152,6 +152,7 @@ def test_an_error_names_where_the_configuration_came_from():
     [
         ({"tokens_per_cluster": 12}, 16, "page_size=16 is not a multiple of tokens_per_cluster=12: use 4, 8 or 16"),
         ({"sink_tokens": 8}, 16, "sink_tokens=8 is not a multiple of page_size=16: use 16"),
+        ({"sink_tokens": 0}, 16, "sink_tokens=0 is less than 1 page of 16 tokens: use 16"),
         ({"window_tokens": 16}, 16, "window_tokens=16 is less than 2 pages of 16 tokens: use 32"),
         ({"window_tokens": 70}, 16, "window_tokens=70 is not a multiple of page_size=16: use 80"),
         ({"segment_tokens": 1000}, 16, "segment_tokens=1000 is not a multiple of page_size=16: use 1008"),

@@ -7,7 +7,7 @@ built alone, so that no matrix shape depends on what else is built.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,6 +17,9 @@ from sglang_clusterkv.memory import movement as moved_values
 from sglang_clusterkv.memory.device import SEGMENT_VECTOR_PAGES
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.tier import BUILD_HOST, Tier, TierLayer
+
+if TYPE_CHECKING:
+    from sglang_clusterkv.kernels.kmeans.triton.segments import Clustering
 
 SCRATCH_BYTES = 128 << 20  # of one call for several segments on a GPU; a segment alone may take more
 
@@ -77,10 +80,7 @@ def cluster_segment(index: ClusterIndex, keys: torch.Tensor, values: torch.Tenso
         codes, code_scales = encode.token_codes(keys, stored, labels, members, index.token_codec)
     moved = None
     if index.keeps_movement and (rank := moved_values.rank_of(tokens // index.geometry.page_size)):
-        factors = movement.factors(centered, centroids, values, mean_values, labels, rank)
-        rows, scales = encode.rows(moved_values.row_codec(keys.shape[2]), torch.stack(factors, -2))
-        assert scales is not None
-        moved = moved_values.pack(rows, scales)
+        moved = _packed(movement.factors(centered, centroids, values, mean_values, labels, rank))
     return SegmentTables(
         labels=labels,
         members=members,
@@ -167,7 +167,8 @@ def write_in_place(
     """Cluster segments by Triton's kernels, all heads and layers with clusters in each launch, and write their tables.
 
     Reads the pool where it lies. Scratch: a quarter of the segments' keys in bf16, at 8 tokens per cluster. With a tier their
-    keys and values are copied first, from wherever they are, for they are read some ten times: twice their bytes more.
+    keys and values are copied first, from wherever they are, for they are read some ten times: twice their bytes more. What
+    values move by is made in torch from the labels, see `_write_movement`.
 
     Args:
         index: the index to write; its pages are not marked.
@@ -195,17 +196,68 @@ def write_in_place(
         for part, first in _runs(layers):
             gather(tier, first, batch.slots, copies[0, part], copies[1, part], BUILD_HOST)
         keys, values = map(stacked, copies)
+    found = clustering.cluster(keys, batch, config.kmeans_passes)
+    if index.keeps_movement:
+        read_slots = batch.read_slots.split([len(slots) for slots in segments])
+        if tier is None:
+            _write_movement(index, segments, read_slots, key_buffers, value_buffers, found)
+        else:
+            _write_movement(index, segments, read_slots, list(copies[0]), list(copies[1]), found)
     encoding.write(
         keys,
         values,
         batch,
-        clustering.cluster(keys, batch, config.kmeans_passes),
+        found,
         target_of(index.arrays, index.row_codec, index.token_codec),
         page_size=index.geometry.page_size,
         clusters_per_page=index.clusters_per_page,
         rows=index.row_codec,
         tokens=index.token_codec,
     )
+
+
+def _write_movement(
+    index: ClusterIndex,
+    segments: list[torch.Tensor],
+    read_slots: tuple[torch.Tensor, ...],
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    found: Clustering,
+) -> None:
+    """Movement of segments from their labels, in torch: a segment alone, some layers at a time, so that no sum of one depends
+    on another and scratch is little.
+
+    Args:
+        index: the index to write.
+        segments: as `write_in_place` takes them.
+        read_slots: where each one's keys and values lie in the buffers.
+        keys: [slots, H, D] of each layer with clusters.
+        values: likewise.
+        found: its labels, of all segments.
+    """
+    heads, per_cluster = index.geometry.kv_heads, index.config.tokens_per_cluster
+    labels = found.labels.split([len(slots) for slots in segments], 1)
+    for slots, source, own in zip(segments, read_slots, labels, strict=True):
+        pages = slots[:: index.geometry.page_size] // index.geometry.page_size
+        rank = moved_values.rank_of(len(pages))
+        if not rank:
+            continue
+        covariances = []
+        for row in range(len(keys)):
+            of_layer = own[row * heads : (row + 1) * heads].long()
+            rows, moved = (_heads_first([buffers[row]], source, [None], 0) for buffers in (keys, values))
+            covariances.append(movement.covariance(rows, moved, of_layer, len(slots) // per_cluster))
+        tables = _packed(movement.factors_of(torch.cat(covariances), rank))
+        tables = tables.unflatten(0, (len(keys), -1)).transpose(1, 2)
+        behind = pages[SEGMENT_VECTOR_PAGES : SEGMENT_VECTOR_PAGES + rank]
+        index.arrays["segment_vectors"].index_copy_(1, behind, tables)
+
+
+def _packed(factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Factors [N, R, D] each as pages hold them, bf16 [N, R, 3, D/4]."""
+    rows, scales = encode.rows(moved_values.row_codec(factors[0].shape[2]), torch.stack(factors, -2))
+    assert scales is not None
+    return moved_values.pack(rows, scales)
 
 
 def _heads_first(

@@ -14,7 +14,7 @@ from sglang_clusterkv.clusters.counters import StepCounts
 from sglang_clusterkv.clusters.rows import DenseReason, RowTables
 from sglang_clusterkv.config import STEP_OPTIONS, ClusterKVConfig, ConfigError, validate
 from sglang_clusterkv.kernels.break_even import MODELLED, BreakEven
-from sglang_clusterkv.kernels.decode import prepare, reserve
+from sglang_clusterkv.kernels.decode import capture, prepare, replay, reserve
 from sglang_clusterkv.kernels.workspace import SCORE_CLUSTERS
 from sglang_clusterkv.memory.index import ClusterIndex
 from sglang_clusterkv.memory.step import (
@@ -27,7 +27,6 @@ from sglang_clusterkv.memory.step import (
     first_requests,
     lists_bytes,
     pack_rows,
-    sparse_step,
     to_device,
 )
 
@@ -129,12 +128,19 @@ class DecodeLists:
         tokens = room.pages * self._page_size
         lists = empty_lists(room, self.req_to_token.device)
         self._lists = lists._replace(recallable_tokens=tokens, dense_tokens=tokens)
-        return lists_bytes(lists) + reserve(self._index, self._group, room)
+        return lists_bytes(lists) + reserve(self._index, self._group, self._dtype, room)
 
     def captured(self, batch: int) -> SparseStep:
         """The lists that a captured step of so many requests reads; until a step is made all of them are padding."""
-        assert self._lists is not None, "reserve comes first"
-        return first_requests(self._lists, batch)
+        assert self._lists is not None and self._group is not None, "reserve comes first"
+        lists = first_requests(self._lists, batch)
+        capture(self._index, self._group, lists)
+        return lists
+
+    def replay(self, batch: int) -> None:
+        """The step that was made last is about to be replayed by the graph of so many requests, padding included."""
+        assert self._group is not None
+        replay(self._index, self._group, batch)
 
     @property
     def _page_size(self) -> int:
@@ -222,7 +228,9 @@ class DecodeLists:
 
     def sparse(self, rows: np.ndarray, seq_lens: np.ndarray, count: np.ndarray) -> SparseStep:
         """Lists on a CPU of requests with so many recallable segments each, and the memory that the layers need for them."""
-        step = sparse_step(self._borders(rows, seq_lens, count), self.req_to_token, self._page_size)
+        from sglang_clusterkv.kernels.lists.cpu import make
+
+        step = make(self._borders(rows, seq_lens, count), self.req_to_token, self._page_size)
         if self._group is not None:
             prepare(self._index, self._group, self._dtype, step)
         return step
@@ -256,19 +264,23 @@ def captured_room(index: ClusterIndex, batch: int, context_tokens: int) -> ListS
 
     A request may have twice the segments that it has when it is prefilled at once, and as many gaps as lie at the borders of
     32k tokens beside the longest window. All requests together may have half as many clusters again as the pool, for they share
-    prefixes.
+    prefixes, and FlashInfer's lists half as many tokens; what our own kernel attends to is in no list of its own.
     """
     config, geometry = index.config, index.geometry
     pages = max(1, context_tokens // geometry.page_size)
     longest = -(-pages * index.clusters_per_page // SCORE_CLUSTERS) * SCORE_CLUSTERS
     of_pool = 3 * geometry.slots // 2 // config.tokens_per_cluster + batch * SCORE_CLUSTERS
     base = int(longest_base(config, geometry.page_size, np.zeros(1, np.int64))[0]) + GAP_TOKENS
+    tokens = batch * pages * geometry.page_size
+    if config.attend_engine == "flashinfer":
+        tokens = min(tokens, 3 * geometry.slots // 2)
     return ListShape(
         batch=batch,
         pages=pages,
         segments=2 * (context_tokens // config.segment_tokens) + 64,
         base=base,
         clusters=max(longest, min(batch * longest, of_pool)),
+        listed=tokens,
     )
 
 

@@ -61,6 +61,9 @@ def compile_kernels(
         host_dtype: of a host tier's rows; None: there is no tier.
         sinks: whether layers have learned attention sinks.
     """
+    logger.info(
+        "clusterkv: runs each kernel once, so that no request waits for its compilation: a minute at the first start"
+    )
     begin = time.perf_counter()
     by_size = _compiles_by_size(device)
     least = MIN_SEGMENT_PAGES + (not by_size)  # on a CPU one whose values move
@@ -94,6 +97,7 @@ def compile_kernels(
     trace = Trace(1)
     engine.tracing.start(1, trace)
     engine.begin_extend([Extend(1, "warm-up", 0, tokens, tokens, last_chunk=True)])
+    engine.records.rows[1].announced = True  # it is nobody's request
     step = engine.begin_decode(np.array([1]), np.array([tokens + 1]))
     more: dict[str, Any] = {} if tier is None else {"tier": tier.layer(0)}
     if sinks:

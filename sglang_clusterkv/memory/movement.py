@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sglang_clusterkv.config import ClusterKVConfig
 
 RANK = 8  # components of a segment, where it has the pages
+# Of the movement that a cluster has whose tokens are all left: of clusters with candidates that were not recalled, of which
+# the best were, and of all others. Where codes are not in the estimate all have `estimate_spread`.
+CODED_WEIGHT, OTHER_WEIGHT = 0.5, 1.0
 MEETS, ADDS, SCALES = range(3)  # what lies in the place of a page's quarters
 
 
@@ -28,6 +31,16 @@ def resolve(config: ClusterKVConfig, device: str) -> ClusterKVConfig:
     if config.moving_values != "auto":
         return config
     return msgspec.structs.replace(config, moving_values="always" if device == "cpu" else "never")
+
+
+def moves(config: ClusterKVConfig) -> bool:
+    """Whether estimated values move with the query."""
+    return config.estimate and config.moving_values == "always"
+
+
+def weight(config: ClusterKVConfig) -> float:
+    """Of the movement of clusters that codes tell nothing of."""
+    return OTHER_WEIGHT if config.refine and config.estimate_codes else config.estimate_spread
 
 
 def rank_of(pages: int) -> int:

@@ -70,6 +70,7 @@ class ListShape(NamedTuple):
     segments: int  # likewise
     base: int  # always-attended tokens, likewise
     clusters: int  # of all requests, each one's rounded up
+    listed: int  # tokens that every layer attends to: of all requests, one at least of each
 
 
 class PackedRows(NamedTuple):
@@ -119,8 +120,9 @@ def pack_rows(borders: RowBorders, sparse: np.ndarray, page_size: int, clusters_
     head[:, 4], head[:, 5], head[1:, 6] = covered, base, ends[:-1]
     tail[:, 0], tail[:, 1] = borders.begin[inside], borders.covered[:, :-1][inside]
     pages = np.maximum(covered // page_size, -(-dense // page_size))
-    shape = ListShape(batch, int(pages.max()), int(segments.max()), int(base.max()), int(ends[-1]))
     lengths = np.stack([base + dense, covered], 1).astype(np.int64)
+    listed = int(np.maximum(lengths[:, 0], 1).sum())
+    shape = ListShape(batch, int(pages.max()), int(segments.max()), int(base.max()), int(ends[-1]), listed)
     return PackedRows(values, shape, int(covered.max()), int(dense.max()), lengths)
 
 

@@ -24,6 +24,21 @@ def config_of(server_args: Any) -> ClusterKVConfig | None:
     return getattr(server_args, _RESOLVED, None)
 
 
+def ranks() -> int:
+    """Processes that serve beside this one on its machine, itself among them; 1 where nothing is published."""
+    from sglang.srt.runtime_context import get_server_args
+
+    try:
+        return ranks_of(get_server_args())
+    except ValueError:
+        return 1
+
+
+def ranks_of(server_args: Any) -> int:
+    """Processes that a server with this ServerArgs record has for its model."""
+    return server_args.dp_size * server_args.tp_size * server_args.pp_size
+
+
 def keep_config(server_args: Any, config: ClusterKVConfig) -> None:
     """Note on a ServerArgs record that clusterkv is its backend, with this configuration."""
     setattr(server_args, _RESOLVED, config)

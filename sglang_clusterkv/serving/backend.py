@@ -21,7 +21,8 @@ from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ConfigError
 from sglang_clusterkv.kernels.attend import dense_decode
-from sglang_clusterkv.kernels.extend.cpu import extend
+from sglang_clusterkv.kernels.extend.cpu import extend_all
+from sglang_clusterkv.kernels.extend.lists import ExtendLists, extend_lists
 from sglang_clusterkv.kernels.threads_cpu import set_threads
 from sglang_clusterkv.memory.fp8 import FP8
 from sglang_clusterkv.memory.step import DenseStep, dense_step
@@ -112,6 +113,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         self._step: DecodeStep | None = None
         self._all_dense: DenseStep | None = None
         self._extend_slots: list[torch.Tensor] = []
+        self._extend_lists: dict[tuple[bool, ...], ExtendLists] = {}
         self._extend: ExtendStep | None = None
         self._said: set[DenseReason] = set()
 
@@ -142,7 +144,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
             with self._tier_prefill.reads(forward_batch) if self._tier_prefill is not None else nullcontext():
                 self.prefill.init_forward_metadata(forward_batch)
         else:
-            self._extend = runtime.take_extend()
+            self._extend, self._extend_lists = runtime.take_extend(), {}
             table = self.req_to_token_pool.req_to_token
             lengths = forward_batch.extend_prefix_lens + forward_batch.extend_seq_lens
             self._extend_slots = [
@@ -180,26 +182,21 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         scale, of_values = layers.scales(layer, keys.dtype)
         output, recalls = self._recall(rows, keys, values, layer, k is None, scale, sinks)
-        begin = 0
-        for slots, new, recalled in zip(
-            self._extend_slots, map(int, forward_batch.extend_seq_lens_cpu), recalls, strict=True
-        ):
-            if recalled:
-                begin += new
-                continue
-            output[begin : begin + new] = extend(
-                rows[begin : begin + new],
-                keys,
-                values,
-                slots,
-                scale,
-                sliding_window=layer.sliding_window_size,
-                logit_cap=layer.logit_cap,
-                tier=self._tier(layer),
-                sinks=sinks,
-            )
-            begin += new
+        if not all(recalls):
+            lists = self._dense_lists(recalls, forward_batch)
+            extend_all(
+                rows, keys, values, lists, scale, sliding_window=layer.sliding_window_size, logit_cap=layer.logit_cap,
+                tier=self._tier(layer), sinks=sinks, output=output,
+            )  # fmt: skip
         return layers.times(output, of_values).flatten(1)
+
+    def _dense_lists(self, recalls: Sequence[bool], forward_batch: ForwardBatch) -> ExtendLists:
+        """Of the requests of a prefill that do not recall in a layer; made once for all layers in which these are the same."""
+        key = tuple(recalls)
+        if key not in self._extend_lists:
+            new = list(map(int, forward_batch.extend_seq_lens_cpu))
+            self._extend_lists[key] = extend_lists(self._extend_slots, new, [not recalled for recalled in recalls])
+        return self._extend_lists[key]
 
     def _recall(
         self,

@@ -351,15 +351,6 @@ RECALL_EXTEND_REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 
-# Rows that hold with `moving_values` "always" alone, asked with the model.
-MOVING_VALUES_REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "values that move on a GPU",
-        lambda a, m: (a.device or "cpu") != "cpu",
-        "the kernels of a GPU make and read no movement of values: leave out moving_values",
-    ),
-)
-
 
 def refusal(
     arguments: Any,
@@ -368,19 +359,17 @@ def refusal(
     host_tier: bool = False,
     trace: bool = False,
     recall_extends: bool = False,
-    moving_values: bool = False,
 ) -> str | None:
     """The sentence of the first row that applies, or None. Without a model only the arguments' rows are asked.
 
     host_tier: the configuration's `host_ratio` is above 1. trace: its `trace` is on. recall_extends: its
-    `recall_extend_tokens` is above 0. moving_values: its `moving_values` is "always".
+    `recall_extend_tokens` is above 0.
     """
     facts = model or ModelFacts(head_dim=64, v_head_dim=64)
     rows = REFUSALS if model else ARGUMENT_REFUSALS
     if model:
         rows += (HOST_TIER_REFUSALS if host_tier else ()) + (TRACE_REFUSALS if trace else ())
         rows += RECALL_EXTEND_REFUSALS if recall_extends else ()
-        rows += MOVING_VALUES_REFUSALS if moving_values else ()
     for row in rows:
         if row.applies(arguments, facts):
             return f"--attention-backend {BACKEND} cannot serve this: {row.sentence}"

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from sglang_clusterkv.serving.compat import (
     BACKEND,
     HOST_TIER_REFUSALS,
-    MOVING_VALUES_REFUSALS,
     RECALL_EXTEND_REFUSALS,
     REFUSALS,
     TRACE_REFUSALS,
@@ -112,7 +111,6 @@ def compatibility_markdown() -> str:
     host_tier = "\n".join(f"| {row.name} | {row.sentence} |" for row in HOST_TIER_REFUSALS)
     trace = "\n".join(f"| {row.name} | {row.sentence} |" for row in TRACE_REFUSALS)
     recall = "\n".join(f"| {row.name} | {row.sentence} |" for row in RECALL_EXTEND_REFUSALS)
-    moving = "\n".join(f"| {row.name} | {row.sentence} |" for row in MOVING_VALUES_REFUSALS)
     releases = "\n".join(f"| {row.version} | {row.checked} | {row.served} |" for row in RELEASES)
     beside = "\n".join(f"| {row.what} | {row.status} |" for row in BESIDE)
     return f"""# Compatibility
@@ -146,8 +144,8 @@ differs: so the cost of a release is known the day it comes.
   it brings: half of bf16's bytes, clusters as large as ever ([quality.md](quality.md#a-kv-cache-in-8-bits)). On a GPU SGLang
   prefills from it as it does without clusterkv. A host tier keeps its bytes as they are.
 - Page sizes from 2; 16 unless set. (Below 8 with a smaller `tokens_per_cluster`.)
-- CPU: kernels of our own. CUDA: prefill on FlashInfer or Triton, clustering and decode on our Triton kernels, without CUDA
-  graphs. CUDA has not been run yet.
+- CPU: kernels of our own. CUDA: prefill by SGLang's own backends ([gpu.md](gpu.md#prefill)), clustering and decode by our
+  Triton kernels, decode steps in CUDA graphs. CUDA has not been run yet.
 
 ## Flags and routes beside it
 
@@ -221,12 +219,6 @@ With `recall_extend_tokens` above 0 also this.
 | what | sentence |
 |---|---|
 {recall}
-
-With `"moving_values": "always"` also this.
-
-| what | sentence |
-|---|---|
-{moving}
 """
 
 

@@ -158,8 +158,6 @@ def _declare_defaults(server_args: Any, previous: Callable[[Any], None]) -> None
         _leave_out_graphs(server_args, Phase.DECODE, why)
     if config.trace:
         _leave_out_graphs(server_args, Phase.DECODE, "traces look at each layer of a step")
-    if config.attend_engine == "flashinfer":
-        _leave_out_graphs(server_args, Phase.DECODE, "attend_engine=flashinfer plans each step anew")
     if view.device == "cpu":  # there are none in any case
         _leave_out_graphs(server_args, Phase.DECODE, None)
 
@@ -190,7 +188,6 @@ def _resolve_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     options = {
         "host_tier": config.host_ratio > 1,
         "recall_extends": config.recall_extend_tokens > 0,
-        "moving_values": config.moving_values == "always",
     }
     if sentence := compat.refusal(view, facts, trace=config.trace, **options):
         _refuse(server_args, sentence)

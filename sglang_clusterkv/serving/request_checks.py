@@ -3,15 +3,20 @@
 One scheduler serves everybody, and a forward looks up the ids of all its requests together. So each request is checked where
 a scheduler receives it, before anything reads it: whichever process made it, and by what the model takes. What a request
 says of itself (a session, pictures, embeddings) exempts it from nothing. SGLang itself checks lengths, `logit_bias`,
-`token_ids_logprob` and the numbers for sampling; here is the rest of what is looked up by number.
+`token_ids_logprob` and the numbers for sampling; here is the rest of what is looked up by number. And what a client sends in
+place of a text or a number gets as far as here: types are those that SGLang's own records declare.
 """
 
 from __future__ import annotations
 
+import functools
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+import msgspec
 import numpy as np
 
 from sglang_clusterkv.serving import trace
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 BEHIND_PROMPT = -1  # the least `logprob_start_len`: log-probabilities of the answer alone
+_WITHIN = ("sampling_params", "session_params")  # records in a request's record
+# Fields of which SGLang takes more than it declares.
+_WIDER: dict[str, Any] = {"custom_params": dict | None, "logit_bias": dict[str | int, float | bool] | None}
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ def problem_of(request: Any, takes: Takes) -> str | None:
         return "Embeddings as input are not served with --attention-backend clusterkv: send text or token ids."
     if request.token_indices_to_pool is not None:
         return "Scores at chosen positions are not served with --attention-backend clusterkv: score whole prompts."
+    if problem := problem_of_types(request):
+        return problem
     session = getattr(request, "session_params", None)
     # SGLang puts a session's history before the ids, and looks itself whether any are left then.
     history = session is not None and session.id is not None and request.session_id is None
@@ -103,6 +113,66 @@ def problem_of(request: Any, takes: Takes) -> str | None:
         or _problem_of_start(request)
         or trace.problem_of(getattr(request, "sampling_params", None), takes.traces)
     )
+
+
+def problem_of_types(record: Any) -> str | None:
+    """What is of another type than a record of SGLang's declares, in the record and in those of `_WITHIN`; null passes.
+
+    A whole number that was sent as 16.0 or true becomes one, and what is asked for its truth becomes true or false.
+    """
+    if not isinstance(record, msgspec.Struct):
+        return None
+    for name, kind in _checked_fields(type(record)):
+        value = getattr(record, name)
+        if value is None or (said := _misfit(value, kind)) is None:
+            continue
+        if kind is bool:
+            setattr(record, name, bool(value))
+            continue
+        whole = isinstance(value, bool) or isinstance(value, float) and value.is_integer()
+        if not whole or _misfit(int(value), kind) is not None:
+            return f"{name} is of another type than it has to be: {said[:1].lower()}{said[1:]}."
+        setattr(record, name, int(value))
+    within = (problem_of_types(getattr(record, name, None)) for name in _WITHIN)
+    return next((problem for problem in within if problem is not None), None)
+
+
+def _misfit(value: Any, kind: Any) -> str | None:
+    """Why a value is not of a type; None where it is. Callers in Python may have numpy's or torch's numbers, sets and enums."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        with suppress(TypeError, msgspec.ValidationError):
+            msgspec.convert(msgspec.to_builtins(value, enc_hook=_number_of), kind)
+            return None
+        return str(error)
+    return None
+
+
+def _number_of(value: Any) -> Any:
+    """numpy's and torch's numbers and lists as Python's; raises TypeError for anything else."""
+    if isinstance(value, float):  # one of its own kind
+        return float(value)
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"{type(value).__name__} is no number")
+    return value.tolist()
+
+
+@functools.cache
+def _checked_fields(record: type[msgspec.Struct]) -> tuple[tuple[str, Any], ...]:
+    """Name and type of the fields whose type JSON has."""
+    fields = [(field.name, _WIDER.get(field.name, field.type)) for field in msgspec.structs.fields(record)]
+    return tuple((name, kind) for name, kind in fields if all(map(_is_plain, _parts(kind))))
+
+
+def _parts(kind: Any) -> list[Any]:
+    """The types that a type is put together of."""
+    inner = get_args(kind)
+    return [kind] if get_origin(kind) is Literal or not inner else [part for one in inner for part in _parts(one)]
+
+
+def _is_plain(kind: Any) -> bool:
+    return get_origin(kind) is Literal or kind in (str, int, float, bool, dict, NoneType)
 
 
 def problem_of_ids(

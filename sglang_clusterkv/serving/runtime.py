@@ -212,4 +212,4 @@ def server_info() -> dict[str, object] | None:
     if _engine is None:
         return None
     layers = {"clustered_layers": list(_engine.index.geometry.clustered_layers)}
-    return _engine.server_info() | layers | trace.held()
+    return {"config": msgspec.to_builtins(_engine.config)} | _engine.server_info() | layers | trace.held()

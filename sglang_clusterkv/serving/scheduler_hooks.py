@@ -13,13 +13,15 @@ from sglang_clusterkv.serving.platform import is_our_platform
 
 _SRT = "sglang.srt."
 _installed = False
+_ours = False  # whether the platform is our CPU platform
 
 
 def install(platform: Any) -> None:
     """Add the hooks, once per process. `platform` is SGLang's current platform. Raises ConfigError as `add_hooks`."""
-    global _installed
+    global _installed, _ours
     if _installed:
         return
+    _ours = is_our_platform(platform)
     from sglang.srt.plugins.hook_registry import HookType
 
     reporter = _SRT + "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter."
@@ -63,7 +65,7 @@ def install(platform: Any) -> None:
         (reporter + "report_decode_stats", _after_batch, HookType.AFTER),
         (reporter + "_maybe_log_idle_metrics", _after_idle, HookType.AFTER),
     ]
-    if not is_our_platform(platform):  # our own asks for pool and allocator by itself
+    if not _ours:  # our own asks for pool and allocator by itself
         name = f"{type(platform).__module__}.{type(platform).__qualname__}"
         targets.append((f"{name}.get_kv_pool_cls", _after_kv_pool_cls, HookType.AFTER))
         targets.append((f"{name}.get_paged_allocator_cls", _after_allocator_cls, HookType.AFTER))
@@ -86,7 +88,10 @@ def _before_requests(scheduler: Any, recv_reqs: list[Any]) -> tuple[tuple[Any, l
         admission.ask_again(scheduler)
     if not recv_reqs:
         return None
+    if _ours:
+        from sglang_clusterkv.serving import cpu_weights
 
+        cpu_weights.requests_came(recv_reqs)
     return (scheduler, request_checks.admit(scheduler, recv_reqs)), {}
 
 
@@ -126,7 +131,12 @@ def _after_internal_state(result: Any, controller: Any, *args: Any, **kwargs: An
     if active.active_config() is not None:
         from sglang_clusterkv.serving import metrics, runtime
 
-        result.internal_state["clusterkv"] = runtime.server_info()
+        info = runtime.server_info()
+        if _ours:
+            from sglang_clusterkv.serving import cpu_weights
+
+            info = (info or {}) | {"unknown_requests": dict(cpu_weights.unknown)}
+        result.internal_state["clusterkv"] = info
         metrics.refresh(controller.scheduler.metrics_reporter)
 
 

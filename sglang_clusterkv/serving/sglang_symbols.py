@@ -3,6 +3,7 @@
 `sglang_differences.check` compares this table with the installed SGLang. Nothing of SGLang is imported here.
 """
 
+from sglang_clusterkv.serving.sglang_decoder_symbols import DECODER
 from sglang_clusterkv.serving.sglang_gpu_symbols import PREFILL
 from sglang_clusterkv.serving.sglang_graph_symbols import DECODE_GRAPHS
 from sglang_clusterkv.serving.sglang_request_symbols import REQUESTS
@@ -77,6 +78,17 @@ PLATFORM = (
     Symbol("platforms.interface.SRTPlatform.post_load_model", "products of a loaded model", "self model"),
     Symbol("layers.quantization.unquant.UnquantizedLinearMethod.apply", "likewise", "self layer x bias"),
     Symbol("layers.quantization.unquant.UnquantizedEmbeddingMethod.apply", "logits", "self layer x bias"),
+    Symbol(
+        "layers.quantization.base_config.QuantizeMethodBase.process_weights_after_loading",
+        "copies of weights may be read again",
+        "self layer",
+    ),
+    Symbol(
+        "layers.quantization.base_config.QuantizeMethodBase.restore_weights_before_loading",
+        "they may not",
+        "self layer",
+        since="0.5.23",
+    ),
     Symbol("layers.logits_processor.should_apply_lm_head_quant_method", "whether it is asked", "lm_head quant_method"),
     Symbol("layers.layernorm.RMSNorm.register_oot_forward", "likewise", "op_cls fn platform_key"),
     Symbol(
@@ -379,4 +391,5 @@ SYMBOLS = (
     + BACKEND
     + PREFILL
     + DECODE_GRAPHS
+    + DECODER
 )

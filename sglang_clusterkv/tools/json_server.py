@@ -27,16 +27,18 @@ class Advice(NamedTuple):
     """What a command's user can change.
 
     Attributes:
-        kind: what its --base-url must be.
+        kind: what the server must be.
         shorter: how a prompt gets shorter.
         fewer: how requests get fewer.
         request: what may be wrong with a request.
+        option: the one that has the server's address.
     """
 
     kind: str
     shorter: str
     fewer: str
     request: str
+    option: str = "--base-url"
 
 
 class JsonServer:
@@ -76,12 +78,13 @@ class JsonServer:
                     f"no answer from {url} within {self._timeout_s:g} s: pass a longer --timeout or {advice.shorter}"
                 ) from error
             raise ServerError(
-                f"no server answers at {url} ({reason}): start one (`make serve`), or pass its address with --base-url"
+                f"no server answers at {url} ({reason}): start one (`make serve`), or pass its address with "
+                f"{advice.option}"
             ) from error
         try:
             return json.loads(text)
         except ValueError as error:
-            raise ServerError(f"{url} did not answer with JSON: --base-url must be {advice.kind}") from error
+            raise ServerError(f"{url} did not answer with JSON: {advice.option} must be {advice.kind}") from error
 
     def _refusal(self, url: str, status: int, text: str) -> ServerError:
         """The error for a reply with a 4xx or 5xx status."""
@@ -99,7 +102,7 @@ class JsonServer:
             return ServerError(f"{url} refused the key ({message}): pass one with --api-key")
         if status == 404:
             return ServerError(
-                f"{url} was not found ({message}): --base-url must be {advice.kind}; check {advice.request}"
+                f"{url} was not found ({message}): {advice.option} must be {advice.kind}; check {advice.request}"
             )
         if status == 429:
             return ServerError(f"{url} wants fewer requests ({message}): wait, or {advice.fewer}")

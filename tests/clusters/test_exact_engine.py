@@ -533,7 +533,7 @@ def check_step(placed: Placed, row: int, layer: int, head: int, q: np.ndarray, s
     if options.refine:
         of_candidate = cluster_of[s.candidate]
         logits = ex.candidate_logits(q, scale, placed.rotation, clusters.centroid[of_candidate], y[s.candidate])
-        value = ex.group_mass(logits, s.total)
+        value = ex.largest_mass(logits, s.total)
         within("value", np.abs(s.value - value), 2 * rounding * value + UNDERFLOW)
         best = ex.recall(ex.f64(s.value), s.candidate, options.budget_tokens)
     np.testing.assert_array_equal(np.sort(s.recalled), np.sort(s.candidate[best]))
@@ -545,15 +545,17 @@ def check_step(placed: Placed, row: int, layer: int, head: int, q: np.ndarray, s
     check_part("attend", s.exact, exact, rounding, value_size)
     parts, shipped, tied = [exact], [s.exact], 0.0
     if options.estimate:
-        est = ex.estimate_logits(q, scale, clusters, s.left, options.estimate_spread)
+        est, coded = ex.estimate_logits(q, scale, clusters, s.left, options.estimate_spread), None
         if options.refine and options.estimate_codes:
             rest = ~np.isin(s.candidate, s.recalled)
+            coded = np.unique(of_candidate[rest])
             est = ex.estimate_by_codes(
                 est, s.left, logits[:, rest], of_candidate[rest], s.total, spreads, options.code_bits
             )
         own = ex.own_value_clusters(s.estimate_mass, s.left, options.estimate_clusters)
         estimated = ex.softmax_output(est, ex.estimate_values(clusters, own))
-        moved = ex.moved(q, scale, clusters, est, options.estimate_spread)
+        weight = ex.movement_weights(clusters, options.estimate_spread, coded)
+        moved = ex.moved(q, scale, clusters, est, weight)
         estimated = (estimated[0] + moved, estimated[1])
         value_size = max(value_size, np.abs(moved).max())
         tied = tied_estimates(clusters, est, ex.or_none(s.estimate_mass * s.left), own, rounding)
@@ -572,7 +574,7 @@ def check_step(placed: Placed, row: int, layer: int, head: int, q: np.ndarray, s
         if options.refine:
             out = ~np.isin(s.candidate, s.recalled)
             with np.errstate(divide="ignore"):
-                masses = np.log(ex.or_none(ex.group_mass(logits, whole.total)))
+                masses = np.log(ex.or_none(ex.largest_mass(logits, whole.total)))
             within("chosen tokens", best_left_out(masses, ~out, out), 4 * rounding)
         expected = ex.merge(*zip(*parts, strict=True))
     within("output", np.abs(s.output - expected), OUTPUT * np.abs(expected).max() + tied)

@@ -150,7 +150,7 @@ def test_a_host_tier_is_read_for_what_was_recalled_alone() -> None:
     given = {}
     for tiers in (None, Tiers.of(200, 4, 256, 6)):
         config = msgspec.structs.replace(CONFIG, host_ratio=1.0 if tiers is None else 4.0)
-        world = World(config, pages=200, tiers=tiers)
+        world = World(config, pages=200, tiers=tiers, kv_heads=2, head_dim=32)
         first = world.submit(stream(0, 700))
         while first.left:
             world.extend((first, min(256, first.left)))

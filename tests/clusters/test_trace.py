@@ -398,6 +398,7 @@ def traced_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TracedWorld
 
     def traced_world(*arguments: Any, **options: Any) -> TracedWorld:
         options |= {"checks": False, "graphs": 0}  # test_machine.py has the rules; traced steps are in no graph
+        options |= {"head_dim": 32}  # kernels for it are compiled anyway
         world = TracedWorld(*(arguments or (SMALL,)), **options)
         worlds.append(world)
         return world

@@ -7,6 +7,7 @@ place in a batch, or a segment's length makes Triton compile a kernel after it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from sglang_clusterkv.clusters.warmup import compile_kernels
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend.cpu import dense_kernel
 from sglang_clusterkv.kernels.decode.chain_cpu import chain_kernel
-from sglang_clusterkv.kernels.extend.cpu import prefix_kernel
+from sglang_clusterkv.kernels.extend.cpu import extend_kernel
 from sglang_clusterkv.kernels.vectors_cpu import FLOAT32, INT4
 
 MOST_AT_START, MOST_OF_LONG_CONTEXTS = 32, 36  # kernels
@@ -49,25 +50,27 @@ def test_what_a_trace_needs_is_compiled_where_traces_are_kept() -> None:
         assert step.called is kept and segment.called is kept
 
 
-@pytest.mark.parametrize("host_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("host_dtype", ["auto", pytest.param("int8", marks=pytest.mark.long)])
 def test_what_reads_a_host_tier_is_compiled_for_it(host_dtype: str) -> None:
-    """Each format has types of its own, which numba compiles for."""
+    """Each format has types of its own, which numba compiles for; of the tiny model's kernels `make warm` has done so."""
     of_bits = {"auto": "float32", "int8": "int8"}[host_dtype]
+    for kernel_of in (chain_kernel, dense_kernel, extend_kernel):
+        kernel_of.cache_clear()  # other tests of this process have read tiers
     compile_kernels(
         ClusterKVConfig(),
         "cpu",
         page_size=16,
         kv_heads=2,
-        group=3,
-        head_dim=64,
+        group=2,
+        head_dim=32,
         dtype=torch.float32,
         context_tokens=8192,
         host_dtype=host_dtype,
     )
     for kernel in (
-        chain_kernel(64, 3, INT4, 2, FLOAT32),
-        dense_kernel(64, 3, FLOAT32),
-        prefix_kernel(64, FLOAT32),
+        chain_kernel(32, 2, INT4, 2, FLOAT32),
+        dense_kernel(32, 2, FLOAT32),
+        extend_kernel(32, FLOAT32),
     ):
         seen = [str(argument) for signature in kernel.signatures for argument in signature]
         assert any(f"TierArrays(array(int64, 1d, C), array({of_bits}," in argument for argument in seen), seen
@@ -85,3 +88,20 @@ def test_triton_compiles_nothing_after_the_warm_up() -> None:
     first, *_, longest = found["at_start"]
     # A start waits for them, some two seconds of a core each: docs/gpu.md has how many.
     assert 15 < first <= MOST_AT_START and first + longest <= MOST_OF_LONG_CONTEXTS
+
+
+def test_the_warm_up_says_what_it_is_and_passes_for_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        compile_kernels(
+            ClusterKVConfig(),
+            "cpu",
+            page_size=16,
+            kv_heads=2,
+            group=3,
+            head_dim=64,
+            dtype=torch.float32,
+            context_tokens=8192,
+        )
+    first, *others = [record.message for record in caplog.records]
+    assert "runs each kernel once" in first
+    assert not any("request warm-up" in message for message in others), others

@@ -62,21 +62,21 @@ def shares(scene: Scene, step: object, q: torch.Tensor, layer: int) -> np.ndarra
 @pytest.mark.parametrize("chain", [cpu, reference])
 def test_a_layers_mass_is_the_share_read_exactly(chain: object, fields: dict[str, object]) -> None:
     scene, step = scene_and_step(**fields)
-    q = scene.queries(3, 6)
+    q = scene.queries(3, 4)
     assert not scene.index.mass.any(), "prefill and lists add nothing"
     for layer in (1, 1, 0):
         chain.sparse_decode(q, scene.keys[layer], scene.values[layer], scene.index, layer, step, SCALE)
-    expected = [shares(scene, step, q.unflatten(1, (2, 3)), layer) for layer in range(2)]
+    expected = [shares(scene, step, q.unflatten(1, (2, 2)), layer) for layer in range(2)]
     assert 0.05 < expected[0].mean() < 0.95, "a scene whose answer is 0 or 1 would show nothing"
     np.testing.assert_allclose(scene.index.mass[:, 0], [expected[0].sum(), 2 * expected[1].sum()], rtol=1e-5)
-    assert scene.index.mass[:, 1].tolist() == [3 * 2 * 3, 2 * 3 * 2 * 3]
+    assert scene.index.mass[:, 1].tolist() == [3 * 2 * 2, 2 * 3 * 2 * 2]
 
 
 def test_a_larger_budget_recalls_more_mass() -> None:
     means = []
     for budget in (16, 64, 200):
         scene, step = scene_and_step(budget_tokens=budget, candidate_tokens=256)
-        cpu.sparse_decode(scene.queries(3, 6), scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
+        cpu.sparse_decode(scene.queries(3, 4), scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
         means.append(mean_by_group(scene.index.mass.numpy())["0"])
     assert 0 < means[0] < means[1] < means[2] < 1
 
@@ -122,6 +122,6 @@ def test_the_mean_of_a_group_weighs_what_was_decoded() -> None:
 def test_server_info_has_the_means() -> None:
     scene, step = scene_and_step()
     assert scene.engine.server_info()["recalled_mass"] == {}
-    cpu.sparse_decode(scene.queries(3, 6), scene.keys[1], scene.values[1], scene.index, 1, step, SCALE)
+    cpu.sparse_decode(scene.queries(3, 4), scene.keys[1], scene.values[1], scene.index, 1, step, SCALE)
     assert scene.engine.server_info()["recalled_mass"] == mean_by_group(scene.index.mass.numpy())
     assert list(scene.engine.server_info()["recalled_mass"]) == ["1"]

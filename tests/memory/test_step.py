@@ -39,8 +39,8 @@ def table_of(rows: int, page_size: int) -> torch.Tensor:
     return (pages.repeat_interleave(page_size, 1) * page_size + torch.arange(page_size).repeat(per_row)).int()
 
 
-def step_of(batch: list[Sequence], table: torch.Tensor, page_size: int, spare: int):
-    """The step, from borders padded by `spare` more segments than any row has."""
+def borders_of(batch: list[Sequence], spare: int) -> RowBorders:
+    """Padded by `spare` more segments than any row has."""
     most = max(len(sequence.segments) for sequence in batch) + spare
     begin, end = np.full((2, len(batch), most), np.iinfo(np.int32).max, np.int32)
     covered = np.full((len(batch), most + 1), 12345, np.int32)
@@ -49,7 +49,7 @@ def step_of(batch: list[Sequence], table: torch.Tensor, page_size: int, spare: i
         begin[b, :count] = [s[0] for s in sequence.segments]
         end[b, :count] = [s[1] for s in sequence.segments]
         covered[b, : count + 1] = np.cumsum([0, *(e - s for s, e in sequence.segments)])
-    borders = RowBorders(
+    return RowBorders(
         np.array([s.row for s in batch]),
         np.array([s.length for s in batch]),
         np.array([len(s.segments) for s in batch]),
@@ -57,11 +57,10 @@ def step_of(batch: list[Sequence], table: torch.Tensor, page_size: int, spare: i
         end,
         covered,
     )
-    return sparse_step(borders, table, page_size)
 
 
 def assert_lists(batch: list[Sequence], table: torch.Tensor, page_size: int, *, spare: int = 0) -> None:
-    step = step_of(batch, table, page_size, spare)
+    step = sparse_step(borders_of(batch, spare), table, page_size)
     assert step.batch == len(batch)
     assert step.recallable_tokens == max(sum(e - b for b, e in s.segments) for s in batch)
     for i, (row, length, segments) in enumerate(batch):
@@ -78,6 +77,19 @@ def assert_lists(batch: list[Sequence], table: torch.Tensor, page_size: int, *, 
         assert int(step.segment_count[i]) == len(segments)
         assert step.segment_begin[i, : len(segments)].tolist() == begins
         assert step.base_slots[i, :attended].tolist() == base and not step.base_slots[i, attended:].any()
+
+
+def random_batch(generator: random.Random, page_size: int) -> list[Sequence]:
+    """Up to six requests, of six rows."""
+    batch = []
+    for row in generator.sample(range(6), generator.randint(1, 6)):
+        at, segments = generator.choice([0, 1, 1, 3]), []
+        while not segments or (generator.random() < 0.7 and at + 4 <= CONTEXT // page_size):
+            end = min(at + generator.randint(4, 12), CONTEXT // page_size)
+            segments.append((at * page_size, end * page_size))
+            at = end + generator.choice([0, 0, 1, 2, 7])
+        batch.append(Sequence(row, generator.randint(segments[-1][1], CONTEXT), segments))
+    return batch
 
 
 @pytest.mark.parametrize("spare", [0, 3])
@@ -100,15 +112,7 @@ def test_lists_of_random_batches(page_size: int) -> None:
     generator = random.Random(page_size)
     table = table_of(6, page_size)
     for _ in range(60):
-        batch = []
-        for row in generator.sample(range(6), generator.randint(1, 6)):
-            at, segments = generator.choice([0, 1, 1, 3]), []
-            while not segments or (generator.random() < 0.7 and at + 4 <= CONTEXT // page_size):
-                end = min(at + generator.randint(4, 12), CONTEXT // page_size)
-                segments.append((at * page_size, end * page_size))
-                at = end + generator.choice([0, 0, 1, 2, 7])
-            batch.append(Sequence(row, generator.randint(segments[-1][1], CONTEXT), segments))
-        assert_lists(batch, table, page_size, spare=generator.randint(0, 2))
+        assert_lists(random_batch(generator, page_size), table, page_size, spare=generator.randint(0, 2))
 
 
 @given(st.data())

@@ -20,7 +20,6 @@ from sglang_clusterkv.memory import movement
 from sglang_clusterkv.serving import active, compat, plugin
 from sglang_clusterkv.serving.compat import (
     HOST_TIER_REFUSALS,
-    MOVING_VALUES_REFUSALS,
     RECALL_EXTEND_REFUSALS,
     REFUSALS,
     TRACE_REFUSALS,
@@ -201,23 +200,19 @@ def test_recalled_extends_are_refused_on_a_gpu():
     assert compat.refusal(SimpleNamespace(**SERVED), MODEL, recall_extends=True) is None
 
 
-def test_values_move_on_a_cpu_alone():
-    changed = SimpleNamespace(**SERVED | {"device": "cuda"})
-    said = compat.refusal(changed, MODEL, moving_values=True)
-    assert said == f"--attention-backend clusterkv cannot serve this: {MOVING_VALUES_REFUSALS[0].sentence}"
-    assert compat.refusal(changed, MODEL) is None
-    assert compat.refusal(SimpleNamespace(**SERVED), MODEL, moving_values=True) is None
+def test_values_move_on_a_cpu_unless_set():
     for device, expected in (("cpu", "always"), ("cuda", "never")):
         assert movement.resolve(ClusterKVConfig(), device).moving_values == expected
-        never = ClusterKVConfig(moving_values="never")
-        assert movement.resolve(never, device) == never
+        for said in ("always", "never"):
+            named = ClusterKVConfig(moving_values=said)
+            assert movement.resolve(named, device) == named
 
 
 def test_every_row_has_a_case_and_says_what_to_do():
     assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
     assert {name for name, *_ in HOST_TIER_CASES} == {row.name for row in HOST_TIER_REFUSALS}
     assert [row.name for row in TRACE_REFUSALS] == ["traces and tensor parallelism"]
-    for row in (*REFUSALS, *HOST_TIER_REFUSALS, *TRACE_REFUSALS, *RECALL_EXTEND_REFUSALS, *MOVING_VALUES_REFUSALS):
+    for row in (*REFUSALS, *HOST_TIER_REFUSALS, *TRACE_REFUSALS, *RECALL_EXTEND_REFUSALS):
         assert any(word in row.sentence for word in ("leave", "use ", "unset", "pass ", "change ")), row.name
 
 

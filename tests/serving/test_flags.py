@@ -5,18 +5,21 @@ serve. The requests are tokenized in two processes, which load no plugins.
 
 Red when: the guard lets an id beyond the limit through on any way into the scheduler, or refuses one below it; a refusal
 touches what else runs; a flag or a route of docs/compatibility.md ends in an error; a session, a pause or an update of
-weights changes an answer; anything is left over.
+weights changes an answer; decode steps read other weights than prefills; anything is left over.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.servers import Server, serve
 from tests.support import lowered_plugin, plugins
@@ -36,8 +39,26 @@ SENTENCE = f"Token id {HIGH} is outside the model's vocabulary: use ids from 0 t
 GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 
 
+def in_bf16(checkpoint: Path, folder: Path, noise: float) -> Path:
+    """A copy of a checkpoint, still in float32: its weights, moved by so much of themselves, rounded to bf16."""
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in weights.items():
+        moved = weight * (1 + noise * torch.randn(weight.shape, generator=generator))
+        weights[name] = moved.bfloat16().float()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="module")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def checkpoint(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of which decode steps read copies in half the bytes."""
+    return in_bf16(tiny, tmp_path_factory.mktemp("checkpoint") / "one", 0)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("flags")
     environment = plugins.install(folder, lowered_plugin) | {
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
@@ -45,7 +66,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     }
     arguments = ["--chunked-prefill-size", str(CHUNK), "--max-total-tokens", str(POOL), ASLEEP, *FLAGS]
     log = folder / "server.log"
-    with serve(tiny, log, *arguments, config=CONFIG, environment=environment) as running:
+    with serve(checkpoint, log, *arguments, config=CONFIG, environment=environment) as running:
         yield running
 
 
@@ -193,13 +214,39 @@ def test_a_pause_changes_no_answer(server: Server, mode: str) -> None:
     assert running.result() == expected
 
 
-def test_an_update_of_weights_forgets_what_was_clustered(server: Server, tiny: Path, expected: list[int]) -> None:
+def test_an_update_of_weights_forgets_what_was_clustered(server: Server, checkpoint: Path, expected: list[int]) -> None:
     generated(server, low(1))
     before = server.counts()
-    assert answered(server, "/update_weights_from_disk", {"model_path": str(tiny)})["success"]
+    assert answered(server, "/update_weights_from_disk", {"model_path": str(checkpoint)})["success"]
     assert generated(server, low(1)) == expected
     after = server.counts()
     assert grew(before, after, "tokens_clustered") > 800 and grew(before, after, "tokens_reused") == 0
+
+
+def decoded_and_prefilled(server: Server) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Tokens of an answer, with their log-probabilities as decode steps find them and as a prefill of them does."""
+    ids = low(50, 40)
+    server.flush()
+    body = {"input_ids": ids, "sampling_params": GREEDY | {"max_new_tokens": 12}, "return_logprob": True}
+    answer = answered(server, "/generate", body)
+    decoded = [value for value, *_ in answer["meta_info"]["output_token_logprobs"]]
+    server.flush()
+    body |= {"input_ids": [*ids, *answer["output_ids"]], "logprob_start_len": len(ids) - 1}
+    found = answered(server, "/generate", body)["meta_info"]["input_token_logprobs"]
+    return answer["output_ids"], torch.tensor(decoded), torch.tensor([value for value, *_ in found[-12:]])
+
+
+def test_decode_steps_read_the_weights_that_prefills_read(server: Server, checkpoint: Path, tmp_path: Path) -> None:
+    assert "from copies in bf16" in server.log.read_text()
+    first, decoded, prefilled = decoded_and_prefilled(server)
+    torch.testing.assert_close(decoded, prefilled, rtol=0, atol=1e-3)
+    other = in_bf16(checkpoint, tmp_path / "other", 0.3)
+    assert answered(server, "/update_weights_from_disk", {"model_path": str(other)})["success"]
+    second, decoded, prefilled = decoded_and_prefilled(server)
+    torch.testing.assert_close(decoded, prefilled, rtol=0, atol=1e-3)
+    assert second != first
+    assert answered(server, "/update_weights_from_disk", {"model_path": str(checkpoint)})["success"]
+    assert decoded_and_prefilled(server)[0] == first
 
 
 def test_priorities_are_kept(server: Server, expected: list[int]) -> None:

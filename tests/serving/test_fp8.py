@@ -40,7 +40,7 @@ def in_float32(factor: float) -> Served:
 
 def extended(made: Served) -> torch.Tensor:
     """A prefill of three new tokens of the first request, [3, heads, D]."""
-    made.backend._extend_slots, made.backend._extend = [made.scene.slots(1, 500)], None
+    made.backend._extend_slots, made.backend._extend, made.backend._extend_lists = [made.scene.slots(1, 500)], None, {}
     q = made.q[:1].repeat(3, 1, 1) * torch.arange(1, 4).view(3, 1, 1)
     batch: Any = SimpleNamespace(extend_seq_lens_cpu=[3])
     output = made.backend.forward_extend(q.flatten(1), q, q, made.layers[1], batch, save_kv_cache=False)

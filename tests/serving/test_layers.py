@@ -71,6 +71,7 @@ def test_the_pool_is_sized_by_what_it_allocates(monkeypatch: pytest.MonkeyPatch)
     pool = object.__new__(ClusterKVPool)
     pool.size, pool.page_size, pool.layer_num, pool.head_num, pool.head_dim = 7 * 16, 16, 3, 2, 32
     pool.config, pool.device = ClusterKVConfig(), "cpu"
+    pool.k_buffer, pool.v_buffer = [], []
     monkeypatch.setattr(MHATokenToKVPool, "_create_buffers", lambda self: None)
     pool._create_buffers()
     index = pool.cluster_index

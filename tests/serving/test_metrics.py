@@ -113,7 +113,8 @@ def expected(info: dict[str, Any]) -> Samples:
     info = dict(info)
     found = {("clusters", ""): info.pop("clusters"), ("bytes", ""): info.pop("bytes")}
     found["running_reqs", ""] = info.pop("running")
-    info.pop("clustered_layers", None)  # which, not how many
+    for name in ("clustered_layers", "config"):  # which, not how many
+        info.pop(name, None)
     for name in ("recalled_mass", "build_ms"):
         del info[name]
     found |= {(f"{name}_total", label): 0 for name, labels in metrics.SHOWN.items() for label in labels}

@@ -4,17 +4,22 @@ The model of these tests is made up: its vocabulary is 50 to 99, so that ids bel
 serves.
 
 Red when: an id at either end of the vocabulary is refused or one beyond it is not, something that a request says of itself
-exempts it, one request of a batch is refused with the others, a refusal does not say what to do or reaches nobody, or a
-check that fails lets a request in or ends the scheduler.
+exempts it, a field's type is not looked at, one request of a batch is refused with the others, a refusal does not say what to
+do or reaches nobody, a check that fails lets a request in or ends the scheduler, or what SGLang takes from callers in Python is
+refused or changed.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from enum import StrEnum
+from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
@@ -28,7 +33,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.serving import active, request_checks, scheduler_hooks
-from sglang_clusterkv.serving.request_checks import Takes, problem_of, problem_of_ids, takes_of
+from sglang_clusterkv.serving.request_checks import Takes, problem_of, problem_of_ids, problem_of_types, takes_of
 
 TAKES = Takes(range(50, 100), range(50, 100), frozenset({120}))
 OUTSIDE = "Token id 100 is outside the model's vocabulary: use ids from 50 to 99."
@@ -213,10 +218,115 @@ def test_the_others_of_a_batch_go_on_and_the_refused_are_answered(made_by: Calla
     assert scheduler.answers == [("b", reason(OUTSIDE), "ipc")] * 3
 
 
+class Within(msgspec.Struct):
+    """A record in a record."""
+
+    depth: int = 0
+
+
+class Made(msgspec.Struct):
+    """A record of a few types."""
+
+    text: str | None = None
+    number: int = 0
+    share: float = 1.0
+    numbers: list[int] | None = None
+    said: Literal["a", "b"] | bool = False
+    flag: bool = False
+    logit_bias: dict[str, float] | None = None
+    custom_params: dict[str, str] | None = None
+    sent: PositionalEmbeds | None = None
+    sampling_params: Any = None
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"text": ["a"]}, "text is of another type than it has to be: expected `str | null`, got `array`."),
+        ({"text": 5.0}, "text is of another type than it has to be: expected `str | null`, got `float`."),
+        ({"number": "5"}, "number is of another type than it has to be: expected `int`, got `str`."),
+        ({"number": 5.5}, "number is of another type than it has to be: expected `int`, got `float`."),
+        ({"numbers": [1, "2"]}, "numbers is of another type than it has to be: expected `int`, got `str` - at `$[1]`."),
+        ({"said": "c"}, "said is of another type than it has to be: invalid enum value 'c'."),
+        (
+            {"custom_params": 5},
+            "custom_params is of another type than it has to be: expected `object | null`, got `int`.",
+        ),
+        (
+            {"sampling_params": Within(depth="5")},
+            "depth is of another type than it has to be: expected `int`, got `str`.",
+        ),
+    ],
+)
+def test_what_is_of_another_type_than_a_record_declares_is_named(fields: dict[str, Any], said: str) -> None:
+    assert problem_of_types(Made(**fields)) == said
+
+
+def test_what_a_record_declares_passes_and_so_does_what_sglang_takes_besides() -> None:
+    """Whatever is asked for its truth, null, ids as keys, any parameters, what is of no type of JSON."""
+    made = Made(
+        text="a", number=16.0, share=1, numbers=None, said="a", flag=5, logit_bias={5: 1, "6": 0.5},
+        custom_params={"a": [object()]}, sent=object(), sampling_params=SamplingParams(n=2, stop_token_ids=[5, None]),
+    )  # fmt: skip
+    assert problem_of_types(made) is None and made.flag is True and (made.number, type(made.number)) == (16, int)
+    assert problem_of_types(SimpleNamespace(text=[])) is None
+    assert problem_of_types(request([55], session_params=SessionParams(id="s", offset=-3))) is None
+
+
+class Choice(StrEnum):
+    """A text of its own kind."""
+
+    A = "a"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"number": np.int64(5)},
+        {"number": HTTPStatus.OK},
+        {"number": torch.tensor(5)},
+        {"share": np.float32(0.5)},
+        {"share": np.float64(0.5)},
+        {"share": 1},
+        {"flag": np.bool_(False)},
+        {"numbers": (1, np.int32(2))},
+        {"numbers": np.arange(3)},
+        {"numbers": {5}},
+        {"text": Choice.A},
+        {"text": np.str_("a")},
+        {"logit_bias": {np.int64(5): np.float32(1), "6": True}},
+    ],
+)
+def test_what_callers_in_python_have_reaches_sglang_as_it_is(fields: dict[str, Any]) -> None:
+    made = Made(**fields)
+    assert problem_of_types(made) is None
+    assert all(getattr(made, name) is value for name, value in fields.items())
+
+
+def test_true_is_a_number_where_one_is_asked_for() -> None:
+    made = Made(number=True, share=False)
+    assert problem_of_types(made) is None and [made.number, made.share] == [1, 0]
+    assert not isinstance(made.number, bool) and not isinstance(made.share, bool)
+
+
+def test_sampling_parameters_of_a_library_call_pass() -> None:
+    sampling = SamplingParams(max_new_tokens=np.int64(16), temperature=np.float32(0.5), ignore_eos=np.bool_(True))
+    sampling.normalize(None)
+    assert problem_of_types(request([55], sampling_params=sampling)) is None
+
+
 @pytest.mark.usefixtures("lowered")
-def test_a_request_that_cannot_be_checked_is_refused() -> None:
+def test_a_request_of_other_types_is_refused() -> None:
     scheduler = Scheduler()
     assert request_checks.admit(scheduler, [request([55], top_logprobs_num="many")]) == []
+    (answer,) = scheduler.answers
+    assert answer[1]["message"].startswith("top_logprobs_num is of another type")
+
+
+def test_a_request_that_cannot_be_checked_is_refused() -> None:
+    scheduler = Scheduler()
+    del scheduler.model_config
+    assert request_checks.admit(scheduler, [request([55])]) == []
     (answer,) = scheduler.answers
     assert answer[1]["message"].startswith("The request cannot be checked: ")
 

@@ -11,6 +11,7 @@ see other borders than one alone, or leave what a later one clusters again; anyt
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -201,6 +202,27 @@ def test_an_abort_between_two_chunks(server: Server) -> None:
     request.result()
     answer = server.generate(ids, 8)
     assert answer["output_ids"] == expected
+
+
+def test_a_server_that_sleeps_is_awake_for_whatever_comes(server: Server) -> None:
+    """It looks up once a second (SGLang's --sleep-on-idle); what comes wakes it, and sessions time out."""
+    opened = requests.post(f"{server.url}/open_session", json={"capacity_of_str_len": 4000, "timeout": 1.0}, timeout=60)
+    session = opened.json()
+    answer = server.generate(prompt(71), 2, session_params={"id": session})
+    assert len(answer["output_ids"]) == 2
+    took = []
+    for path in ("health_generate", "server_info") * 2:
+        time.sleep(0.3)
+        begin = time.perf_counter()
+        assert requests.get(f"{server.url}/{path}", timeout=60).status_code == 200
+        took.append(time.perf_counter() - begin)
+    assert sorted(took)[1] < 0.4, took  # it would have slept for .7 s more
+    assert requests.post(f"{server.url}/abort_request", json={"rid": "nobody"}, timeout=60).status_code == 200
+    until = time.monotonic() + 10
+    while f"Session {session} timed out" not in server.log.read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert f"Session {session} timed out" in server.log.read_text()
+    assert server.counts()["unknown_requests"] == {}
 
 
 def test_the_log_tells_of_no_error(server: Server, log_begin: int) -> None:

@@ -8,6 +8,7 @@ anything is left over when all is done.
 from __future__ import annotations
 
 import contextlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def grew(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
 def test_the_start_says_what_it_costs(server: Server) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "the index takes" in line]
     assert len(lines) == 1 and '"budget_tokens":128' in lines[0] and "% of the KV" in lines[0], lines
+    # So does whoever asks later, by the same names.
+    config = server.counts()["config"]
+    assert json.dumps(config, separators=(",", ":")) in lines[0], config
 
 
 def test_a_trace_is_refused_where_none_is_kept(server: Server) -> None:

@@ -46,10 +46,13 @@ class Server(JsonServer):
         base_url: with or without /v1.
         api_key: sent as a bearer token.
         timeout_s: per request.
+        option: that the address was given with, for what is said of it.
     """
 
-    def __init__(self, base_url: str, api_key: str = "EMPTY", timeout_s: float = 600) -> None:
-        super().__init__(base_url, api_key, timeout_s, _ADVICE)
+    def __init__(
+        self, base_url: str, api_key: str = "EMPTY", timeout_s: float = 600, option: str = "--base-url"
+    ) -> None:
+        super().__init__(base_url, api_key, timeout_s, _ADVICE._replace(option=option))
 
     def model(self) -> str:
         """The name of the served model."""
@@ -113,7 +116,7 @@ class Server(JsonServer):
                 reply = reply[name]
         except (KeyError, IndexError, TypeError) as error:
             raise ExplainError(
-                f"{self.url} answered without {path[-1]}: --base-url and --compare must be SGLang servers"
+                f"{self.url} answered without {path[-1]}: {self.advice.option} must be a SGLang server"
             ) from error
         return reply
 

@@ -36,6 +36,7 @@ class Architecture:
         arguments: of sgl.Engine that it needs.
         outcome: "works", "refused" or "not startable".
         config_only: nothing makes weights for it: it is refused, or ends, before they are read.
+        taken: its decoder layers run by kernels of ours in a decode step (serving/cpu_decoder.py).
         own_config: the class of its configuration, which checkpoints bring as code, for Transformers does not know it; `tiny`
             names its weights.
     """
@@ -54,6 +55,7 @@ class Architecture:
     arguments: dict[str, Any] = field(default_factory=dict)
     outcome: str = "works"
     config_only: bool = False
+    taken: bool = False
     own_config: str = ""
 
     @property
@@ -83,11 +85,13 @@ ARCHITECTURES = (
     Architecture(
         "Llama 3.1, 3.2, 3.3", "LlamaForCausalLM", "llama", 128, "rope scaled by wavelength",
         {"head_dim": 128, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE, "rms_norm_eps": 1e-5},
+        taken=True,
     ),
     Architecture(
         "Falcon 3", "LlamaForCausalLM", "llama", 256, "",
         {"head_dim": 256, "rope_theta": 1000042.0, "rms_norm_eps": 1e-6},
-        kv_heads=1,  # as Gemma 3, for which the same kernels are compiled
+        heads=2, kv_heads=1,  # as Gemma 3, for which the same kernels are compiled
+        taken=True,
     ),
     Architecture(
         "Qwen 2.5", "Qwen2ForCausalLM", "qwen2", 128, "biases of queries, keys and values",
@@ -95,6 +99,7 @@ ARCHITECTURES = (
             "rope_theta": 1e6, "rms_norm_eps": 1e-6, "use_sliding_window": False, "sliding_window": 131072,
             "max_window_layers": 28,
         },
+        taken=True,
     ),
     Architecture(
         "Qwen 3", "Qwen3ForCausalLM", "qwen3", 128, "norms of queries and keys; tied embeddings",
@@ -102,6 +107,7 @@ ARCHITECTURES = (
             "head_dim": 128, "hidden_size": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "attention_bias": False,
             "tie_word_embeddings": True,
         },
+        taken=True,
     ),
     *(
         Architecture(
@@ -121,6 +127,7 @@ ARCHITECTURES = (
     Architecture(
         "Mistral 7B v0.3, Nemo, Small", "MistralForCausalLM", "mistral", 128, "",
         {"head_dim": 128, "hidden_size": 320, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None},
+        taken=True,
     ),
     Architecture(
         "Mixtral", "MixtralForCausalLM", "mixtral", 128, "",
@@ -136,10 +143,12 @@ ARCHITECTURES = (
             "max_position_embeddings": 4096,
         },
         kv_heads=4,
+        taken=True,
     ),
     Architecture(
         "Phi-4", "Phi3ForCausalLM", "phi3", 128, "",
         {"rope_theta": 25e4, "rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 16384},
+        taken=True,
     ),
     Architecture(
         "Gemma 3 (text)", "Gemma3ForCausalLM", "gemma3_text", 256, "five of six layers slide; norms of queries and keys",
@@ -148,7 +157,7 @@ ARCHITECTURES = (
             "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
             "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
         },
-        layers=6, kv_heads=1, recalls=(5,), dense=frozenset({"sliding"}),
+        layers=6, heads=2, kv_heads=1, recalls=(5,), dense=frozenset({"sliding"}),
     ),
     Architecture(
         "Gemma 2", "Gemma2ForCausalLM", "gemma2", 256, "every layer caps its logits",
@@ -170,7 +179,7 @@ ARCHITECTURES = (
                 "original_max_position_embeddings": 4096,
             },
         },
-        recalls=(1,), dense=frozenset({"sliding"}),
+        heads=6, recalls=(1,), dense=frozenset({"sliding"}),  # of a group of three, as the demo model
         arguments={"disable_hybrid_swa_memory": True, "moe_runner_backend": "triton"},
     ),
     Architecture(

@@ -15,8 +15,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from tests.serving.matrix import tiny
@@ -56,8 +57,8 @@ class Served:
             time.sleep(0.2)
         return counts
 
-    def generate(self, ids: list[int], tokens: int, **fields: Any) -> dict[str, Any]:
-        """A greedy answer with the log-probabilities of its tokens."""
+    def generate(self, ids: Any, tokens: int, **fields: Any) -> Any:
+        """A greedy answer with the log-probabilities of its tokens; of a list of prompts a list, decoded together."""
         sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
         return self.engine.generate(input_ids=ids, sampling_params=sampling, return_logprob=True, **fields)
 
@@ -83,6 +84,7 @@ def ask(served: Served) -> dict[str, Any]:
     after_long = served.counts()
     served.generate(prompt(2, LONG)[:SHARED] + prompt(3, 200), 2)
     end = served.counts()
+    served.generate([prompt(2, LONG), prompt(4, SHORT)], 4)
     return {
         "short_off": short,
         "long_off": long,
@@ -99,39 +101,50 @@ def ask(served: Served) -> dict[str, Any]:
     }
 
 
-def serve(architecture: Architecture, folder: Path, tp_size: int) -> dict[str, Any]:
+class Asked(NamedTuple):
+    """What is done to an engine, and how it is started beside what the architecture needs."""
+
+    ask: Callable[[Served], dict[str, Any]] = ask
+    arguments: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+
+
+def serve(architecture: Architecture, folder: Path, asked: Asked) -> dict[str, Any]:
     """Make the model, start the engine, ask; or why that ended."""
     import sglang as sgl
 
     from sglang_clusterkv.config import ConfigError
+    from tests.support import twice
 
     model = folder / "model"
     tiny.make(architecture, model)
+    twice.watch(folder / "twice")
+    arguments: dict[str, Any] = {
+        "model_path": str(model), "attention_backend": "clusterkv", "device": "cpu", "dtype": "float32",
+        "max_total_tokens": 2048, "max_running_requests": 2, "chunked_prefill_size": 512, "skip_tokenizer_init": True,
+        "random_seed": 1, "sleep_on_idle": True,
+    }  # fmt: skip
     try:
-        engine = sgl.Engine(
-            model_path=str(model), attention_backend="clusterkv", device="cpu", dtype="float32", max_total_tokens=2048,
-            max_running_requests=2, chunked_prefill_size=512, skip_tokenizer_init=True, random_seed=1,
-            sleep_on_idle=True, tp_size=tp_size, **architecture.arguments,
-        )  # fmt: skip
+        engine = sgl.Engine(**(arguments | architecture.arguments | asked.arguments))
     except ConfigError as error:
         return {"outcome": "refused", "reason": str(error)}
     try:
-        return {"outcome": "works"} | ask(Served(engine))
+        return {"outcome": "works"} | asked.ask(Served(engine)) | {"twice": twice.told(folder / "twice")}
     finally:
         engine.shutdown()
 
 
-def _fork(architecture: Architecture, folder: Path, tp_size: int) -> None:
+def _fork(architecture: Architecture, folder: Path, asked: Asked) -> None:
     """What a fork does; never returns."""
     os.setsid()
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ["SGLANG_CLUSTERKV_CONFIG"] = json.dumps(CONFIG)
+    os.environ["SGLANG_CLUSTERKV_CONFIG"] = json.dumps(CONFIG | asked.config)
     code = 1
     try:
         with patch.object(multiprocessing, "set_start_method", lambda *_, **__: None):
-            result = serve(architecture, folder, tp_size)
+            result = serve(architecture, folder, asked)
         (folder / "result.json").write_text(json.dumps(result))
         code = 0
     except BaseException:
@@ -142,12 +155,12 @@ def _fork(architecture: Architecture, folder: Path, tp_size: int) -> None:
         os._exit(code)
 
 
-def run(architecture: Architecture, folder: Path, tp_size: int = 1) -> dict[str, Any]:
+def run(architecture: Architecture, folder: Path, asked: Asked | None = None) -> dict[str, Any]:
     """Serve one architecture in a fork of this process; its result, `reason` being the first error where it ended."""
     folder.mkdir(parents=True)
     child = os.fork()
     if child == 0:
-        _fork(architecture, folder, tp_size)
+        _fork(architecture, folder, asked or Asked())
     ends = time.monotonic() + TIMEOUT_S
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         if time.monotonic() > ends:
@@ -188,6 +201,7 @@ def imports() -> None:
     import transformers  # noqa: F401
 
     from sglang_clusterkv.serving import backend, sglang_differences  # noqa: F401
+    from tests.support import twice  # noqa: F401
 
     sglang_differences.check()  # it remembers what it read of SGLang's source
 
@@ -201,7 +215,7 @@ def main() -> None:
     for number, name in enumerate(sys.argv[2:]):
         name, _, ranks = name.partition("@")
         begin = time.monotonic()
-        result = run(BY_NAME[name], folder / str(number), int(ranks or 1))
+        result = run(BY_NAME[name], folder / str(number), Asked(arguments={"tp_size": int(ranks or 1)}))
         result["took_s"] = round(time.monotonic() - begin, 1)
         print(json.dumps({"name": name} | result), flush=True)
 

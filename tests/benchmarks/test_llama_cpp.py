@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from benchmarks.peers import llama_cpp
-from benchmarks.peers.llama_cpp import PeerError, bench_command, build, measure, program, table, token_ms
+from benchmarks.peers.llama_cpp import PeerError, bench_command, build, measure, program, table, times
+from sglang_clusterkv.tools.demo_model import QWEN
 
 
-def line(tokens: int, batch: int, seconds: float) -> str:
-    return json.dumps({"pp": tokens, "tg": 32, "pl": batch, "t_tg": seconds, "t_pp": 99.0, "speed_tg": 1.0})
+def line(tokens: int, batch: int, seconds: float, prefill: float = 99.0) -> str:
+    return json.dumps({"pp": tokens, "tg": 32, "pl": batch, "t_tg": seconds, "t_pp": prefill, "speed_tg": 1.0})
 
 
 def test_the_prompt_is_shared_and_everything_fits() -> None:
@@ -31,8 +32,8 @@ def test_the_prompt_is_shared_and_everything_fits() -> None:
 
 
 def test_a_steps_time_is_that_of_its_decoding() -> None:
-    output = f"main: loaded\n{line(100, 1, 0.32)}\n{line(7700, 8, 16)}\n"
-    assert token_ms(output) == {(100, 1): 10, (7700, 8): 500}
+    output = f"main: loaded\n{line(100, 1, 0.32)}\n{line(7700, 1, 3.2, 21.0)}\n{line(7700, 8, 16, 20.5)}\n"
+    assert times(output) == {"100 x 1": 10, "prefill 100": 99, "7700 x 1": 100, "7700 x 8": 500, "prefill 7700": 20.5}
 
 
 def test_the_best_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,23 +48,25 @@ def test_the_best_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 0, f"{line(100, 1, took)}\n{line(7700, 1, 10 * took)}\n", "")
 
     monkeypatch.setattr(llama_cpp, "program", lambda name: Path(name))
-    monkeypatch.setattr(llama_cpp, "demo_gguf", lambda weights: Path(f"{weights}.gguf"))
+    monkeypatch.setattr(llama_cpp, "demo_gguf", lambda weights, source: Path(f"{source.name}.{weights}.gguf"))
     monkeypatch.setattr(subprocess, "run", run)
-    args = argparse.Namespace(weights=["F32", "BF16"], kv=["f16", "q8_0"], tokens=[100, 7700], batch=[1], rounds=2)
-    best = measure(args)
+    args = argparse.Namespace(
+        weights=["F32", "BF16"], kv=["f16", "q8_0"], tokens=[100, 7700], batch=[1], rounds=2, model=QWEN.name
+    )
+    best, prefills = measure(args), {"prefill 100": 99, "prefill 7700": 99}
     assert best == {
-        "F32 f16": {"100 x 1": 10, "7700 x 1": 100},
-        "F32 q8_0": {"100 x 1": 30, "7700 x 1": 300},
-        "BF16 f16": {"100 x 1": 100, "7700 x 1": 1000},
-        "BF16 q8_0": {"100 x 1": 200, "7700 x 1": 2000},
+        "F32 f16": prefills | {"100 x 1": 10, "7700 x 1": 100},
+        "F32 q8_0": prefills | {"100 x 1": 30, "7700 x 1": 300},
+        "BF16 f16": prefills | {"100 x 1": 100, "7700 x 1": 1000},
+        "BF16 q8_0": prefills | {"100 x 1": 200, "7700 x 1": 2000},
     }
-    assert models == ["F32.gguf", "F32.gguf", "BF16.gguf", "BF16.gguf"] * 2
+    assert models == [f"{QWEN.name}.{weights}.gguf" for weights in ("F32", "F32", "BF16", "BF16")] * 2
     seconds["f16"], seconds["q8_0"] = iter([1.0]), iter([1.0])
     with pytest.raises(PeerError, match="measured no 100 x 2"):
         measure(argparse.Namespace(**vars(args) | {"batch": [1, 2], "rounds": 1}))
     assert table(best, args.tokens, args.batch).splitlines()[2:4] == [
-        "| F32 | f16 | 1 | 10.0 | 100.0 | 90.0 |",
-        "| F32 | q8_0 | 1 | 30.0 | 300.0 | 270.0 |",
+        "| F32 | f16 | 1 | 10.0 | 100.0 | 90.0 | 99.0 |",
+        "| F32 | q8_0 | 1 | 30.0 | 300.0 | 270.0 | 99.0 |",
     ]
 
 

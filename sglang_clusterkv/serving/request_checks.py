@@ -71,7 +71,7 @@ def _admitted(scheduler: Any, request: Any) -> bool:
     if not isinstance(request, TokenizedGenerateReqInput | TokenizedEmbeddingReqInput):
         return True
     try:
-        problem = problem_of(request, takes_of(scheduler))
+        problem = problem_of(request, takes_of(scheduler)) or _problem_of_session(request, scheduler)
     except Exception as error:  # one that cannot be checked is not let in either
         problem = f"The request cannot be checked: {error}."
     if problem is not None:
@@ -211,6 +211,28 @@ def _problem_of_start(request: Any) -> str | None:
     if not getattr(request, "return_logprob", False) or start is None or start >= BEHIND_PROMPT:
         return None
     return f"logprob_start_len is {start}: use {BEHIND_PROMPT} or more."
+
+
+def _problem_of_session(request: Any, scheduler: Any) -> str | None:
+    """What is wrong with a request that replaces others of its session; SGLang forgets them by their ids, one by one."""
+    params = getattr(request, "session_params", None)
+    if params is None or params.id is None or request.session_id is not None or not params.replace:
+        return None
+    if params.rid is None:
+        return "The request replaces another one of its session: name that one by its rid, or open another session."
+    session = scheduler.session_controller.get(params.id)
+    if session is None or params.rid not in session.req_nodes:
+        return None
+    behind = list(_ids_behind(session.req_nodes[params.rid]))
+    if len(set(behind)) == len(behind) and session.req_nodes.keys() >= set(behind):
+        return None
+    return f"Requests behind {params.rid} had ids that others of the session have: open another session."
+
+
+def _ids_behind(node: Any) -> Iterable[str]:
+    for child in node.children:
+        yield child.req.rid
+        yield from _ids_behind(child)
 
 
 def _outside(what: str, ids: set[int], vocabulary: range) -> str:

@@ -24,7 +24,9 @@ REQUESTS = (
         before="0.5.23",
     ),
     Symbol(
-        "managers.scheduler.Scheduler", "the model's facts", attributes="model_config tp_worker process_input_requests"
+        "managers.scheduler.Scheduler",
+        "the model's facts",
+        attributes="model_config tp_worker process_input_requests session_controller",
     ),
     Symbol("managers.io_struct.AbortReq", "answers a refused request", attributes="rid finished_reason"),
     Symbol(
@@ -40,7 +42,10 @@ REQUESTS = (
     ),
     Symbol("managers.io_struct.BatchTokenizedGenerateReqInput", "several requests in one", attributes="batch"),
     Symbol("managers.io_struct.BatchTokenizedEmbeddingReqInput", "several requests in one", attributes="batch"),
-    Symbol("managers.io_struct.SessionParams", "whether history comes first", attributes="id"),
+    Symbol("managers.io_struct.SessionParams", "what comes first, what is replaced", attributes="id rid replace"),
+    Symbol("session.session_controller.SessionController", "sessions by their ids", attributes="get"),
+    Symbol("session.session_controller.Session", "requests of a session by their ids", attributes="req_nodes"),
+    Symbol("session.session_controller.SessionReqNode", "requests behind another", attributes="req children"),
     Symbol("sampling.sampling_params.SamplingParams", "what is checked", attributes="min_new_tokens stop_token_ids"),
     Symbol("configs.model_config.ModelConfig", "its tokens", attributes="vocab_size hf_text_config is_multimodal"),
     Symbol("lora.lora_manager.LoRAManager", "tokens of adapters", attributes="lora_added_tokens_size"),

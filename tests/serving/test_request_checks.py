@@ -30,6 +30,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.session.session_controller import Session, SessionController, SessionReqNode
 
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.serving import active, request_checks, scheduler_hooks
@@ -70,6 +71,7 @@ class Scheduler:
         )
         adapters = None if added is None else SimpleNamespace(lora_added_tokens_size=added)
         self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=adapters))
+        self.session_controller = SessionController(tree_cache=None)  # type: ignore[arg-type]
         self.answers: list[tuple[str, Any, str | None]] = []
 
     def send_abort_output(self, abort: Any, sender: Any) -> None:
@@ -198,6 +200,37 @@ def test_tokens_that_an_adapter_brings_pass() -> None:
 def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_checks, "takes_of", lambda scheduler: TAKES)
     monkeypatch.setattr(active, "active_config", ClusterKVConfig)
+
+
+def replacing(rid: str | None, **fields: Any) -> TokenizedGenerateReqInput:
+    return request([55], session_params=SessionParams(id="s", rid=rid, replace=True), **fields)
+
+
+@pytest.mark.usefixtures("lowered")
+def test_what_replaces_a_request_of_a_session_names_it() -> None:
+    scheduler = Scheduler()
+    assert request_checks.admit(scheduler, [replacing(None)]) == []
+    ((_, said, _),) = scheduler.answers
+    assert said["message"].startswith("The request replaces another one of its session: name that one by its rid")
+    others = [request([55], session_params=SessionParams(id="s")), replacing("a"), replacing(None, session_id="t")]
+    assert request_checks.admit(scheduler, others) == others
+
+
+@pytest.mark.usefixtures("lowered")
+@pytest.mark.parametrize(("ids", "served"), [("bcd", True), ("bcb", False), ("bcx", False)])
+def test_what_is_replaced_is_forgotten_by_ids_that_nobody_else_has(ids: str, served: bool) -> None:
+    """x: whose id another one had that is forgotten."""
+    scheduler = Scheduler()
+    session = scheduler.session_controller.sessions["s"] = Session(0, "s")
+    first = SessionReqNode(SimpleNamespace(rid="a"))  # type: ignore[arg-type]
+    last = first
+    for rid in ids:
+        last = SessionReqNode(SimpleNamespace(rid=rid), last)  # type: ignore[arg-type]
+        session.req_nodes |= {rid: last} if rid != "x" else {}
+    session.req_nodes["a"] = first
+    assert len(request_checks.admit(scheduler, [replacing("a"), replacing("nobody"), request([55])])) == 2 + served
+    said = [reason["message"].startswith("Requests behind a had ids") for _, reason, _ in scheduler.answers]
+    assert said == ([] if served else [True])
 
 
 def reason(message: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ BESIDE: tuple[Beside, ...] = (
     Beside(
         "`host_ratio` above 1 on a GPU, `--tp-size` beside it",
         f"{_READ}; its seams are tested with stand-ins (tests/serving/test_host_tier_cuda.py), its kernels in Triton's "
-        "interpreter. Prefill CUDA graphs are off with it",
+        "interpreter. CUDA graphs are off with it",
     ),
     Beside(
         "`--enable-hierarchical-cache`",

@@ -20,7 +20,13 @@ from sglang_clusterkv.kernels.step_time import dense_us, layer_time, least_us
 from sglang_clusterkv.memory.device import metadata_bytes_per_token
 from sglang_clusterkv.memory.fp8 import FP8
 from sglang_clusterkv.memory.host import host_row_bytes
-from sglang_clusterkv.serving.compat import BACKEND, HOST_TIER_REFUSALS, MODEL_REFUSALS
+from sglang_clusterkv.serving.compat import (
+    BACKEND,
+    HOST_TIER_REFUSALS,
+    MODEL_REFUSALS,
+    RECALL_EXTEND_REFUSALS,
+    TRACE_REFUSALS,
+)
 from sglang_clusterkv.tools.plan.checkpoint import Checkpoint, PlanError
 from sglang_clusterkv.tools.plan.devices import REACHED
 
@@ -132,10 +138,12 @@ def _ratio(mine: float | None, theirs: float | None) -> float | None:
     return mine / theirs if mine and theirs else None
 
 
-def refusal(model: Checkpoint, config: ClusterKVConfig, *, on_cpu: bool) -> str | None:
-    """The sentence with which a start would end, as far as the model's configuration tells it."""
-    arguments = SimpleNamespace(is_embedding=False, device="cpu" if on_cpu else "cuda")
-    for row in MODEL_REFUSALS:
+def refusal(model: Checkpoint, config: ClusterKVConfig, tp: int, *, on_cpu: bool) -> str | None:
+    """The sentence with which a start would end, as far as the model's configuration and ours tell it."""
+    arguments = SimpleNamespace(is_embedding=False, device="cpu" if on_cpu else "cuda", tp_size=tp)
+    rows = MODEL_REFUSALS + (TRACE_REFUSALS if config.trace else ())
+    rows += RECALL_EXTEND_REFUSALS if config.recall_extend_tokens else ()
+    for row in rows:
         if row.applies(arguments, model.facts):
             return f"--attention-backend {BACKEND} cannot serve this: {row.sentence}"
     if model.sliding_layers == model.layers:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> str:
     if args.dtype != "auto":
         model = model._replace(dtype=args.dtype)
     config = fit_defaults(load_config(args.clusterkv_config, os.environ), args.page_size)
-    if sentence := refusal(model, config, on_cpu=gpu is None):
+    if sentence := refusal(model, config, args.tp, on_cpu=gpu is None):
         raise PlanError(sentence)
     validate(config, args.page_size, model.head_dim, model.layers)
     if model.most_tokens is not None and args.context > model.most_tokens:

@@ -281,6 +281,11 @@ def test_refused_in_one_sentence(
         (["--weights-gb", "500"], "do not fit"),
         (["--weights-gb", "16", "--tp", "3"], "does not divide"),
         (["--weights-gb", "16", "--clusterkv-config", '{"budget": 1}'], "did you mean"),
+        (
+            ["--weights-gb", "16", "--clusterkv-config", '{"recall_extend_tokens": 1024}'],
+            "leave out recall_extend_tokens",
+        ),
+        (["--weights-gb", "16", "--tp", "2", "--clusterkv-config", '{"trace": true}'], "leave out --tp-size or trace"),
         ([], "pass --weights-gb"),
     ],
 )

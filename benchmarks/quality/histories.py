@@ -39,9 +39,10 @@ from sglang_clusterkv.clusters.decoding import DecodeStep
 from sglang_clusterkv.clusters.planning import merging
 from sglang_clusterkv.clusters.planning.borders import Borders
 from sglang_clusterkv.config import ClusterKVConfig
+from sglang_clusterkv.kernels.lists.reference import sparse_step
 from sglang_clusterkv.memory.device import Geometry
 from sglang_clusterkv.memory.index import UNCLUSTERED, ClusterIndex
-from sglang_clusterkv.memory.step import DenseStep, RowBorders, SparseStep, dense_step, sparse_step
+from sglang_clusterkv.memory.step import DenseStep, RowBorders, SparseStep, dense_step
 from sglang_clusterkv.tools.demo_model import default_out
 from tests.support.tiny_model import tiny_model
 from tests.support.world import PAGE, Pieces, Request, World

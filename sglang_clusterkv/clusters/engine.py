@@ -33,7 +33,7 @@ from sglang_clusterkv.config import checks_indices
 from sglang_clusterkv.kernels.checks import IndexChecks
 from sglang_clusterkv.kernels.decode import sparse_decode
 from sglang_clusterkv.memory.index import OUT_OF_RANGE, ClusterIndex
-from sglang_clusterkv.memory.mass import mean_by_group
+from sglang_clusterkv.memory.recalled_mass import mean_by_group
 from sglang_clusterkv.memory.tier import Tier
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sglang_clusterkv.memory.mass import mean_by_group
+from sglang_clusterkv.memory.recalled_mass import mean_by_group
 from sglang_clusterkv.memory.step import ListShape
 from sglang_clusterkv.serving.ranks import OTHER_RANK
 from sglang_clusterkv.serving.tier_metrics import PREFIX, TierSeries

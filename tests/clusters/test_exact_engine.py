@@ -26,6 +26,7 @@ from sglang_clusterkv.kernels.decode import cpu, reference
 from sglang_clusterkv.kernels.encode import reference as encode_reference
 from sglang_clusterkv.kernels.estimate.reference import estimate
 from sglang_clusterkv.kernels.kmeans import reference as kmeans_reference
+from sglang_clusterkv.kernels.lists.reference import sparse_step
 from sglang_clusterkv.kernels.merge.reference import merge
 from sglang_clusterkv.kernels.movement import reference as movement_reference
 from sglang_clusterkv.kernels.refine.reference import candidate_logits, candidate_scores, recall_all, refine
@@ -34,7 +35,7 @@ from sglang_clusterkv.kernels.select.reference import select
 from sglang_clusterkv.memory import movement as moved_values
 from sglang_clusterkv.memory.codec import RowCodec, rows_at
 from sglang_clusterkv.memory.rotation import rotation_signs
-from sglang_clusterkv.memory.step import RowBorders, SparseStep, sparse_step
+from sglang_clusterkv.memory.step import RowBorders, SparseStep
 from sglang_clusterkv.tools import demo_model
 from tests.support import exactly as ex
 from tests.support.captured import Captured, capture

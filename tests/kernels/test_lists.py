@@ -1,4 +1,4 @@
-"""A CPU's lists of a step are those of `memory.step.sparse_step`.
+"""A CPU's lists of a step are those of `kernels.lists.reference.sparse_step`.
 
 Red when: one of them differs, in a number, its shape or its type; or a wrong border reaches compiled code.
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang_clusterkv.kernels.lists.cpu import make
-from sglang_clusterkv.memory.step import sparse_step
+from sglang_clusterkv.kernels.lists.reference import sparse_step
 from tests.memory.test_step import borders_of, random_batch, table_of
 
 

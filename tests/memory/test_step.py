@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_clusterkv.clusters.rows import Row, RowTables, Segment
+from sglang_clusterkv.kernels.lists.reference import sparse_step
 from sglang_clusterkv.memory.sharing import shared_segments
-from sglang_clusterkv.memory.step import RowBorders, dense_step, sparse_step
+from sglang_clusterkv.memory.step import RowBorders, dense_step
 
 CONTEXT = 800
 

@@ -22,7 +22,8 @@ from sglang_clusterkv.clusters import decoding
 from sglang_clusterkv.clusters.rows import DenseReason
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
 from sglang_clusterkv.kernels.lists import triton as lists_triton
-from sglang_clusterkv.memory.step import first_requests, sparse_step
+from sglang_clusterkv.kernels.lists.reference import sparse_step
+from sglang_clusterkv.memory.step import first_requests
 from sglang_clusterkv.serving import active, runtime, scheduler_hooks
 from sglang_clusterkv.serving.backend import ClusterKVAttnBackend
 from tests.support.scenes import Scene

@@ -28,7 +28,7 @@ from sglang_clusterkv.clusters import engine as engine_module
 from sglang_clusterkv.clusters.stream import ForwardStream
 from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.decode import sparse_decode
-from sglang_clusterkv.memory.mass import mean_by_group
+from sglang_clusterkv.memory.recalled_mass import mean_by_group
 from sglang_clusterkv.memory.tier import Tier
 from sglang_clusterkv.serving import active, metrics, runtime, scheduler_hooks
 from sglang_clusterkv.serving.metrics import Exporter

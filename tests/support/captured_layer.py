@@ -15,8 +15,9 @@ from sglang_clusterkv.config import ClusterKVConfig
 from sglang_clusterkv.kernels.attend import reference as attend_reference
 from sglang_clusterkv.kernels.decode import reference
 from sglang_clusterkv.kernels.decode.triton import TritonDecoder, decoder_of, sparse_decode
+from sglang_clusterkv.kernels.lists.reference import sparse_step
 from sglang_clusterkv.memory.index import ClusterIndex
-from sglang_clusterkv.memory.step import SparseStep, dense_step, first_requests, sparse_step
+from sglang_clusterkv.memory.step import SparseStep, dense_step, first_requests
 from tests.support.filled import SCALE
 from tests.support.graph import Graph, poison_flashinfer, poison_lists, poison_workspace
 from tests.support.scenes import PAGE, Scene

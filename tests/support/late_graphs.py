@@ -18,7 +18,8 @@ import torch
 
 from sglang_clusterkv.clusters import decoding
 from sglang_clusterkv.clusters.decoding import DecodeStep
-from sglang_clusterkv.memory.step import PACKED, DenseStep, SparseStep, dense_step, sparse_step
+from sglang_clusterkv.kernels.lists.reference import sparse_step
+from sglang_clusterkv.memory.step import PACKED, DenseStep, SparseStep, dense_step
 
 if TYPE_CHECKING:
     from sglang_clusterkv.clusters.engine import ClusterEngine

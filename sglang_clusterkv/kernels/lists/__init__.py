@@ -1,4 +1,4 @@
 """The lists of a decode step: on a GPU by one launch from one packed copy, on a CPU in one pass.
 
-`memory.step.sparse_step` is the definition.
+`reference.sparse_step` is the definition.
 """

@@ -40,7 +40,7 @@ def _list(
 
 
 def make(borders: RowBorders, req_to_token: torch.Tensor, page_size: int) -> SparseStep:
-    """See `memory.step.sparse_step`.
+    """See `reference.sparse_step`.
 
     Raises:
         IndexError: a segment ends behind its request.

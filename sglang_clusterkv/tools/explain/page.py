@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sglang_clusterkv.memory.mass import layer_groups
+from sglang_clusterkv.memory.recalled_mass import layer_groups
 from sglang_clusterkv.tools.explain.packed import (
     MAP_PER_OCTAVE,
     Trace,

@@ -1,4 +1,5 @@
-"""A GPU's lists of a step are those of `memory.step.sparse_step`, for any mixture of requests, wherever they are written.
+"""A GPU's lists of a step are those of `kernels.lists.reference.sparse_step`, for any mixture of requests, wherever they are
+written.
 
 Red when: a program finds another segment than the definition, reads a slot of another row or position, a list or a count of a
 request that is dense or padding is another one, or what an earlier step left shows in a later one.
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from sglang_clusterkv.kernels.lists import triton as lists_triton
-from sglang_clusterkv.memory.step import ListShape, RowBorders, SparseStep, empty_lists, pack_rows, sparse_step
+from sglang_clusterkv.kernels.lists.reference import sparse_step
+from sglang_clusterkv.memory.step import ListShape, RowBorders, SparseStep, empty_lists, pack_rows
 
 PAGE, CONTEXT, ROWS, PER_PAGE, TILE = 16, 800, 6, 2, 8
 NEVER = np.iinfo(np.int32).max

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sglang_clusterkv.memory.mass import layer_groups
+from sglang_clusterkv.memory.recalled_mass import layer_groups
 from tests.serving.matrix import crowds, page, serving
 from tests.serving.matrix.architectures import BY_NAME, ON_TWO_RANKS, Architecture
 

@@ -19,7 +19,7 @@ from sglang_clusterkv.kernels.merge.reference import note_mass
 from sglang_clusterkv.kernels.refine.reference import recall_all, refine
 from sglang_clusterkv.kernels.score.reference import score
 from sglang_clusterkv.kernels.select.reference import select
-from sglang_clusterkv.memory.mass import layer_groups, mean_by_group
+from sglang_clusterkv.memory.recalled_mass import layer_groups, mean_by_group
 from tests.support.exactly import exact_logits, f64, log_sum_exp
 from tests.support.scenes import Scene
 

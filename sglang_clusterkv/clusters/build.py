@@ -25,7 +25,7 @@ SCRATCH_BYTES = 128 << 20  # of one call for several segments on a GPU; a segmen
 
 
 class SegmentTables(NamedTuple):
-    """What is stored of one segment, before encoding. N = heads (of several layers), M = tokens, C = clusters."""
+    """What is stored of one segment, before it is written. N = heads (of several layers), M = tokens, C = clusters."""
 
     labels: torch.Tensor  # int64 [N, M]
     members: torch.Tensor  # int64 [N, M], offsets sorted by cluster, ascending inside
@@ -224,8 +224,7 @@ def _write_movement(
     values: list[torch.Tensor],
     found: Clustering,
 ) -> None:
-    """Movement of segments from their labels, in torch: a segment alone, some layers at a time, so that no sum of one depends
-    on another and scratch is little.
+    """Movement of segments from their labels, in torch: a segment alone, so that no sum of one depends on another.
 
     Args:
         index: the index to write.

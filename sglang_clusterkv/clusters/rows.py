@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_NEVER = np.iinfo(np.int32).max
+NEVER = int(np.iinfo(np.int32).max)  # a position that no token has
 _COLUMNS = 16  # at first
-NEVER = int(_NEVER)
 
 
 class Segment(NamedTuple):
@@ -111,12 +110,12 @@ class RowTables:
         self.window_tokens = window_tokens
         self.known = np.zeros(rows, bool)
         self.dirty = np.zeros(rows, bool)
-        self.begin = np.full((rows, _COLUMNS), _NEVER, np.int32)
-        self.end = np.full((rows, _COLUMNS), _NEVER, np.int32)
+        self.begin = np.full((rows, _COLUMNS), NEVER, np.int32)
+        self.end = np.full((rows, _COLUMNS), NEVER, np.int32)
         self.covered = np.zeros((rows, _COLUMNS + 1), np.int32)  # tokens of the first i segments
         self.ids = np.full((rows, _COLUMNS), -1, np.int32)
         self.waits_from = np.zeros(rows, np.int32)
-        self.exact = np.full(rows, _NEVER, np.int32)  # tokens before the first whose KV follows a sparse step
+        self.exact = np.full(rows, NEVER, np.int32)  # tokens before the first whose KV follows a sparse step
         self.look_from = np.zeros(rows, np.int64)  # launch from which a row may be looked at, after a fault
 
     def write(self, row: Row) -> None:
@@ -128,8 +127,8 @@ class RowTables:
         self.known[row.row] = True
         self.dirty[row.row] = row.dirty
         self.waits_from[row.row] = row.waits_from
-        self.begin[row.row] = _NEVER
-        self.end[row.row] = _NEVER
+        self.begin[row.row] = NEVER
+        self.end[row.row] = NEVER
         self.begin[row.row, :count] = borders[:, 0]
         self.end[row.row, :count] = borders[:, 1]
         self.ids[row.row, :count] = [segment.id for segment in row.segments]
@@ -140,8 +139,8 @@ class RowTables:
     def _widen(self) -> None:
         """Twice the columns."""
         more = ((0, 0), (0, self.begin.shape[1]))
-        self.begin = np.pad(self.begin, more, constant_values=_NEVER)
-        self.end = np.pad(self.end, more, constant_values=_NEVER)
+        self.begin = np.pad(self.begin, more, constant_values=NEVER)
+        self.end = np.pad(self.end, more, constant_values=NEVER)
         self.covered = np.pad(self.covered, more)
         self.ids = np.pad(self.ids, more, constant_values=-1)
 
@@ -149,13 +148,13 @@ class RowTables:
         """All rows were freed."""
         self.known[:] = False
         self.look_from[:] = 0
-        self.exact[:] = _NEVER
+        self.exact[:] = NEVER
 
     def drop(self, row: int) -> None:
         """The row was freed."""
         self.known[row] = False
         self.look_from[row] = 0
-        self.exact[row] = _NEVER
+        self.exact[row] = NEVER
 
     def recallable(self, rows: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
         """How many leading segments of each row end before the window, int64 [B]: the others are attended whole."""

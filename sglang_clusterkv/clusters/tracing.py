@@ -141,7 +141,7 @@ class RequestTracing(Tracing):
             output = decode(q, keys, values, index, layer, step, scale, **more)
             if step is self._lists and self._looks is not None:
                 try:
-                    self._look(self._looks, q, keys, layer, step, scale, tier)
+                    self._look(self._looks, q, keys, layer, scale, tier)
                 except Exception as error:
                     self._give_up(error)
             return output
@@ -233,15 +233,12 @@ class RequestTracing(Tracing):
         q: torch.Tensor,
         keys: torch.Tensor,
         layer: int,
-        step: SparseStep,
         scale: float,
         tier: TierLayer | None,
     ) -> None:
         """Note what the layer that just ran read; q [B, heads, D], keys [slots, H, D]."""
         grouped = q.unflatten(1, (keys.shape[1], -1))
-        looks.look(
-            partial(last_read, self._index, grouped.shape[2], keys.dtype, step), grouped, keys, layer, scale, tier
-        )
+        looks.look(partial(last_read, self._index, grouped.shape[2], keys.dtype), grouped, keys, layer, scale, tier)
         page_size = self._index.geometry.page_size
         for request in self._watched:
             if request.trace.bounds is not None:

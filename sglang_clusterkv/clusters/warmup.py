@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 import torch
 
-from sglang_clusterkv.clusters.engine import ClusterEngine, Extend
+from sglang_clusterkv.clusters.engine import ClusterEngine
 from sglang_clusterkv.clusters.handed_out import HandedOut
+from sglang_clusterkv.clusters.rows import Extend
 from sglang_clusterkv.clusters.trace import Trace, document
 from sglang_clusterkv.config import MIN_SEGMENT_PAGES, ClusterKVConfig
 from sglang_clusterkv.kernels.attend import dense_decode

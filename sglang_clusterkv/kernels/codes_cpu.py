@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from sglang_clusterkv.kernels.cpu_math import FAST, larger, part
 from sglang_clusterkv.kernels.levels_cpu import DIGITS, MOST, Sums, digits_of, joined, number_of, transposed
-from sglang_clusterkv.kernels.llvm_cpu import BYTE, WORD, Build, Loop, constants, levels_type
+from sglang_clusterkv.kernels.llvm_cpu import BYTE, WORD, Build, Loop, constants, levels_type, target_features
 from sglang_clusterkv.memory.codec import INNER_LEVEL, OUTER_LEVEL, SLICES
 
 _INNER, _OUTER = 3, 10  # steps
@@ -35,8 +34,7 @@ PIECES = 4  # of a row, at most
 def serves(code_bits: int, channels: int) -> bool:
     """Whether codes of so many bits have products in integers on numba's target, which is not always this machine."""
     assert abs(INNER_LEVEL / _STEP - _INNER) < 1e-6
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    known = "+avx512vnni" in features and "+avx512bw" in features
+    known = {"avx512vnni", "avx512bw"} <= target_features()
     return known and code_bits == 2 and channels % _CHANNELS == 0 and channels <= PIECES * _CHANNELS
 
 

@@ -1,4 +1,4 @@
-"""What the CPU kernels inline: bf16 bits to float32, packed bits, an exponential and products that vectorise."""
+"""What the CPU kernels inline (bf16 bits to float32, an exponential, a logarithm), and `njit`, which makes them all."""
 
 from __future__ import annotations
 
@@ -281,52 +281,6 @@ def fast_log(x: Any) -> Any:
     p = p * r + np.float32(-5.0000065986e-01)
     p = p * r + np.float32(9.9999999373e-01)
     return n * np.float32(0.6931471805599453) + p * r
-
-
-@njit(inline="always")
-def dot_group(q: Any, row: Any, group: int, channels: int, out: Any) -> None:
-    """out[g] = q[g] . row for every query head of the group.
-
-    Heads are taken four, three, two at a time, so that a row's load serves several and their sums overlap; `group` and
-    `channels` are constants to the compiler, which drops the branches that do not apply.
-    """
-    done = 0
-    while group - done >= 4 and group - done != 5:
-        a, b, c, e = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-        for d in range(channels):
-            x = row[d]
-            a += q[done, d] * x
-            b += q[done + 1, d] * x
-            c += q[done + 2, d] * x
-            e += q[done + 3, d] * x
-        out[done], out[done + 1], out[done + 2], out[done + 3] = a, b, c, e
-        done += 4
-    while group - done >= 3:
-        a, b, c = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-        for d in range(channels):
-            x = row[d]
-            a += q[done, d] * x
-            b += q[done + 1, d] * x
-            c += q[done + 2, d] * x
-        out[done], out[done + 1], out[done + 2] = a, b, c
-        done += 3
-    while group - done >= 2:
-        a, b = np.float32(0.0), np.float32(0.0)
-        for d in range(channels):
-            x = row[d]
-            a += q[done, d] * x
-            b += q[done + 1, d] * x
-        out[done], out[done + 1] = a, b
-        done += 2
-    while group - done >= 1:
-        a = np.float32(0.0)
-        for d in range(channels):
-            a += q[done, d] * row[d]
-        out[done] = a
-        done += 1
-
-
-ROWS_AHEAD = 8  # rows that are being loaded while one is computed
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:

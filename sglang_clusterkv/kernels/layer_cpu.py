@@ -42,6 +42,7 @@ def places_at(typing_context: Any, address: Any) -> Any:
 def norm_rows(
     x_at: int, added_at: int, weight_at: int, eps: Any, tokens: int, channels: int, out_at: int, sum_at: int
 ) -> None:
+    """`rms_norm` of `tokens` rows, all by their addresses; `added_at` 0: nothing is added, and `sum_at` is not written."""
     stays_whole()
     x, out = carray(floats_at(x_at), (tokens, channels)), carray(floats_at(out_at), (tokens, channels))
     weight = carray(floats_at(weight_at), channels)
@@ -68,6 +69,7 @@ def norm_rows(
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def gate_rows(x_at: int, tokens: int, channels: int, out_at: int) -> None:
+    """`silu_and_mul` of rows at `x_at`, float32 [tokens, 2 channels]."""
     stays_whole()
     x, out = carray(floats_at(x_at), (tokens, 2 * channels)), carray(floats_at(out_at), (tokens, channels))
     one = np.float32(1.0)
@@ -90,6 +92,7 @@ def rotate_heads(
     halves: int,
     out_at: int,
 ) -> None:
+    """`rotate` of rows at `x_at`, `stride` floats apart; of each head the first `turned` channels."""
     stays_whole()
     positions, half = carray(places_at(positions_at), tokens), turned // 2
     out = carray(floats_at(out_at), (tokens, heads, channels))

@@ -18,11 +18,20 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from sglang_clusterkv.kernels.cpu_math import FAST, larger, njit, part
-from sglang_clusterkv.kernels.llvm_cpu import BYTE, HALF, REAL, WORD, Build, Loop, constants, levels_type
+from sglang_clusterkv.kernels.llvm_cpu import (
+    BYTE,
+    HALF,
+    REAL,
+    WORD,
+    Build,
+    Loop,
+    constants,
+    levels_type,
+    target_features,
+)
 from sglang_clusterkv.kernels.vectors_cpu import INT4
 from sglang_clusterkv.memory.codec import SLICES, channels_per_scale
 
@@ -36,8 +45,7 @@ _PIECE = 16  # bytes
 
 def serves(row_format: int, channels: int) -> bool:
     """Whether rows of this format have products in integers on numba's target, which is not always this machine."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    return row_format == INT4 and channels % 32 == 0 and 64 <= channels <= 256 and "+avx2" in features
+    return row_format == INT4 and channels % 32 == 0 and 64 <= channels <= 256 and "avx2" in target_features()
 
 
 def scales_of(channels: int) -> int:

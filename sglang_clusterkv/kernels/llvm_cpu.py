@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
+from numba.core.registry import cpu_target
 
 from sglang_clusterkv.kernels.cpu_math import element_pointer
 
@@ -13,6 +14,12 @@ BYTE, HALF, WORD, REAL = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.Float
 AHEAD = 8  # rows that are being loaded while one is computed
 _REGISTERS = 24  # vectors that a loop may keep, of 32 with AVX-512 and 16 without
 _LINE = 64
+
+
+def target_features(context: Any = None) -> frozenset[str]:
+    """What numba's target can, by LLVM's names; it is not always this machine."""
+    names = (context or cpu_target.target_context).codegen().magic_tuple()[2].split(",")
+    return frozenset(name[1:] for name in names if name.startswith("+"))
 
 
 class Build(NamedTuple):
@@ -24,9 +31,8 @@ class Build(NamedTuple):
 
     @classmethod
     def of(cls, context: Any, builder: Any) -> Build:
-        """Asks numba's target, which is not always this machine."""
-        names = context.codegen().magic_tuple()[2].split(",")
-        return cls(context, builder, frozenset(name[1:] for name in names if name.startswith("+")))
+        """For code of this context."""
+        return cls(context, builder, target_features(context))
 
     @property
     def lanes(self) -> int:

@@ -62,7 +62,7 @@ def test_what_is_noted_is_what_the_reference_finds(dtype: torch.dtype, group: in
     requests = traced(step, 2, 0)
     noted, expected = trace.looks(scene.index, step, requests), reference.Looks(scene.index, step, requests)
     q = scene.queries(3, 2 * group)
-    read = partial(last_read, scene.index, group, dtype, step)
+    read = partial(last_read, scene.index, group, dtype)
     for layer in (0, 1):
         cpu.sparse_decode(q, scene.keys[layer], scene.values[layer], scene.index, layer, step, SCALE, None, learned)
         expected.look(read, q.unflatten(1, (2, group)), scene.keys[layer], layer, SCALE)
@@ -110,7 +110,7 @@ def test_keys_of_the_host_count_as_those_of_the_device(host_dtype: str) -> None:
     step = sparse(scene, [1], [701])
     q = scene.queries(1, 4)
     cpu.sparse_decode(q, scene.keys[0], scene.values[0], scene.index, 0, step, SCALE)
-    read = last_read(scene.index, 2, torch.float32, step, 0)
+    read = last_read(scene.index, 2, torch.float32, 0)
     on_device = reference.shares(read, q[0].unflatten(0, (2, 2)), scene.keys[0], SCALE)
     pages = scene.index.geometry.pages
     buffers = [[torch.zeros(2 * PAGE, 2, 32)] for _ in range(2)]

@@ -123,14 +123,13 @@ def sparse_decode(
     return reference.sparse_decode(q, keys, values, index, layer, step, scale, tier, sinks)
 
 
-def last_read(index: ClusterIndex, group: int, dtype: torch.dtype, step: SparseStep, place: int) -> LastRead:
-    """What the last `sparse_decode` read for the request at `place` of its step; nothing waits for the device.
+def last_read(index: ClusterIndex, group: int, dtype: torch.dtype, place: int) -> LastRead:
+    """What the last `sparse_decode` read for the request at `place` of its lists; nothing waits for the device.
 
     Args:
         index: that it read.
         group: query heads per kv head.
         dtype: of the KV pool; on a CPU a type with kernels (`row_cpu.POOL_FORMATS`), for references keep nothing.
-        step: its lists.
         place: of the request in the lists.
     """
     if torch.device(index.device).type == "cuda":

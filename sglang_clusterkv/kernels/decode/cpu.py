@@ -322,7 +322,7 @@ def sparse_decode(
 
 
 def last_read(decoder: CpuDecoder, place: int) -> LastRead:
-    """See `kernels.trace.last_read`."""
+    """See `kernels.decode.last_read`."""
     u = decoder.buffers
     base = torch.from_numpy(u.base_logit[place, :, :, : decoder.lists.base_count[place]])
     if decoder.sinks is not None:  # they count with the base

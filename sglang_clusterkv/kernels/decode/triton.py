@@ -304,7 +304,7 @@ def sparse_decode(
 
 
 def last_read(decoder: TritonDecoder, place: int) -> LastRead:
-    """See `kernels.trace.last_read`."""
+    """See `kernels.decode.last_read`."""
     w, step = decoder.workspace, decoder.step
     logits = w.base_logit[place]
     listed = torch.arange(logits.shape[-1], device=logits.device) < step.base_count[place]

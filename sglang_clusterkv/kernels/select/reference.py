@@ -1,4 +1,4 @@
-"""Select: the clusters with the most mass per token, until the limit is reached (docs/design.md "Exactly": mass/token)."""
+"""Select: the clusters with the most mass per token, until the limit is reached (docs/design.md "Exactly": candidates)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The cluster index: page-aligned arrays, the plan that decides segments, and the build that fills them (no SGLang here)."""
+"""What happens at the head of a forward: the plan of segments, their build, and the lists of a step (no SGLang here)."""

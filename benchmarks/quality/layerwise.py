@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.layerwise [--documents 1] [--budgets 256 512] [--policies ours ours-1-bit ...]
                                            [--changes '{"candidate_tokens":1024}'] [--prefill FILE]
-                                           [--equal-bytes pq-hsa double-p vattention]
+                                           [--equal-bytes pq-hsa double-p vattention published quest]
 
 Documents, decoded text, KL and bytes are those of benchmarks.quality.model_level. That one asks a real server, a token at a
 time; here the text goes through the model a layer at a time, all decode steps together, each with its own choice over the
@@ -34,6 +34,7 @@ from transformers import AutoTokenizer
 from benchmarks.policies import FORMATS, POLICIES, Reading
 from benchmarks.policies.anchors import Others, StandIns, Tokens, VAttention, sample
 from benchmarks.policies.formats import Bytes, Format
+from benchmarks.policies.policy import TokenPolicy
 from benchmarks.policies.reformed import Tables, clustered_anew, make
 from benchmarks.policies.steps import Decoded, Step, dots, mix
 from benchmarks.quality.documents import PROSE, Document, make_documents, read_kind
@@ -63,7 +64,8 @@ from sglang_clusterkv.tools.demo_model import default_out
 PAGE = 16
 LEAST_PAGES = 4  # of a segment
 STEPS = 16  # at once: what they need of a layer should fit a core's cache
-ANCHORS = ("pq-hsa", "double-p", "vattention")
+ORACLE = "oracle"
+OTHERS = ("pq-hsa", "double-p", "vattention", "published", "quest")  # papers' methods
 
 
 def served(config: ClusterKVConfig) -> Format:
@@ -113,7 +115,7 @@ class Attention:
 
     Args:
         prefix: before them.
-        policy: of `FORMS` or `ANCHORS`; None: dense.
+        policy: of `FORMS` or `OTHERS`, or the oracle; None: dense.
         config: step options.
         scale: of the logits.
     """
@@ -121,10 +123,10 @@ class Attention:
     def __init__(self, prefix: Prefix, policy: str | None, config: ClusterKVConfig, scale: float) -> None:
         self._prefix, self._config, self._scale = prefix, config, scale
         self._form = served(config) if policy == OURS else FORMS.get(policy) if policy else None
-        make = POLICIES[policy].make if policy in ANCHORS else None
-        self._anchor = make(config.budget_tokens) if make else None
-        if isinstance(self._anchor, VAttention):
-            self._config = self._anchor.configured(config)
+        make = POLICIES[policy].make if policy in (ORACLE, *OTHERS) else None
+        self._other = make(config.budget_tokens) if make else None
+        if isinstance(self._other, VAttention):
+            self._config = self._other.configured(config)
         self._random = torch.Generator().manual_seed(0)
         self._candidates = self._chosen = self._heads = 0.0
 
@@ -146,16 +148,15 @@ class Attention:
             rows = q[begin : begin + STEPS].contiguous()
             later = torch.arange(base_keys.shape[1]) > before + torch.arange(begin, begin + len(rows)).unsqueeze(1)
             logits = (self._scale * dots(rows, base_keys)).masked_fill(later[:, None, None], -torch.inf)
-            if isinstance(self._anchor, StandIns):
+            if isinstance(self._other, StandIns | TokenPolicy):
                 for n, one in enumerate(rows):
                     end = before + begin + n + 1
                     tokens = Tokens(
                         one, t.keys, t.values, base_keys[:, :end].contiguous(), base_values[:, :end], self._scale
                     )
-                    found.append(self._anchor.attend(tokens, layer, 0)[0].unsqueeze(0))
-                    self._anchor.next_step()
+                    found.append(attended(self._other, tokens, layer).unsqueeze(0))
                 continue
-            if isinstance(self._anchor, VAttention):
+            if isinstance(self._other, VAttention):
                 found += self._with_samples(step(rows, logits, base_values, None), rows, t)
                 continue
             if self._form is None:
@@ -183,6 +184,20 @@ class Attention:
             part, _ = sample(one, others, exact.lse, self._config.budget_tokens, self._scale)
             found.append(merge(exact, part).output.unsqueeze(0))
         return found
+
+
+def attended(policy: StandIns | TokenPolicy, tokens: Tokens, layer: int) -> torch.Tensor:
+    """Output of one step in one layer, float32 [H, G, D], by what a policy reads."""
+    if isinstance(policy, StandIns):
+        found = policy.attend(tokens, layer, 0)[0]
+        policy.next_step()
+        return found
+    places = policy.choose(tokens.q, tokens.keys, tokens.base_keys, layer, 0, tokens.scale).unsqueeze(-1)
+    keys, values = (
+        torch.cat((base, rows.take_along_dim(places, 1)), 1)
+        for base, rows in ((tokens.base_keys, tokens.keys), (tokens.base_values, tokens.values))
+    )
+    return (tokens.scale * tokens.q @ keys.transpose(1, 2)).softmax(-1) @ values
 
 
 def decode(model: LayeredModel, document: Document, attend: Attention) -> torch.Tensor:
@@ -281,9 +296,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=7000, help="of each document")
     parser.add_argument("--natural", type=int, default=128, help="tokens of the continuation")
     parser.add_argument("--budgets", type=int, nargs="+", default=[256])
-    parser.add_argument("--policies", nargs="+", choices=FORMS, default=list(FORMS), metavar="POLICY")
+    parser.add_argument("--policies", nargs="+", choices=[*FORMS, ORACLE], default=list(FORMS), metavar="POLICY")
     parser.add_argument("--changes", type=json.loads, nargs="+", default=[], help="step options of ours, JSON each")
-    parser.add_argument("--equal-bytes", nargs="+", choices=ANCHORS, default=[], help="methods to run at our bytes")
+    parser.add_argument("--equal-bytes", nargs="+", choices=OTHERS, default=[], help="methods to run at our bytes")
     parser.add_argument("--model", type=model_folder, default=default_out(), help="a folder, default: the demo model")
     parser.add_argument("--prefill", type=Path, help="a file for keys and values of the prompts")
     parser.add_argument("--join", nargs="+", type=Path, help="results of runs to put together; runs nothing")

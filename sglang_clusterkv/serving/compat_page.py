@@ -49,6 +49,10 @@ BESIDE: tuple[Beside, ...] = (
         f"refused on a CPU; on a GPU {_READ}: a released server keeps its clusters' memory, 13 to 15 % of the KV cache",
     ),
     Beside(
+        "`/release_memory_occupation`, `/resume_memory_occupation`",
+        f"{_RUN}, where they are answered and nothing is given away; on a GPU {_READ}",
+    ),
+    Beside(
         "`host_ratio` above 1 on a GPU, `--tp-size` beside it",
         f"{_READ}; its seams are tested with stand-ins (tests/serving/test_host_tier_cuda.py), its kernels in Triton's "
         "interpreter. CUDA graphs are off with it",

@@ -253,7 +253,13 @@ def _refuse(scheduler: Any, request: Any, problem: str) -> None:
     if isinstance(request.positional_embed_overrides, PositionalEmbeds):
         request.positional_embed_overrides.reconstruct(get_device().gpu_id)
     reason = {"type": "abort", "message": problem, "status_code": HTTPStatus.BAD_REQUEST.value}
-    answer = getattr(scheduler, "send_abort_output", None)
-    if answer is None:  # SGLang 0.5.22
-        answer = scheduler.ipc_channels.send_to_tokenizer.send_output
-    answer(AbortReq(rid=request.rid, finished_reason=reason), _Sender(request.http_worker_ipc))
+    answer = AbortReq(rid=request.rid, finished_reason=reason)
+    send(scheduler, "send_abort_output", answer, _Sender(request.http_worker_ipc))
+
+
+def send(scheduler: Any, by: str, answer: Any, sender: Any) -> None:
+    """Answer whoever sent a request to a scheduler, by its method of this name."""
+    method = getattr(scheduler, by, None)
+    if method is None:  # SGLang 0.5.22
+        method = scheduler.ipc_channels.send_to_tokenizer.send_output
+    method(answer, sender)

@@ -89,9 +89,10 @@ def _before_requests(scheduler: Any, recv_reqs: list[Any]) -> tuple[tuple[Any, l
     if not recv_reqs:
         return None
     if _ours:
-        from sglang_clusterkv.serving import cpu_weights
+        from sglang_clusterkv.serving import cpu_memory, cpu_weights
 
         cpu_weights.requests_came(recv_reqs)
+        recv_reqs = [request for request in recv_reqs if not cpu_memory.is_answered(scheduler, request)]
     return (scheduler, request_checks.admit(scheduler, recv_reqs)), {}
 
 

@@ -18,6 +18,12 @@ REQUESTS = (
         since="0.5.23",
     ),
     Symbol(
+        "managers.scheduler.Scheduler.send_control_output",
+        "answers a request for memory on a CPU",
+        "self output recv_req",
+        since="0.5.23",
+    ),
+    Symbol(
         "managers.scheduler_components.output_sender.SenderWrapper.send_output",
         "answers a refused request",
         "self output recv_obj",
@@ -40,6 +46,15 @@ REQUESTS = (
         "what is checked",
         attributes="rid http_worker_ipc input_ids positional_embed_overrides token_indices_to_pool mm_inputs",
     ),
+    *[
+        Symbol(
+            f"managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name.lower()}_memory_occupation",
+            "asked for memory on a CPU",
+            "self recv_req",
+            mentions=(f"return {name}MemoryOccupationReqOutput()",),
+        )
+        for name in ("Release", "Resume")
+    ],
     Symbol("managers.io_struct.BatchTokenizedGenerateReqInput", "several requests in one", attributes="batch"),
     Symbol("managers.io_struct.BatchTokenizedEmbeddingReqInput", "several requests in one", attributes="batch"),
     Symbol("managers.io_struct.SessionParams", "what comes first, what is replaced", attributes="id rid replace"),

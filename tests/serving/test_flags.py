@@ -249,6 +249,12 @@ def test_decode_steps_read_the_weights_that_prefills_read(server: Server, checkp
     assert decoded_and_prefilled(server)[0] == first
 
 
+def test_a_request_for_memory_changes_no_answer(server: Server, expected: list[int]) -> None:
+    for path in ("/release_memory_occupation", "/resume_memory_occupation"):
+        assert post(server, path, {}).status_code == 200
+        assert generated(server, low(1)) == expected
+
+
 def test_priorities_are_kept(server: Server, expected: list[int]) -> None:
     assert generated(server, low(1), priority=5) == generated(server, low(1), priority=-5) == expected
 

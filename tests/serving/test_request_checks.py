@@ -26,6 +26,10 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import (
     BatchTokenizedGenerateReqInput,
     FlushCacheReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ReleaseMemoryOccupationReqOutput,
+    ResumeMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqOutput,
     SessionParams,
     TokenizedGenerateReqInput,
 )
@@ -374,6 +378,30 @@ def test_what_was_lent_with_a_refused_request_is_given_back(monkeypatch: pytest.
     bad = request([55], mm_inputs=SimpleNamespace(mm_items=[item]), positional_embed_overrides=overrides)
     assert request_checks.admit(Scheduler(), [bad]) == []
     assert returned == ["item", 3]
+
+
+@pytest.mark.usefixtures("lowered")
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_on_our_cpu_platform_requests_for_memory_are_answered_and_go_no_further(
+    monkeypatch: pytest.MonkeyPatch, by_channel: bool
+) -> None:
+    """by_channel: SGLang 0.5.22's, which answers through its channel alone."""
+    answers: list[Any] = []
+
+    def send(output: Any, sender: Any) -> None:
+        answers.append((type(output), sender))
+
+    channels = SimpleNamespace(send_to_tokenizer=SimpleNamespace(send_output=send))
+    scheduler: Any = SimpleNamespace(ipc_channels=channels) if by_channel else SimpleNamespace(send_control_output=send)
+    release, resume = ReleaseMemoryOccupationReqInput(), ResumeMemoryOccupationReqInput(tags=["weights"])
+    received = [release, FlushCacheReqInput(), resume]
+    monkeypatch.setattr(scheduler_hooks, "_ours", True)
+    hooked = scheduler_hooks._before_requests(scheduler, received)
+    assert hooked is not None and hooked[0][1] == received[1:2]
+    assert answers == [(ReleaseMemoryOccupationReqOutput, release), (ResumeMemoryOccupationReqOutput, resume)]
+    monkeypatch.setattr(scheduler_hooks, "_ours", False)
+    hooked = scheduler_hooks._before_requests(scheduler, received)
+    assert hooked is not None and hooked[0][1] == received and len(answers) == 2
 
 
 def test_other_backends_and_idle_rounds_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,12 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
         f"--enable-hisparse is a sparse attention of its own: leave it out or {_OTHER}",
     ),
     Refusal(
+        "megakernel",
+        lambda a, m: getattr(a, "enable_nvidia_megakernel", False),  # none in SGLang 0.5.22
+        "--enable-nvidia-megakernel decodes by one kernel with an attention of its own, so nothing would be recalled: "
+        f"leave it out or {_OTHER}",
+    ),
+    Refusal(
         "multi-item scoring",
         lambda a, m: a.enable_mis,
         "--enable-mis needs --attention-backend flashinfer: leave it out or use that",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_clusterkv.config import ClusterKVConfig, ConfigError
+from sglang_clusterkv.serving.platform import is_our_platform
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -93,7 +94,7 @@ NAMES = tuple(_UNUSABLE)
 def resolve(config: ClusterKVConfig, server_args: Any, view: Any) -> ClusterKVConfig:
     """The configuration with the backend's name in it; as it is on a CPU, which prefills by our own kernel.
 
-    Raises ConfigError as `choose` does, and where a backend is asked for on a CPU.
+    Raises ConfigError as `choose` does, where a backend is asked for on a CPU, and where there is no GPU.
     """
     import msgspec
 
@@ -101,9 +102,11 @@ def resolve(config: ClusterKVConfig, server_args: Any, view: Any) -> ClusterKVCo
         if config.prefill_backend != "auto":
             raise ConfigError(f"prefill_backend={config.prefill_backend} is for a GPU: leave it out on a CPU")
         return config
-    from sglang.srt.arg_groups.model_override_base import get_default_attn_backend
+    from sglang.srt.arg_groups.model_override_base import current_platform, get_default_attn_backend
     from sglang.srt.arg_groups.overrides import model_config_of, use_mla_backend
 
+    if is_our_platform(current_platform):
+        raise ConfigError(f"torch finds no GPU for --device {view.device}: let it see one, or use --device cpu")
     model = model_config_of(server_args)
     own = get_default_attn_backend(view, use_mla_backend(view), model)
     return msgspec.structs.replace(config, prefill_backend=choose(config, view, own, model.has_attention_sinks))

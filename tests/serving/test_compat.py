@@ -26,6 +26,7 @@ from sglang_clusterkv.serving.compat import (
 )
 from sglang_clusterkv.serving.compat_page import compatibility_markdown
 from sglang_clusterkv.serving.model_facts import ModelFacts
+from sglang_clusterkv.serving.platform import accelerator_found
 
 SERVED = {
     "device": "cpu",
@@ -360,6 +361,15 @@ def test_a_refusal_ends_a_command_line_with_its_sentence(resolve, arguments, sen
     with pytest.raises(SystemExit) as end:
         resolve(*CLUSTERKV, *arguments)
     assert str(end.value.code).startswith("sglang-clusterkv: ") and sentence in str(end.value.code)
+
+
+@pytest.mark.skipif(accelerator_found(), reason="on a machine without an accelerator")
+def test_a_gpu_that_torch_does_not_find_is_named(resolve):
+    with pytest.raises(SystemExit) as end:
+        resolve(*CLUSTERKV, "--device", "cuda")
+    assert str(end.value.code) == (
+        "sglang-clusterkv: torch finds no GPU for --device cuda: let it see one, or use --device cpu"
+    )
 
 
 MLA_MODEL = {

@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sglang_clusterkv.kernels.linkage_cpu import Alone
 from sglang_clusterkv.memory.fp8 import FP8
 
 CONSTANTS = ("codec.py", "device.py", "fp8.py", "masses.py", "movement.py", "tier.py")  # of memory, that kernels hold
@@ -41,6 +42,7 @@ def njit(function: Any = None, **options: Any) -> Any:
         return functools.partial(njit, **options)
     if options.get("cache"):
         function.__qualname__ += "_" + sources()
+        options["pipeline_class"] = Alone
     return numba.njit(error_model="numpy", **options)(function)
 
 

@@ -25,7 +25,7 @@ def config_of(server_args: Any) -> ClusterKVConfig | None:
 
 
 def ranks() -> int:
-    """Processes that serve beside this one on its machine, itself among them; 1 where nothing is published."""
+    """Processes that serve the model beside this one, itself among them; 1 where nothing is published."""
     from sglang.srt.runtime_context import get_server_args
 
     try:

@@ -27,7 +27,7 @@ from sglang_clusterkv.kernels.threads_cpu import set_threads
 from sglang_clusterkv.memory.fp8 import FP8
 from sglang_clusterkv.memory.step import DenseStep, dense_step
 from sglang_clusterkv.serving import graphs, host_tier, layers, prefill_backend, runtime, tier_prefill, trace
-from sglang_clusterkv.serving.active import active_config
+from sglang_clusterkv.serving.active import active_config, ranks
 from sglang_clusterkv.serving.model_facts import shares_kv
 from sglang_clusterkv.serving.platform import prefill_threads
 
@@ -100,9 +100,7 @@ class ClusterKVAttnBackend(graphs.DecodeGraphs, prefill_backend.PrefillFacts, At
         self._prefill_decodes = self.prefill is not None and self._tier_prefill is None
         self.calls_prefill = False
         self._threads = torch.get_num_threads()
-        arguments = runner.server_args
-        ranks = getattr(arguments, "tp_size", 1) * getattr(arguments, "dp_size", 1) * getattr(arguments, "pp_size", 1)
-        self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks, self._threads)
+        self._prefill_threads = prefill_threads(len(os.sched_getaffinity(0)), ranks(), self._threads)
         if self.prefill is None:
             set_threads(self._prefill_threads)  # of our own kernels, in every step
         if self.engine is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from numba.extending import intrinsic
 
 from sglang_clusterkv.kernels.linkage_cpu import Alone
 from sglang_clusterkv.memory.fp8 import FP8
+
+logger = logging.getLogger(__name__)
 
 CONSTANTS = ("codec.py", "device.py", "fp8.py", "masses.py", "movement.py", "tier.py")  # of memory, that kernels hold
 
@@ -36,14 +39,29 @@ def njit(function: Any = None, **options: Any) -> Any:
     """numba's, which makes all kernels: a division by zero gives an infinity or NaN, as in the references, and raises nothing.
 
     With `cache` what was compiled stays on disk. numba takes it from there until the function's own file changes; the name
-    that it has there follows from what it calls and holds, too.
+    that it has there follows from what it calls and holds, too. Where no folder can be written to, nothing stays.
     """
     if function is None:
         return functools.partial(njit, **options)
     if options.get("cache"):
         function.__qualname__ += "_" + sources()
         options["pipeline_class"] = Alone
+        try:
+            return numba.njit(error_model="numpy", **options)(function)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            _say_that_nothing_stays()
+            del options["cache"]
     return numba.njit(error_model="numpy", **options)(function)
+
+
+@functools.cache
+def _say_that_nothing_stays() -> None:
+    logger.warning(
+        "clusterkv: kernels are compiled anew at each start, for there is no folder to keep them in that can be written to: "
+        "set NUMBA_CACHE_DIR to one"
+    )
 
 
 # What only other compiled functions call: it takes no arguments from Python, which would be more than half of what is compiled.

@@ -14,6 +14,7 @@ What CPU kernels share:
     tiles_cpu.py         products of many rows with many others, as a prefill has them
     threads_cpu.py       the threads, and how work is handed to them
     bundle_cpu.py        many arrays as one argument; call_cpu.py: functions called where they are
+    linkage_cpu.py       machine code that calls nothing but itself
 The rest of a model's layers on a CPU:
     layer_cpu.py         norm, rotation, gate
     products_cpu.py      weights and a few tokens; token_tiles_cpu.py: and more

@@ -11,6 +11,7 @@ from benchmarks.cited.tables import QUALITY, Rows, figures
 FORMATS = "quality-layerwise-20261130-000804"
 ANCHORS = "quality-layerwise-20261130-160046"
 ANCHORS_QWEN = "quality-layerwise-20261130-154455"
+LONG, LONG_OPTIONS = "quality-layerwise-20261130-190048", "quality-layerwise-20261130-183558"
 DEFAULT_QWEN, DEFAULT_QWEN_SMALL = "quality-layerwise-20261130-125109", "quality-layerwise-20261130-114917"
 
 ORDER = (
@@ -91,3 +92,11 @@ def _(found: Any, first: Any) -> Rows:
         sides[1].insert(2, arms.over(now, before))
         rows.append([None, *sides[0], *sides[1]])
     return rows
+
+
+@figures("long", QUALITY, LONG, LONG_OPTIONS)
+def _(found: Any, options: Any) -> Rows:
+    arms, others = Arms(found), Arms(options)
+    policies = ("ours", "oracle", "vattention-equal-bytes", "published-equal-bytes")
+    rows: Rows = [[None, *policy_row(arms, f"{policy}-{budget}")] for policy in policies for budget in (256, 512)]
+    return rows + [[None, *policy_row(others, name)] for name in others.lines if name != "ours-256"]

@@ -346,6 +346,11 @@ TRACE_REFUSALS: tuple[Refusal, ...] = (
         lambda a, m: a.tp_size > 1,
         "a trace would have the kv heads of one rank alone: leave out --tp-size or trace",
     ),
+    Refusal(
+        "traces and SGLang's Rust server",
+        lambda a, m: _on("SGLANG_RUST_SERVER"),
+        "SGLang's Rust server hands no traces on: unset SGLANG_RUST_SERVER or leave out trace",
+    ),
 )
 
 # Rows that hold with `recall_extend_tokens` alone, asked with the model.

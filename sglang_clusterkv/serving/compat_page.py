@@ -42,6 +42,10 @@ BESIDE: tuple[Beside, ...] = (
     Beside("`--enable-session-radix-cache`, `--disable-radix-cache`, `--disable-overlap-schedule`", _ANSWERED),
     Beside("`--skip-tokenizer-init`, `--enable-tokenizer-batch-encode`, `--num-continuous-decode-steps`", _ANSWERED),
     Beside("`--dp-size 2`, `--enable-torch-compile`, `--cpu-offload-gb`", _ANSWERED),
+    Beside(
+        "`SGLANG_RUST_SERVER=1`",
+        f"{_ANSWERED}; its `/server_info` has nothing of ours, `/metrics` has, and its responses have no traces",
+    ),
     Beside("`--grpc-mode`", "its scheduler started on the CPU; no client of it was tried"),
     Beside("LoRA", f"refused on a CPU; on a GPU {_READ}. SGLang loads no adapter that brings tokens of its own"),
     Beside(
@@ -211,7 +215,7 @@ refused in any case.
 |---|---|
 {host_tier}
 
-With `"trace": true` ([explain.md](explain.md)) also this, and on a CPU a KV cache in float16, which is known once the model is
+With `"trace": true` ([explain.md](explain.md)) also these, and on a CPU a KV cache in float16, which is known once the model is
 loaded.
 
 | what | sentence |

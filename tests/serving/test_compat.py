@@ -195,6 +195,13 @@ def test_traces_are_refused_where_a_rank_has_some_of_the_kv_heads():
     assert compat.refusal(SimpleNamespace(**SERVED), MODEL, trace=True) is None
 
 
+def test_traces_are_refused_where_no_response_would_have_them(monkeypatch):
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    served = SimpleNamespace(**SERVED)
+    assert "hands no traces on: unset SGLANG_RUST_SERVER" in (compat.refusal(served, MODEL, trace=True) or "")
+    assert compat.refusal(served, MODEL) is None
+
+
 def test_recalled_extends_are_refused_on_a_gpu():
     changed = SimpleNamespace(**SERVED | {"device": "cuda"})
     said = compat.refusal(changed, MODEL, recall_extends=True)
@@ -214,7 +221,7 @@ def test_values_move_on_a_cpu_unless_set():
 def test_every_row_has_a_case_and_says_what_to_do():
     assert {name for name, *_ in CASES} == {row.name for row in REFUSALS}
     assert {name for name, *_ in HOST_TIER_CASES} == {row.name for row in HOST_TIER_REFUSALS}
-    assert [row.name for row in TRACE_REFUSALS] == ["traces and tensor parallelism"]
+    assert [row.name for row in TRACE_REFUSALS] == ["traces and tensor parallelism", "traces and SGLang's Rust server"]
     for row in (*REFUSALS, *HOST_TIER_REFUSALS, *TRACE_REFUSALS, *RECALL_EXTEND_REFUSALS):
         assert any(word in row.sentence for word in ("leave", "use ", "unset", "pass ", "change ")), row.name
 

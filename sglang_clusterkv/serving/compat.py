@@ -251,6 +251,12 @@ ARGUMENT_REFUSALS: tuple[Refusal, ...] = (
         "SGLang's memory saver needs an accelerator: leave out --enable-memory-saver on a CPU",
     ),
     Refusal(
+        "forward-pass metrics on a CPU",
+        lambda a, m: a.device == "cpu" and (a.enable_forward_pass_metrics or _on("SGLANG_ENABLE_METRICS_DEVICE_TIMER")),
+        "SGLang times forwards by events of an accelerator: leave out --enable-forward-pass-metrics and "
+        "SGLANG_ENABLE_METRICS_DEVICE_TIMER on a CPU",
+    ),
+    Refusal(
         "Ray",
         lambda a, m: a.use_ray,
         "SGLang's Ray actors load no plugins: leave out --use-ray",

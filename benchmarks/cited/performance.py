@@ -68,6 +68,22 @@ def _(peer: Any, own: Any) -> Rows:
     return rows
 
 
+@figures("larger", PERFORMANCE, "latency-7700-b8-20261130-191815", "llama-cpp-20261130-192322")
+def _(found: Any, peer: Any) -> Rows:
+    rows: Rows = [
+        [
+            None,
+            *(f"{row[name]:.0f}" for name in ("short_ms", "long_ms", "batch_ms", "prefill_s")),
+            percent(row["clustering_share"], 1) if "clustering_share" in row else "-",
+            f"{row['hit_s']:.2f}",
+        ]
+        for row in (found["clusterkv"], found["dense"])
+    ]
+    theirs = peer["BF16 f16"]
+    cells = [f"{theirs[name]:.0f}" for name in ("100 x 1", "7700 x 1", "7700 x 8", "prefill 7700")]
+    return [*rows, [None, *cells, "-", "-"]]
+
+
 @figures("operations", PERFORMANCE, "kernels-cpu-smollm2-135m-20261130-095602")
 def _(found: Any) -> Rows:
     rows: Rows = []

@@ -46,6 +46,10 @@ BESIDE: tuple[Beside, ...] = (
         "`SGLANG_RUST_SERVER=1`",
         f"{_ANSWERED}; its `/server_info` has nothing of ours, `/metrics` has, and its responses have no traces",
     ),
+    Beside(
+        "`--enable-prefill-delayer`",
+        f"{_ANSWERED}; on a CPU the overlap schedule stays on with it, and an idle server awake",
+    ),
     Beside("`--grpc-mode`", "its scheduler started on the CPU; no client of it was tried"),
     Beside("LoRA", f"refused on a CPU; on a GPU {_READ}. SGLang loads no adapter that brings tokens of its own"),
     Beside(

@@ -48,17 +48,18 @@ class ClusterKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         And with clusterkv a scheduler that has nothing to do sleeps until something comes: its checks of itself, again and
         again, would take a core from those who receive requests and send answers. It looks up once a second, and whatever comes
         wakes it. Nothing of ours goes on meanwhile: a host tier moves pages within forwards. With HiCache it is left awake, for
-        copies end meanwhile.
+        copies end meanwhile. SGLang's prefill delayer wants the overlap, and counts a delay by the passes of one that is awake.
 
         Their threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise: threads that spin hold up whatever else
         runs on the cores, and themselves by it.
         """
         args = server_args
         named = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
-        if BACKEND in named and os.environ.get(OVERLAP) != "1":
-            server_args.disable_overlap_schedule = True
-        if BACKEND in named and not args.enable_hierarchical_cache and os.environ.get(SLEEP) != "0":
-            server_args.sleep_on_idle = True
+        if BACKEND in named and not args.enable_prefill_delayer:
+            if os.environ.get(OVERLAP) != "1":
+                args.disable_overlap_schedule = True
+            if os.environ.get(SLEEP) != "0" and not args.enable_hierarchical_cache:
+                args.sleep_on_idle = True
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if os.environ.get(OMP_BINDING) in (None, "", self._written_binding):
             binding = default_omp_binding(sorted(os.sched_getaffinity(0)), active.ranks_of(server_args))

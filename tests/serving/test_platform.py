@@ -75,8 +75,8 @@ def arguments_of(attention="clusterkv", prefill=None, decode=None, tp_size=1):
         "decode_attention_backend": decode,
     }
     sizes = {"dp_size": 1, "tp_size": tp_size, "pp_size": 1}
-    flags = {"disable_overlap_schedule": False, "enable_hierarchical_cache": False, "sleep_on_idle": False}
-    return SimpleNamespace(**sizes, **flags, **backends)
+    names = ("disable_overlap_schedule", "enable_hierarchical_cache", "enable_prefill_delayer", "sleep_on_idle")
+    return SimpleNamespace(**sizes, **dict.fromkeys(names, False), **backends)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,16 @@ def test_a_result_does_not_wait_for_the_next_forward_unless_that_is_asked_for(mo
     arguments = arguments_of(*backends)
     ClusterKVCpuPlatform().apply_server_args_defaults(arguments)
     assert arguments.disable_overlap_schedule is (wanted != "1" and "clusterkv" in backends)
+
+
+def test_the_prefill_delayer_has_the_overlap_that_it_wants_and_a_scheduler_that_is_awake(monkeypatch):
+    for name in (OVERLAP, SLEEP):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(OMP_BINDING, "0")
+    arguments = arguments_of("clusterkv", None, None)
+    arguments.enable_prefill_delayer = True
+    ClusterKVCpuPlatform().apply_server_args_defaults(arguments)
+    assert not arguments.disable_overlap_schedule and not arguments.sleep_on_idle
 
 
 @pytest.mark.parametrize(
